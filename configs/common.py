@@ -1,0 +1,201 @@
+"""Puts the sections of all config files together into one config.
+
+Every stage's file has `section(test)` for its own section and `get_config(arg)`,
+which is `compose(<stage>, arg)`. `arg` is what follows the colon in
+`--config=configs/rl.py:test,dataset=files,model=small`:
+
+  test          small everything: each stage under a minute on two CPU cores
+  dataset=NAME  where the logs come from: movielens (default), world, files
+  model=NAME    the language model's shape: tiny (default), small, base
+  seeds=N       seeds 0..N-1 for every seeded stage (default 1)
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+
+from ml_collections import ConfigDict
+
+DATASETS = ('movielens', 'world', 'files')
+
+# Config file -> the section it holds.
+SECTIONS = {
+  'slates': 'data',
+  'tokenizer': 'tokenizer',
+  'midtrain': 'midtrain',
+  'traces': 'traces',
+  'sft': 'sft',
+  'rl': 'rl',
+  'baselines': 'baselines',
+  'evaluate': 'evaluate',
+  'rerank': 'rerank',
+}
+
+MODELS = {
+  'tiny': dict(
+    d_model=64, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=192
+  ),
+  'small': dict(
+    d_model=256,
+    num_layers=6,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    d_ff=768,
+  ),
+  'base': dict(
+    d_model=768,
+    num_layers=12,
+    num_heads=12,
+    num_kv_heads=4,
+    head_dim=64,
+    d_ff=2304,
+  ),
+}
+
+
+class ConfigError(Exception):
+  """A config argument that means nothing; the message names the nearest."""
+
+
+def compose(stage: str, arg: str = '') -> ConfigDict:
+  """The whole config, for a run whose target is `stage`.
+
+  Args:
+    stage: a key of SECTIONS.
+    arg: comma list of `key=value` and bare flags; see this file's docstring.
+
+  Returns:
+    A ConfigDict with `stage`, `seed`, `seeds`, `mesh`, `prompt`, `model` and
+    one section a stage.
+
+  Raises:
+    ConfigError: an unknown key or value.
+  """
+  given = _parse(arg)
+  test = given.get('test', False)
+  config = ConfigDict()
+  config.stage = stage  # the target
+  config.seeds = tuple(range(given.get('seeds', 1)))  # of the seeded stages
+  config.seed = 0  # the runner sets it to each of `seeds` in turn
+  config.mesh = mesh()
+  config.prompt = prompt(test)
+  config.model = model(given.get('model', 'tiny'))
+  for name, section in SECTIONS.items():
+    module = importlib.import_module(f'configs.{name}')
+    config[section] = module.section(test=test)
+  if 'dataset' in given:
+    config.data.source = given['dataset']
+  return config
+
+
+def mesh() -> ConfigDict:
+  """How many devices each mesh axis has."""
+  config = ConfigDict()
+  config.data = -1  # devices that split the batch; -1: all that are left
+  config.fsdp = 1  # devices that split batch and parameters
+  config.tensor = 1  # devices that split heads, feed-forward, vocabulary
+  return config
+
+
+def prompt(test: bool = False) -> ConfigDict:
+  """What the policy reads about a slate."""
+  del test
+  config = ConfigDict()
+  config.layout = ('history', 'candidates')  # blocks of a prompt, in order
+  config.history = 4  # most recent items shown, as semantic IDs
+  config.fields = ('sid', 'evidence')  # of a line: sid title categories evidence
+  config.evidence = (  # columns of a line; `:raw` is not centred in the slate
+    'incoming_rank',
+    'popularity',
+    'popularity:raw',
+    'direction:raw',
+    'genre:raw',
+    'latent:raw',
+    'age:raw',
+    'co_short',
+    'directed',
+    'trend',
+  )
+  config.bins = 8  # tokens of each column
+  config.shuffle = True  # candidates in random, not in incoming order
+  config.num_slots = 20  # slot tokens: the longest slate there may be
+  config.text_tokens = 1000  # pieces of text in the vocabulary
+  config.title_tokens = 8  # of a title or category path, at most
+  config.reasoning_tokens = 20  # of a reasoning span, at most
+  return config
+
+
+def training(
+  steps: int, batch_size: int, learning_rate: float, eval_every: int
+) -> ConfigDict:
+  """What every stage that trains the language model has."""
+  config = ConfigDict()
+  config.steps = steps  # updates
+  config.batch_size = batch_size  # slates an update
+  config.learning_rate = learning_rate  # peak, of AdamW
+  config.warmup = 50  # updates to the peak; then cosine decay to a tenth
+  config.weight_decay = 0.01  # of AdamW
+  config.max_grad_norm = 1.0  # gradients are clipped to it
+  config.eval_every = eval_every  # updates between validation and checkpoint
+  config.resume = ''  # checkpoints folder of another run to go on from
+  config.init_from = ''  # artifact to take the parameters of
+  return config
+
+
+def validation(test: bool) -> ConfigDict:
+  """How a ranking stage validates while it trains."""
+  config = ConfigDict()
+  config.thinking = True  # reason before the ranking
+  config.eval_slates = 64 if test else 1024  # validation slates, a fixed draw
+  config.eval_batch_size = 64 if test else 256  # of them at a time
+  return config
+
+
+def model(preset: str = 'tiny') -> ConfigDict:
+  """The decoder's shape; fields are those of TransformerConfig."""
+  config = ConfigDict()
+  config.update(MODELS[preset])
+  config.rope_base = 10_000.0  # wavelength base of the rotary positions
+  config.qk_norm = True  # RMSNorm on queries and keys
+  config.tie_embeddings = True  # one matrix for input and output
+  config.norm_eps = 1e-6  # in every RMSNorm
+  config.dtype = 'float32'  # activations; parameters are float32
+  config.remat = False  # recompute activations in the backward pass
+  return config
+
+
+def _parse(arg: str) -> dict[str, object]:
+  """Reads the comma list."""
+  readers: dict[str, Callable[[str], object]] = {
+    'dataset': lambda v: _known('dataset', v, DATASETS),
+    'model': lambda v: _known('model', v, MODELS),
+    'seeds': _count,
+  }
+  given: dict[str, object] = {}
+  for part in filter(None, (p.strip() for p in arg.split(','))):
+    key, has_value, value = part.partition('=')
+    _known('config argument', key, ('test', *readers))
+    if (key == 'test') == bool(has_value):
+      form = 'test' if key == 'test' else f'{key}=VALUE'
+      raise ConfigError(f'config argument {part!r}: write {form}')
+    if key in given:
+      raise ConfigError(f'config argument {key!r} is given twice')
+    given[key] = True if key == 'test' else readers[key](value)
+  return given
+
+
+def _known(what: str, name: str, names: Iterable[str]) -> str:
+  """Returns `name`, or says which of `names` is the nearest."""
+  names = tuple(names)
+  if name in names:
+    return name
+  near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+  hint = f'did you mean {near[0]!r}? ' if near else ''
+  raise ConfigError(f'unknown {what} {name!r}: {hint}known: {", ".join(names)}')
+
+
+def _count(value: str) -> int:
+  if not value.isdecimal() or int(value) < 1:
+    raise ConfigError(f'seeds={value}: must be a number of seeds, 1 or more')
+  return int(value)

@@ -1,0 +1,19 @@
+"""Stage `rerank`: JSONL of slates in, JSONL of permutations out."""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The whole config, with `rerank` as the target."""
+  return common.compose('rerank', arg)
+
+
+def section(test: bool = False) -> ConfigDict:
+  """Section `rerank`."""
+  config = ConfigDict()
+  config.input = ''  # JSONL of slates; empty: the test slates
+  config.batch_size = 64 if test else 256  # slates at a time
+  config.thinking = True  # reason before the ranking
+  return config

@@ -1,0 +1,27 @@
+"""Stage `sft`: the teacher's reasoning and a ranking."""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The whole config, with `sft` as the target."""
+  return common.compose('sft', arg)
+
+
+def section(test: bool = False) -> ConfigDict:
+  """Section `sft`."""
+  config = common.training(
+    steps=10 if test else 1000,
+    batch_size=16 if test else 64,
+    learning_rate=2e-3,
+    eval_every=5 if test else 250,
+  )
+  config.update(common.validation(test))
+  config.rank_by = 'readout'  # readout, or trace: the teacher's order
+  config.reasoning_weight = 0.2  # l_r of Eq. 3
+  config.ranking_weight = 1.0  # l_o of Eq. 3
+  config.listwise_weight = 1.0  # softmax loss of the labels at the slots
+  config.sharpness = 4.0  # factor on read-out scores that teach the answer
+  return config

@@ -1,0 +1,197 @@
+"""Checkpoints: everything a run needs to go on bit for bit, and bare params.
+
+Orbax writes into a temporary sibling and renames it, so a killed save leaves
+no half checkpoint. Saves are synchronous: what `save` returned from is on disk.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpointer:
+  """The resumable state of one stage: arrays, data iterator, small facts.
+
+  Args:
+    directory: where checkpoints go, one folder a step; made when missing.
+    keep: how many of the latest to keep.
+  """
+
+  def __init__(self, directory: os.PathLike[str] | str, keep: int = 2):
+    self._directory = pathlib.Path(directory).absolute()
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    iterator: Any = None,
+    meta: dict[str, Any] | None = None,
+  ) -> None:
+    """Saves, and drops all but the latest `keep` checkpoints.
+
+    Args:
+      step: number of finished steps; larger than any saved before.
+      state: tree of jax.Arrays, typed PRNG keys included.
+      iterator: the Grain iterator the next batch will be drawn from.
+      meta: JSON-able facts.
+
+    Raises:
+      ValueError: `step` is not larger than the latest saved one.
+    """
+    latest = self._manager.latest_step()
+    if latest is not None and step <= latest:
+      raise ValueError(
+        f'{self._directory}: step {step} is not after {latest}, the latest '
+        'saved one'
+      )
+    items = {
+      'state': ocp.args.StandardSave(state),
+      'meta': ocp.args.JsonSave(meta or {}),
+    }
+    if iterator is not None:
+      items['data'] = grain.checkpoint.CheckpointSave(iterator)
+    self._manager.save(step, args=ocp.args.Composite(**items))
+    self._manager.wait_until_finished()
+
+  def restore(
+    self, abstract_state: Any, iterator: Any = None
+  ) -> tuple[Any, int, dict[str, Any]] | None:
+    """Restores the latest checkpoint.
+
+    Args:
+      abstract_state: tree of ShapeDtypeStructs (or arrays); where they carry
+        shardings the restored arrays have them, whatever mesh they came from.
+      iterator: a Grain iterator to set to its saved state, in place. Nothing
+        may have been drawn from it: Grain would silently start again.
+
+    Returns:
+      (state, step, meta), or None where nothing was saved.
+
+    Raises:
+      ValueError: a leaf is missing, superfluous or of another shape.
+    """
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    file = self._directory / str(step) / 'state'
+    _check_matches(file, abstract_state)
+    items = {
+      'state': ocp.args.StandardRestore(_abstract(abstract_state)),
+      'meta': ocp.args.JsonRestore(),
+    }
+    if iterator is not None:
+      if not (self._directory / str(step) / 'data').exists():
+        raise ValueError(
+          f'{self._directory / str(step)}: saved without a data iterator, '
+          'cannot resume one from it'
+        )
+      items['data'] = grain.checkpoint.CheckpointRestore(iterator)
+    found = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return found.state, step, found.meta
+
+  def close(self) -> None:
+    """Releases the manager's threads."""
+    self._manager.close()
+
+  def __enter__(self) -> 'Checkpointer':
+    return self
+
+  def __exit__(self, *unused_exception) -> None:
+    self.close()
+
+
+def save_params(path: os.PathLike[str] | str, params: Any) -> None:
+  """Writes parameters alone, for a later stage; replaces what `path` held.
+
+  Args:
+    path: the checkpoint's folder; appears whole or not at all.
+    params: tree of arrays.
+  """
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(pathlib.Path(path).absolute(), params, force=True)
+
+
+def load_params(path: os.PathLike[str] | str, abstract_params: Any) -> Any:
+  """Reads parameters that `save_params` wrote.
+
+  Args:
+    path: the checkpoint's folder.
+    abstract_params: tree of ShapeDtypeStructs (or arrays), with the shardings
+      the result is to have.
+
+  Returns:
+    The tree of jax.Arrays.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint at `path`.
+    ValueError: a leaf is missing, superfluous or of another shape.
+  """
+  path = pathlib.Path(path).absolute()
+  if not path.is_dir():
+    raise FileNotFoundError(f'{path}: no checkpoint there')
+  _check_matches(path, abstract_params)
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(path, _abstract(abstract_params))
+
+
+def _abstract(tree: Any) -> Any:
+  """Shapes and shardings; leaves without one go to the first device."""
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def one(x):
+    sharding = getattr(x, 'sharding', None) or default
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(one, tree)
+
+
+def _check_matches(path: pathlib.Path, abstract: Any) -> None:
+  """Compares a checkpoint's leaves with the wanted ones, by name and shape."""
+  try:
+    saved = _shapes(ocp.StandardCheckpointHandler().metadata(path).tree)
+  except (OSError, ValueError) as e:
+    raise ValueError(f'{path}: not a readable checkpoint; delete it') from e
+  wanted = _shapes(abstract)
+  for name, shape in wanted.items():
+    if name not in saved:
+      raise ValueError(f'{path}: leaf {name} {shape} is not in the checkpoint')
+    if saved[name] != shape:
+      raise ValueError(
+        f'{path}: leaf {name} has shape {saved[name]} in the checkpoint, but '
+        f'the config asks for {shape}'
+      )
+  extra = sorted(set(saved) - set(wanted))
+  if extra:
+    raise ValueError(
+      f'{path}: leaf {extra[0]} {saved[extra[0]]} is in the checkpoint, but '
+      'the config has no place for it'
+    )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Leaf name (keys joined by dots) -> shape."""
+  shapes = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.eval_shape(jax.random.key_data, leaf)
+    shapes['.'.join(_key(k) for k in path)] = tuple(leaf.shape)
+  return shapes
+
+
+def _key(entry: Any) -> str:
+  for attribute in ('key', 'name', 'idx'):
+    if hasattr(entry, attribute):
+      return str(getattr(entry, attribute))
+  return str(entry)

@@ -1,0 +1,102 @@
+"""Reads the command line; whatever is wrong with it becomes one line."""
+
+import difflib
+import pathlib
+import sys
+from collections.abc import Iterable
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+# Fields that the command line must not set, and what to write instead.
+_RESERVED = {
+  'seed': 'is set to each of config.seeds in turn; write --config.seeds=',
+  'stage': 'is the name of the config file; write --config=configs/<stage>.py',
+}
+
+
+class UsageError(Exception):
+  """A command line that means nothing."""
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags; for `app.run(flags_parser=)`.
+
+  A command line that cannot be parsed prints one line, with the nearest known
+  name, and exits with code 2; with `--debug` it shows the traceback.
+
+  Args:
+    argv: the program's name, then the words after it.
+
+  Returns:
+    The words that are no flags: the program's name.
+  """
+  try:
+    return _parse(argv)
+  except Exception as e:
+    if '--debug' in argv:
+      raise
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    # A ValueError of a config file comes with its traceback as text.
+    shown = lines[-1:] if 'Traceback (most' in str(e) else lines
+    print('error:', ' '.join(shown), file=sys.stderr)
+    sys.exit(2)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """`; did you mean X?` for the nearest of `names`, or nothing."""
+  near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+  return f'; did you mean {near[0]}?' if near else ''
+
+
+def _parse(argv: list[str]) -> list[str]:
+  config = _value_of_config(argv)
+  if config is None and not any(w in ('--help', '--helpfull') for w in argv):
+    raise UsageError('--config is missing, e.g. --config=configs/rl.py')
+  if config is not None:
+    path = pathlib.Path(config.partition(':')[0])
+    if not path.is_file():
+      files = map(str, path.parent.glob('*.py'))
+      raise UsageError(f'no config file {path}{nearest(str(path), files)}')
+    # Config files import their neighbours, from any working directory.
+    sys.path.insert(0, str(path.resolve().parent.parent))
+  try:
+    rest = flags.FLAGS(argv)
+  except (AttributeError, KeyError):
+    _check_fields(argv, config)
+    raise
+  for field, advice in _RESERVED.items():
+    if field in config_flags.get_override_values(flags.FLAGS['config']):
+      raise UsageError(f'config.{field} {advice}')
+  if rest[1:]:
+    raise UsageError(
+      f'{rest[1]!r} is no flag; a field is set by --config.rl.steps=100'
+    )
+  return rest
+
+
+def _value_of_config(argv: list[str]) -> str | None:
+  """The value of `--config=value` or `--config value`."""
+  for i, word in enumerate(argv[1:], 1):
+    flag, has_value, value = word.partition('=')
+    if flag in ('--config', '-config'):
+      return value if has_value else argv[i + 1] if argv[i + 1 :] else None
+  return None
+
+
+def _check_fields(argv: list[str], config_argument: str) -> None:
+  """Raises a UsageError for the first `--config.field` that does not exist."""
+  config = flags.FLAGS['config'].parser.parse(config_argument)
+  known = set(_fields(config, 'config'))
+  for word in argv[1:]:
+    field = word.lstrip('-').partition('=')[0]
+    if field.startswith('config.') and field not in known:
+      raise UsageError(f'no field {field}{nearest(field, known)}')
+
+
+def _fields(config: ml_collections.ConfigDict, prefix: str) -> Iterable[str]:
+  for name, value in config.items():
+    yield f'{prefix}.{name}'
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from _fields(value, f'{prefix}.{name}')

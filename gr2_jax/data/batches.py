@@ -1,0 +1,163 @@
+"""Grain pipelines from slates and traces to host batches of static shape.
+
+Every example is a function of (record, per-record seed), so the iterator's
+state is a position and a resumed run draws what the uninterrupted one would.
+
+Axes: P batch of slates, G completions of a slate, T tokens, K candidates.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from gr2_jax.data import prompts
+
+# One reader keeps ahead of the device; more fight for the interpreter.
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+def dataset(
+  source: Any,
+  render: Callable[[Any, np.random.Generator], dict[str, np.ndarray]],
+  batch_size: int,
+  seed: int,
+) -> grain.MapDataset:
+  """Endless shuffled batches; each epoch has its own order and randomness.
+
+  Args:
+    source: random access to records.
+    render: a record and a generator to a dict of arrays of static shape.
+    batch_size: examples a batch over all hosts.
+    seed: of order and randomness.
+
+  Returns:
+    Dicts of stacked arrays, this host's share.
+
+  Raises:
+    ValueError: there are fewer records than a batch has, or the batch does
+      not split over the hosts.
+  """
+  hosts = jax.process_count()
+  if batch_size % hosts:
+    raise ValueError(
+      f'batch_size={batch_size} does not split over {hosts} hosts'
+    )
+  if len(source) < batch_size:
+    raise ValueError(
+      f'{len(source)} examples are fewer than batch_size={batch_size}: lower '
+      'it, or bring more data'
+    )
+  data = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+  data = data[jax.process_index() :: hosts].random_map(render)
+  return data.batch(batch_size // hosts, drop_remainder=True)
+
+
+def iterate(data: grain.MapDataset) -> grain.DatasetIterator:
+  """An iterator whose state Grain can save: a position."""
+  return iter(data.to_iter_dataset(_READ))
+
+
+def first_batches(
+  source: Any,
+  render: Callable[[Any, np.random.Generator], dict[str, np.ndarray]],
+  batch_size: int,
+  most: int,
+  seed: int,
+) -> list[dict[str, np.ndarray]]:
+  """The first batches of a split in random order: the same at every call."""
+  batch_size = min(batch_size, len(source))
+  data = dataset(source, render, batch_size, seed)
+  return [data[i] for i in range(min(most, len(source) // batch_size))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """A completion to train on, before padding."""
+
+  ids: list[int]
+  weights: list[float]  # of each token in the loss
+  answer_at: int = -1  # where its slots begin, where the read-out ranks them
+
+
+def examples(
+  prompt: dict[str, np.ndarray],
+  completions: list[Completion],
+  prompt_tokens: int,
+  completion_tokens: int,
+) -> dict[str, np.ndarray]:
+  """One row of `learner.Examples`."""
+  ids = [
+    prompts.pad(c.ids, completion_tokens, 'completion') for c in completions
+  ]
+  weights = np.zeros((len(completions), completion_tokens), np.float32)
+  for row, completion in zip(weights, completions, strict=True):
+    row[: len(completion.weights)] = completion.weights
+  at = np.array([c.answer_at for c in completions], np.int32)
+  return {
+    'prompt': prompts.pad(prompt['prompt'], prompt_tokens, 'prompt'),
+    'prompt_length': np.int32(len(prompt['prompt'])),
+    'completion': np.stack(ids),
+    'weights': weights,
+    'answer_at': np.maximum(at, 0),
+    'rank_by_readout': at >= 0,
+    'slots': prompt['slots'],
+    'grades': prompt['grades'],
+    'count': prompt['count'],
+  }
+
+
+def requests(
+  prompter: prompts.Prompter, control: str, shuffle: bool
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Rendering for sampling: the prompt ends in the control token.
+
+  Args:
+    prompter: of the data set.
+    control: '<think>' or '<answer>'.
+    shuffle: whether candidates are shown in random order.
+
+  Returns:
+    `(slate, rng) -> dict` with prompt [T], prompt_length, slots, grades,
+    incoming [K], count.
+  """
+  token = prompter.vocabulary.control[control]
+  tokens = prompter.prompt_tokens
+
+  def render(slate, rng):
+    order = prompts.presentation(int(slate['count']), shuffle, rng)
+    row = prompter.prompt(slate, order)
+    ids = np.append(row['prompt'], np.int32(token))
+    return row | {
+      'prompt': prompts.pad(ids, tokens, 'prompt'),
+      'prompt_length': np.int32(len(ids)),
+    }
+
+  return render
+
+
+def in_order(
+  slates: Any,
+  render: Callable[..., dict[str, np.ndarray]],
+  batch_size: int,
+  seed: int,
+):
+  """Yields `(rows, batch)` over a whole split once, the last batch padded.
+
+  Args:
+    slates: random access to records.
+    render: of `requests`; its randomness is a function of (seed, index).
+    batch_size: rows of every batch; the last repeats its last row.
+    seed: of the presentation.
+
+  Yields:
+    The number of real rows and a dict of stacked arrays.
+  """
+  for begin in range(0, len(slates), batch_size):
+    index = range(begin, min(begin + batch_size, len(slates)))
+    rows = [render(slates[i], np.random.default_rng((seed, i))) for i in index]
+    rows += [rows[-1]] * (batch_size - len(rows))
+    yield len(index), {k: np.stack([r[k] for r in rows]) for k in rows[0]}

@@ -1,0 +1,397 @@
+"""Evidence: what an honest system may know of a candidate, in numbers.
+
+History is what the user did before the slate, its last 30 items; everything
+else is fitted on rows that hold neither the slate's user (in training) nor
+anything after the validation cut. `even`, `long` (.97), `short` (.8) and
+`recent` (last 5) are weights over the history that sum to one.
+
+  incoming_score   score of the incoming ranker
+  incoming_rank    0 for the first
+  co_long          decayed symmetric co-engagement, mean by long
+  co_short         the same by short
+  co_last          the same with the last item alone
+  co_max           largest over the history
+  co_hits          history items that are neighbours
+  joint_mean       co-occurrence in a user at any distance, mean by even;
+                   a user counts 1 / length
+  joint_max        largest over the history
+  directed         decayed weight of the candidate after the item, by short,
+                   over the root of both counts
+  direction        log((after + .5) / (before + .5)), by short
+  latent           cosine-like product of mean history and candidate in the
+                   32 strongest singular directions
+  latent_recent    the same by recent
+  genre            category match with the history
+  genre_recent     the same by recent
+  leaf             share of the history with the same last category
+  transition       log lift of the candidate's categories after those of the
+                   last three items, mean; pairs at most 3 places apart
+  transition_max   largest over the last three
+  text_mean        TF-IDF cosine of titles (words, word pairs), by long
+  text_max         largest over the history
+  popularity       log(1 + rows of the item)
+  trend            log share of its earlier rows that fall in the last
+                   quarter of the time up to the slate
+  quality          mean grade, shrunk by 5 rows
+  popularity_gap   distance to the history's mean log popularity
+  stage_gap        mean log place in other histories, less log of this place
+  year             year - 2000, 0 where unknown
+  year_gap         log(1 + distance to the history's mean year)
+  year_gap_recent  the same by recent
+  age              years since then at the time of the slate
+
+Where a file tells an order but no times (`Log.has_times`), the columns in
+ORDERED are zero: order inside a day may follow item codes.
+
+Axes: n slates, K candidates, R history items read, E columns, I items,
+C categories.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse import linalg
+
+from gr2_jax.data import log as log_lib
+from gr2_jax.data import prerank
+
+EVIDENCE = (
+  'incoming_score',
+  'incoming_rank',
+  'co_long',
+  'co_short',
+  'co_last',
+  'co_max',
+  'co_hits',
+  'joint_mean',
+  'joint_max',
+  'directed',
+  'direction',
+  'latent',
+  'latent_recent',
+  'genre',
+  'genre_recent',
+  'leaf',
+  'transition',
+  'transition_max',
+  'text_mean',
+  'text_max',
+  'popularity',
+  'trend',
+  'quality',
+  'popularity_gap',
+  'stage_gap',
+  'year',
+  'year_gap',
+  'year_gap_recent',
+  'age',
+)
+
+# Columns that read who came first.
+ORDERED = (
+  'directed',
+  'direction',
+  'transition',
+  'transition_max',
+  'trend',
+  'stage_gap',
+  'age',
+)
+
+REACH = 30  # History items read.
+RECENT = 5
+NEXT = 3  # Places within which one category leads to another.
+ROWS = 2048
+TEXT_BUCKETS = 1 << 18
+LATENT = 32
+COMMON = 0.1  # Words in more than this share of the titles say nothing.
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """Everything `compute` looks up, fitted on the rows of one Statistics.
+
+  Attributes:
+    statistics: the pre-ranker's.
+    joint: float32 [I, I], co-occurrence at any distance.
+    text: float32 [I, I], title cosine, nearest 100.
+    genres: float32 [I, C], unit rows.
+    leaf: int [I], id of the last category.
+    transition: float32 [C, C], log lift.
+    latent: float32 [I, 32].
+    quality: float32 [I].
+    stage: float32 [I], mean log(1 + place).
+    item_times: int64, sorted item * span + time of each row.
+    times: int64, sorted times of the rows.
+    span: larger than any time difference.
+  """
+
+  statistics: prerank.Statistics
+  joint: sparse.csr_array
+  text: sparse.csr_array
+  genres: np.ndarray
+  leaf: np.ndarray
+  transition: np.ndarray
+  latent: np.ndarray
+  quality: np.ndarray
+  stage: np.ndarray
+  item_times: np.ndarray
+  times: np.ndarray
+  span: int
+
+
+def text_neighbours(catalog: log_lib.Catalog, most: int = 100):
+  """Returns csr [I, I]: cosine of the titles' TF-IDF words and word pairs."""
+  row, column = [], []
+  for index, title in enumerate(catalog.titles):
+    words = re.findall(r'[a-z0-9]+', title.lower())
+    grams = set(words) | {
+      f'{a} {b}' for a, b in zip(words[:-1], words[1:], strict=True)
+    }
+    row += [index] * len(grams)
+    column += [zlib.crc32(gram.encode()) % TEXT_BUCKETS for gram in grams]
+  n = len(catalog)
+  matrix = sparse.csr_array(
+    (np.ones(len(row), np.float32), (row, column)), shape=(n, TEXT_BUCKETS)
+  )
+  frequency = np.bincount(matrix.indices, minlength=TEXT_BUCKETS)
+  idf = np.log((1 + n) / (1 + frequency))
+  idf[frequency > max(COMMON * n, 5)] = 0.0
+  matrix = sparse.csr_array(matrix @ sparse.diags_array(idf))
+  norm = np.sqrt(matrix.multiply(matrix).sum(axis=1))
+  scale = sparse.diags_array(1 / np.maximum(norm, 1e-6))
+  matrix = sparse.csr_array(scale @ matrix).astype(np.float32)
+  parts = []
+  for low in range(0, n, ROWS):
+    block = sparse.csr_array(matrix[low : low + ROWS] @ matrix.T)
+    parts.append(prerank.prune(block, most))
+  return sparse.csr_array(sparse.vstack(parts))
+
+
+def category_matrix(catalog: log_lib.Catalog) -> np.ndarray:
+  """Returns float32 [I, C], unit rows, rare categories weighing more."""
+  names = sorted({name for path in catalog.categories for name in path})
+  index = {name: i for i, name in enumerate(names)}
+  matrix = np.zeros((len(catalog), len(names) + 1), np.float32)
+  for item, path in enumerate(catalog.categories):
+    for name in path:
+      matrix[item, index[name]] = 1.0
+  matrix[:, -1] = matrix.sum(axis=1) == 0
+  frequency = matrix.sum(axis=0)
+  matrix *= np.log(1 + len(catalog) / np.maximum(frequency, 1))
+  return matrix / np.maximum(
+    np.linalg.norm(matrix, axis=1, keepdims=True), 1e-6
+  )
+
+
+def fit(
+  log: log_lib.Log,
+  statistics: prerank.Statistics,
+  text: sparse.csr_array,
+  genres: np.ndarray,
+) -> Facts:
+  """Fits the facts on exactly the rows that `statistics` saw."""
+  rows = statistics.rows
+  users, items = log.users[rows], log.items[rows]
+  n_items, n_users = len(log.catalog), len(log.user_ids)
+  counts = statistics.counts
+
+  lengths = np.bincount(users, minlength=n_users)
+  engaged = sparse.csr_array(
+    (
+      (1.0 / np.sqrt(np.maximum(lengths, 1)))[users].astype(np.float32),
+      (users, items),
+    ),
+    shape=(n_users, n_items),
+  )
+  scale = sparse.diags_array(1 / np.sqrt(np.maximum(counts, 1.0)))
+  joint = scale @ (engaged.T @ engaged) @ scale
+  joint = sparse.csr_array(joint).astype(np.float32)
+  joint.sort_indices()
+
+  rank = min(LATENT, min(n_users, n_items) - 1)
+  start = np.random.default_rng(0).normal(size=min(n_users, n_items))
+  _, value, vector = linalg.svds(
+    sparse.csr_array(engaged @ scale).astype(np.float64), k=rank, v0=start
+  )
+  latent = (vector.T * np.sqrt(np.maximum(value, 0))).astype(np.float32)
+  latent /= np.maximum(np.linalg.norm(latent, axis=1, keepdims=True), 1e-6)
+
+  flow = sparse.csr_array((n_items, n_items), dtype=np.float32)
+  for lag in range(1, NEXT + 1):
+    pair = users[lag:] == users[:-lag]
+    ends = items[:-lag][pair], items[lag:][pair]
+    flow = flow + sparse.csr_array(
+      (np.ones(len(ends[0]), np.float32), ends), shape=flow.shape
+    )
+  joint_genre = genres.T @ (flow @ genres) + 1.0
+  expected = np.outer(joint_genre.sum(1), joint_genre.sum(0))
+  transition = np.log(joint_genre * joint_genre.sum() / expected)
+
+  leaves = [path[-1:] for path in log.catalog.categories]
+  _, leaf = np.unique([''.join(name) for name in leaves], return_inverse=True)
+  grades = np.bincount(items, log.grades[rows], minlength=n_items)
+  mean = log.grades[rows].mean() if len(rows) else 1.0
+  quality = (grades + 5 * mean) / (counts + 5)
+  places = np.log1p(log.positions()[rows])
+  overall = places.mean() if len(rows) else 0.0
+  stage = np.bincount(items, places, minlength=n_items)
+  stage = (stage + 5 * overall) / (counts + 5)
+  order = np.lexsort((log.times[rows], items))
+  times = np.sort(log.times[rows])
+  base = times[0] if len(times) else 0
+  span = int(times[-1] - base) + 2 if len(times) else 2
+  item_times = items[order].astype(np.int64) * span
+  item_times += log.times[rows][order] - base
+  return Facts(
+    statistics,
+    joint,
+    text,
+    genres,
+    leaf,
+    transition.astype(np.float32),
+    latent,
+    quality.astype(np.float32),
+    stage.astype(np.float32),
+    item_times,
+    times,
+    span,
+  )
+
+
+def compute(
+  log: log_lib.Log,
+  facts: Facts,
+  users: np.ndarray,
+  positions: np.ndarray,
+  times: np.ndarray,
+  candidates: np.ndarray,
+  scores: np.ndarray,
+) -> np.ndarray:
+  """Returns float32 [n, K, E]; a padding candidate's row is all zero."""
+  out = np.zeros((*candidates.shape, len(EVIDENCE)), np.float32)
+  start = log.offsets()[users]
+  for low in range(0, len(users), ROWS):
+    part = slice(low, low + ROWS)
+    end = start[part] + positions[part]
+    age = np.arange(REACH)
+    index = end[:, None] - 1 - age
+    history = np.where(
+      age < positions[part, None], log.items[np.maximum(index, 0)], -1
+    )
+    out[part] = _block(
+      log,
+      facts,
+      history,
+      positions[part],
+      times[part],
+      candidates[part],
+      scores[part],
+    )
+  if not log.has_times():
+    out[..., [EVIDENCE.index(name) for name in ORDERED]] = 0.0
+  out[candidates < 0] = 0.0
+  return out
+
+
+def _lookup(matrix, history, candidates):
+  """Returns [n, R, K]: the matrix at (history, candidate), 0 at pads."""
+  shape = (*history.shape, candidates.shape[1])
+  row = np.broadcast_to(history[:, :, None], shape)
+  column = np.broadcast_to(candidates[:, None, :], shape)
+  real = (row >= 0) & (column >= 0)
+  out = np.zeros(shape, np.float32)
+  out[real] = np.asarray(matrix[row[real], column[real]]).ravel()
+  return out
+
+
+def _block(log, facts, history, positions, times, candidates, scores):
+  n, k = candidates.shape
+  real = history >= 0
+  safe = np.maximum(history, 0)
+  item = np.maximum(candidates, 0)
+  age = np.arange(history.shape[1])
+
+  def weights(decay, last=None):
+    w = np.where(real, decay**age, 0.0)
+    if last is not None:
+      w = w * (age < last)
+    return (w / np.maximum(w.sum(1, keepdims=True), 1e-6)).astype(np.float32)
+
+  even, short = weights(1.0), weights(0.8)
+  long, recent = weights(0.97), weights(1.0, RECENT)
+  columns = {}
+  columns['incoming_score'] = scores
+  columns['incoming_rank'] = np.broadcast_to(
+    np.arange(k, dtype=np.float32), (n, k)
+  )
+  co = _lookup(facts.statistics.similarity, history, candidates)
+  columns['co_long'] = np.einsum('nr,nrk->nk', long, co)
+  columns['co_short'] = np.einsum('nr,nrk->nk', short, co)
+  columns['co_last'] = co[:, 0]
+  columns['co_max'] = co.max(1)
+  columns['co_hits'] = (co > 0).sum(1)
+  joint = _lookup(facts.joint, history, candidates)
+  columns['joint_mean'] = np.einsum('nr,nrk->nk', even, joint)
+  columns['joint_max'] = joint.max(1)
+  counts = facts.statistics.counts
+  root = np.sqrt(np.maximum(counts, 1))
+  scale = 1 / (root[safe][:, :, None] * root[item][:, None, :])
+  after = _lookup(facts.statistics.directed, history, candidates)
+  before = _lookup(facts.statistics.directed.T.tocsr(), history, candidates)
+  columns['directed'] = np.einsum('nr,nrk->nk', short, after * scale)
+  columns['direction'] = np.einsum(
+    'nr,nrk->nk', short, np.log((after + 0.5) / (before + 0.5))
+  )
+  taste = np.einsum('nr,nrd->nd', even, facts.latent[safe])
+  columns['latent'] = np.einsum('nd,nkd->nk', taste, facts.latent[item])
+  taste = np.einsum('nr,nrd->nd', recent, facts.latent[safe])
+  columns['latent_recent'] = np.einsum('nd,nkd->nk', taste, facts.latent[item])
+  genre = np.einsum('nr,nrc->nc', even, facts.genres[safe])
+  columns['genre'] = np.einsum('nc,nkc->nk', genre, facts.genres[item])
+  genre = np.einsum('nr,nrc->nc', recent, facts.genres[safe])
+  columns['genre_recent'] = np.einsum('nc,nkc->nk', genre, facts.genres[item])
+  same = facts.leaf[safe][:, :, None] == facts.leaf[item][:, None, :]
+  columns['leaf'] = np.einsum('nr,nrk->nk', even, same)
+  last = facts.genres[safe[:, :NEXT]] @ facts.transition
+  lift = np.einsum('nrc,nkc->nrk', last, facts.genres[item])
+  lift = lift * real[:, :NEXT, None]
+  columns['transition'] = lift.mean(axis=1)
+  columns['transition_max'] = lift.max(axis=1)
+  text = _lookup(facts.text, history, candidates)
+  columns['text_mean'] = np.einsum('nr,nrk->nk', long, text)
+  columns['text_max'] = text.max(1)
+  popularity = np.log1p(counts)
+  columns['popularity'] = popularity[item]
+  base = facts.times[0] if len(facts.times) else 0
+  now = np.clip(times - base, 0, facts.span - 1)[:, None]
+  key = item.astype(np.int64) * facts.span
+  until = np.searchsorted(facts.item_times, key + now)
+  begin = np.searchsorted(facts.item_times, key)
+  half = np.searchsorted(facts.item_times, key + now * 3 // 4)
+  columns['trend'] = np.log((until - half + 1) / (until - begin + 2))
+  columns['quality'] = facts.quality[item]
+  habit = np.einsum('nr,nr->n', even, popularity[safe])
+  columns['popularity_gap'] = np.abs(popularity[item] - habit[:, None])
+  columns['stage_gap'] = facts.stage[item] - np.log1p(positions)[:, None]
+  year = log.catalog.years.astype(np.float32)
+  known = year[safe] > 0
+
+  def year_gap(w):
+    w = w * known
+    centre = (w * year[safe]).sum(1) / np.maximum(w.sum(1), 1e-6)
+    gap = np.abs(year[item] - centre[:, None])
+    valid = (year[item] > 0) & (w.sum(1) > 0)[:, None]
+    return np.where(valid, np.log1p(gap), 0.0)
+
+  columns['year'] = np.where(year[item] > 0, year[item] - 2000, 0)
+  columns['year_gap'] = year_gap(even)
+  columns['year_gap_recent'] = year_gap(recent)
+  today = 1970 + times[:, None] / (365.25 * 86400)
+  columns['age'] = np.where(year[item] > 0, today - year[item], 0)
+  return np.stack([columns[name] for name in EVIDENCE], axis=-1)

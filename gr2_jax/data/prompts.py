@@ -1,0 +1,270 @@
+"""From a slate to token ids: prompts, reasoning, answers.
+
+The prompt is a run of blocks, then one control token that asks for a kind of
+answer; nothing in it is an id of the outside world:
+
+  <bos> <history> item item .. <candidates> line line .. | <think> or <answer>
+
+A candidate's line is its fields in the configured order (semantic ID, title,
+category path, evidence) and, last, its slot token: the candidate's name in
+answers and the place of the listwise read-out. Candidates stand in a random
+order, so that neither place nor slot tells the incoming rank; that is an
+evidence column like the others. The blocks' order is a choice: a decoder's
+slot tokens read only what stands before them, so the history comes first
+unless the candidates' keys are to be shared between users.
+
+Axes: K candidates, E evidence columns, T tokens, H history.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.data import vocabulary as vocabulary_lib
+from gr2_jax.data.log import Catalog
+
+FIELDS = ('sid', 'title', 'categories', 'evidence')
+RAW = ':raw'
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceBins:
+  """Turns evidence columns into a few bins each.
+
+  A column is centred and scaled within its slate, so that it compares the
+  candidates; one named `column:raw` keeps its own scale, so that it compares
+  slates too. Bin edges are quantiles over the training slates.
+  """
+
+  columns: tuple[str, ...]  # as configured, some with `:raw`
+  index: np.ndarray  # int [E], where they stand in the slates' evidence
+  edges: np.ndarray  # float64 [E, bins - 1], ascending
+
+  def __call__(self, evidence_KxE: np.ndarray, count: int) -> np.ndarray:
+    """int32 [K, E] bins of the first `count` candidates; 0 in the padding."""
+    values = self._prepare(evidence_KxE[None], np.array([count]))[0]
+    bins = (values[..., None] >= self.edges).sum(-1)
+    bins[count:] = 0
+    return bins.astype(np.int32)
+
+  def _prepare(self, evidence: np.ndarray, count: np.ndarray) -> np.ndarray:
+    values = evidence[..., self.index].astype(np.float64)
+    real = (np.arange(evidence.shape[1]) < count[:, None])[..., None]
+    n = count[:, None, None]
+    mean = (values * real).sum(1, keepdims=True) / n
+    var = (((values - mean) ** 2) * real).sum(1, keepdims=True) / n
+    centred = (values - mean) / (np.sqrt(var) + 1e-6)
+    raw = np.array([name.endswith(RAW) for name in self.columns], bool)
+    return np.where(raw, values, centred)
+
+  @classmethod
+  def fit(
+    cls,
+    slates: slates_lib.Slates,
+    names: list[str],
+    columns: tuple[str, ...],
+    bins: int,
+  ) -> 'EvidenceBins':
+    """Quantiles over the real candidates of the training slates.
+
+    Raises:
+      ValueError: a column that the slates do not have.
+    """
+    for column in columns:
+      if column.removesuffix(RAW) not in names:
+        raise ValueError(
+          f'prompt.evidence: no column {column!r} in the slates; known: '
+          f'{", ".join(names)} (each also with the suffix {RAW!r})'
+        )
+    index = np.array([names.index(c.removesuffix(RAW)) for c in columns], int)
+    empty = cls(columns, index, np.zeros((len(columns), bins - 1)))
+    values = empty._prepare(slates.evidence, slates.count)
+    real = np.arange(values.shape[1]) < slates.count[:, None]
+    shares = np.linspace(0, 1, bins + 1)[1:-1]
+    edges = np.quantile(values[real], shares, axis=0).T
+    return cls(columns, index, edges.reshape(len(columns), bins - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompter:
+  """Renders slates of one data set with one vocabulary.
+
+  Attributes:
+    vocabulary: token ids.
+    bins: evidence to bins.
+    items: token ids of each field of each item: field -> tuple of tuples.
+    layout: blocks in order, of 'history' and 'candidates'.
+    fields: of a candidate's line, in order, before its slot.
+    history: most recent items shown.
+    num_candidates: K, candidates that a prompt has room for.
+    reasoning: tokens of a reasoning span, at most; longer ones are cut.
+  """
+
+  vocabulary: vocabulary_lib.Vocabulary
+  bins: EvidenceBins
+  items: dict[str, tuple[tuple[int, ...], ...]]
+  layout: tuple[str, ...]
+  fields: tuple[str, ...]
+  history: int
+  num_candidates: int
+  reasoning: int
+
+  @property
+  def prompt_tokens(self) -> int:
+    """Length that every prompt of this data set fits in."""
+    return 2 + sum(
+      1 + self.history * self._longest(('sid',))
+      if block == 'history'
+      else 1 + self.num_candidates * (1 + self._longest(self.fields))
+      for block in self.layout
+    )
+
+  @property
+  def answer_tokens(self) -> int:
+    """Length of a completion without reasoning: every slot, then <eos>."""
+    return self.num_candidates + 1
+
+  @property
+  def thinking_tokens(self) -> int:
+    """Length of a completion with reasoning."""
+    return self.reasoning + 1 + self.answer_tokens
+
+  def _longest(self, fields: tuple[str, ...]) -> int:
+    return sum(
+      len(self.bins.columns)
+      if field == 'evidence'
+      else max(map(len, self.items[field]))
+      for field in fields
+    )
+
+  def prompt(
+    self, slate: dict[str, np.ndarray], order: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """Renders a slate, its candidates in a given order, without the request.
+
+    Args:
+      slate: one record of `slates.source`.
+      order: int [count], incoming ranks in the order of presentation.
+
+    Returns:
+      prompt int32 [T] without padding; slots int32 [K], where each slot token
+      stands (0 for padding); grades float32 [K] and incoming int32 [K] in the
+      order of presentation; count int32.
+    """
+    count, K = int(slate['count']), self.num_candidates
+    ids, slots = [self.vocabulary.bos], np.zeros(K, np.int32)
+    for block in self.layout:
+      ids.append(self.vocabulary.control[f'<{block}>'])
+      if block == 'history':
+        shown = slate['history'][: int(slate['history_length'])]
+        for item in shown[len(shown) - min(self.history, len(shown)) :]:
+          ids.extend(self.items['sid'][item])
+        continue
+      bins = self.vocabulary.bins(self.bins(slate['evidence'], count))
+      for place, rank in enumerate(order):
+        item = slate['candidates'][rank]
+        for field in self.fields:
+          ids.extend(
+            bins[rank].tolist()
+            if field == 'evidence'
+            else self.items[field][item]
+          )
+        slots[place] = len(ids)
+        ids.append(self.vocabulary.slot_base + place)
+    incoming = np.arange(K, dtype=np.int32)
+    incoming[:count] = order
+    grades = np.zeros(K, np.float32)
+    grades[:count] = slate['grades'][order]
+    return {
+      'prompt': np.array(ids, np.int32),
+      'slots': slots,
+      'grades': grades,
+      'incoming': incoming,
+      'count': np.int32(count),
+    }
+
+  def answer(self, ranking: np.ndarray, order: np.ndarray) -> list[int]:
+    """Slot ids and <eos> of a ranking given in incoming ranks."""
+    place = np.argsort(order)
+    slots = self.vocabulary.slot_base + place[ranking]
+    return [*slots.tolist(), self.vocabulary.eos]
+
+  def present(self, ids: np.ndarray, order: np.ndarray) -> list[int]:
+    """Renames slots of a stored reasoning span, incoming rank to place."""
+    place = np.argsort(order)
+    ids = np.asarray(ids, np.int32).copy()
+    slot = self.vocabulary.is_slot(ids)
+    ids[slot] = (
+      self.vocabulary.slot_base + place[ids[slot] - self.vocabulary.slot_base]
+    )
+    return ids[: self.reasoning].tolist()
+
+
+def pad(ids: list[int] | np.ndarray, length: int, what: str) -> np.ndarray:
+  """int32 [length], zeros (the padding token) at the end.
+
+  Raises:
+    ValueError: the ids are longer than that.
+  """
+  if len(ids) > length:
+    raise ValueError(f'{what}: {len(ids)} tokens, room for {length}')
+  out = np.zeros(length, np.int32)
+  out[: len(ids)] = ids
+  return out
+
+
+def presentation(
+  count: int, shuffle: bool, rng: np.random.Generator
+) -> np.ndarray:
+  """Incoming ranks in the order in which candidates are shown: int [count]."""
+  return rng.permutation(count) if shuffle else np.arange(count)
+
+
+def item_tokens(
+  vocabulary: vocabulary_lib.Vocabulary,
+  catalog: Catalog,
+  codes_IxL: np.ndarray,
+  title_tokens: int,
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+  """Token ids of every item's fields, made once."""
+  sids = vocabulary.sid(codes_IxL)
+  return {
+    'sid': tuple(tuple(row) for row in sids.tolist()),
+    'title': tuple(
+      tuple(vocabulary.encode(title)[:title_tokens]) for title in catalog.titles
+    ),
+    'categories': tuple(
+      tuple(vocabulary.encode(' > '.join(path))[:title_tokens])
+      for path in catalog.categories
+    ),
+  }
+
+
+def save_bins(path: os.PathLike[str] | str, bins: EvidenceBins) -> None:
+  """Writes JSON: columns, their places, edges."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(
+    json.dumps(
+      {
+        'columns': bins.columns,
+        'index': bins.index.tolist(),
+        'edges': bins.edges.tolist(),
+      }
+    )
+  )
+  os.replace(temporary, path)
+
+
+def load_bins(path: os.PathLike[str] | str) -> EvidenceBins:
+  """Reads what `save_bins` wrote."""
+  found = json.loads(pathlib.Path(path).read_text())
+  return EvidenceBins(
+    tuple(found['columns']),
+    np.array(found['index'], int),
+    np.array(found['edges'], np.float64).reshape(len(found['columns']), -1),
+  )

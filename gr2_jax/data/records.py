@@ -1,0 +1,49 @@
+"""ArrayRecord files of named arrays: appended whole, read by random access."""
+
+import os
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+from flax import serialization
+
+
+def write(
+  path: os.PathLike[str] | str, examples: Iterable[dict[str, np.ndarray]]
+) -> int:
+  """Writes one file; it appears whole or not at all.
+
+  Args:
+    path: the file; an existing one is replaced.
+    examples: flat dicts of arrays (any shapes and dtypes).
+
+  Returns:
+    The number of examples.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + '.tmp')
+  writer = array_record_module.ArrayRecordWriter(
+    str(temporary), 'group_size:1'
+  )
+  n = 0
+  for n, example in enumerate(examples, 1):
+    writer.write(serialization.msgpack_serialize(example))
+  writer.close()
+  os.replace(temporary, path)
+  return n
+
+
+class Records:
+  """Random access to a file that `write` made, as Grain wants it."""
+
+  def __init__(self, path: os.PathLike[str] | str):
+    self._source = array_record_data_source.ArrayRecordDataSource(str(path))
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    (record,) = self._source.__getitems__([int(index)])
+    return serialization.msgpack_restore(record)

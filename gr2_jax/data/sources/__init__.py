@@ -1,0 +1,1 @@
+"""Where logs come from: each module has `load(config) -> Log`."""

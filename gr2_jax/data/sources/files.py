@@ -1,0 +1,313 @@
+"""Your own logs, from a folder.
+
+  items.jsonl | items.parquet: one item a line or row
+    item_id: text or whole number, unique
+    title: text, may be empty
+    categories: list of texts, wide to narrow; optional
+    brand: text or null, put in front of the title; optional
+    year: whole number, 0 or null where unknown; optional
+  interactions.csv | interactions.parquet: one engagement a row
+    user_id, item_id: text or whole number; the item is in items
+    timestamp: number; larger is later. Ties are broken at random by seed
+    grade: 1 or 2; optional, 1 where the column is missing
+  impressions.jsonl | impressions.parquet: optional; one shown slate a row
+    user_id, timestamp: as above; a user without interactions is legal
+    candidates: list of item ids, all different
+    scores: list of numbers, the incoming ranker's, as long as candidates
+    grades: list of 0, 1, 2, as long as candidates
+
+The two files of the Amazon Beauty benchmark (item_id, title, brand,
+categories; user_id, item_id, timestamp) have this form. Where impressions are
+missing, the pre-ranker makes the slates.
+
+Axes: n rows, K candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from gr2_jax.data import log as log_lib
+
+DataError = log_lib.DataError
+
+
+def load(config) -> log_lib.Log:
+  """Reads and checks the folder `config.path`.
+
+  Args:
+    config: section `data`; reads `path`, `min_core` and `split_seed`.
+
+  Raises:
+    DataError: what is wrong, with file, line, field and cure.
+  """
+  folder = pathlib.Path(config.path)
+  if not config.path or not folder.is_dir():
+    raise DataError(
+      f'data.path={config.path!r} is not a folder: give the one that holds '
+      'items.jsonl and interactions.csv'
+    )
+  catalog = _items(_find(folder, 'items', ('jsonl', 'parquet')))
+  index = {name: i for i, name in enumerate(catalog.item_ids)}
+  path = _find(folder, 'interactions', ('csv', 'parquet'))
+  user_names, items, times, grades = _interactions(path, index)
+  shown_path = _find(folder, 'impressions', ('jsonl', 'parquet'), needed=False)
+  user_ids, users = np.unique(user_names, return_inverse=True)
+  if shown_path is None:
+    keep = log_lib.core(users, items, config.min_core)
+    if not keep.any():
+      raise DataError(
+        f'{path}: no user and item has data.min_core={config.min_core} '
+        'interactions: lower data.min_core'
+      )
+    kept, users = np.unique(users[keep], return_inverse=True)
+    return log_lib.make_log(
+      catalog,
+      tuple(user_ids[kept].tolist()),
+      users,
+      items[keep],
+      times[keep],
+      grades[keep],
+      config.split_seed,
+    )
+  names, shown = _impressions(shown_path, index)
+  everyone = np.union1d(user_ids, names)
+  shown['users'] = np.searchsorted(everyone, names).astype(np.int32)
+  order = np.lexsort((shown['times'], shown['users']))
+  return log_lib.make_log(
+    catalog,
+    tuple(everyone.tolist()),
+    np.searchsorted(everyone, user_names),
+    items,
+    times,
+    grades,
+    config.split_seed,
+    log_lib.Impressions(**{key: x[order] for key, x in shown.items()}),
+  )
+
+
+def _find(folder, stem, kinds, needed=True) -> pathlib.Path | None:
+  found = [p for k in kinds if (p := folder / f'{stem}.{k}').exists()]
+  if len(found) > 1:
+    raise DataError(
+      f'{folder}: both {found[0].name} and {found[1].name} are there: '
+      'remove one'
+    )
+  if not found and needed:
+    raise DataError(f'{folder}: {stem}.{" or .".join(kinds)} is missing')
+  return found[0] if found else None
+
+
+def _fail(path, line, field, found, cure):
+  unit = 'row' if path.suffix == '.parquet' else 'line'
+  raise DataError(f'{path}, {unit} {line}, field {field!r}: {found}: {cure}')
+
+
+def _records(path: pathlib.Path, needed: tuple[str, ...]) -> list:
+  """Returns (line number, dict) for each line or row."""
+  if path.suffix == '.parquet':
+    rows = list(enumerate(_parquet(path, needed).to_pylist(), start=1))
+  else:
+    rows = []
+    with path.open('rb') as file:
+      for line, text in enumerate(file, start=1):
+        if not text.strip():
+          continue
+        try:
+          row = json.loads(text)
+        except ValueError as error:
+          raise DataError(
+            f'{path}, line {line}: not valid JSON ({error}): the file may be '
+            'cut off here; write it again'
+          ) from error
+        if not isinstance(row, dict):
+          raise DataError(f'{path}, line {line}: not a JSON object')
+        rows.append((line, row))
+  if not rows:
+    raise DataError(f'{path}: the file is empty: it needs at least one row')
+  for line, row in rows:
+    for field in needed:
+      if row.get(field) is None:
+        _fail(path, line, field, 'missing', 'every row needs it')
+  return rows
+
+
+def _parquet(path: pathlib.Path, needed: tuple[str, ...]) -> pa.Table:
+  try:
+    table = pyarrow.parquet.read_table(path)
+  except (pa.ArrowInvalid, OSError) as error:
+    raise DataError(
+      f'{path}: not a whole parquet file ({error}): it may be cut off; '
+      'write it again'
+    ) from error
+  _columns(path, table, needed)
+  return table
+
+
+def _columns(path, table, needed):
+  for name in needed:
+    if name not in table.column_names:
+      raise DataError(
+        f'{path}, line 1, field {name!r}: missing column (found: '
+        f'{", ".join(table.column_names)}): add it or rename one'
+      )
+
+
+def _items(path: pathlib.Path) -> log_lib.Catalog:
+  seen, titles, categories, years = {}, [], [], []
+  for line, row in _records(path, ('item_id', 'title')):
+    name = str(row['item_id'])
+    if name in seen:
+      first = seen[name]
+      cure = f'it is that of line {first} already; item ids are unique'
+      _fail(path, line, 'item_id', f'{name!r} again', cure)
+    seen[name] = line
+    title, brand = row['title'], row.get('brand') or ''
+    for field, value in (('title', title), ('brand', brand)):
+      if not isinstance(value, str):
+        _fail(path, line, field, repr(value), 'it must be text')
+    path_down = row.get('categories') or []
+    if not isinstance(path_down, list) or not all(
+      isinstance(x, str) for x in path_down
+    ):
+      cure = 'it must be a list of texts'
+      _fail(path, line, 'categories', repr(path_down), cure)
+    year = row.get('year') or 0
+    if not isinstance(year, int) or not 0 <= year < 10_000:
+      cure = 'it must be a whole number, 0 where unknown'
+      _fail(path, line, 'year', repr(year), cure)
+    known = brand and brand != 'Unknown' and brand.lower() not in title.lower()
+    titles.append(f'{brand} {title}' if known and title else title)
+    categories.append(tuple(path_down))
+    years.append(year)
+  return log_lib.Catalog(
+    tuple(seen), tuple(titles), tuple(categories), np.array(years, np.int32)
+  )
+
+
+def _interactions(path: pathlib.Path, index: dict[str, int]):
+  """Returns user names [n], items, times and grades, int64 [n]."""
+  needed = ('user_id', 'item_id', 'timestamp')
+  if path.suffix == '.parquet':
+    table, first = _parquet(path, needed), 1
+  else:
+    table, first = _csv(path, needed), 2
+  if not len(table):
+    raise DataError(f'{path}: no interactions: it needs at least one row')
+
+  def check(bad, field, cure):
+    if bad.any():
+      row = int(np.argmax(bad))
+      found = repr(table.column(field)[row].as_py())
+      _fail(path, row + first, field, found, cure)
+
+  for name in needed:
+    empty = table.column(name).is_null().to_numpy()
+    if table.column(name).type == pa.string():
+      empty = empty | pc.equal(table.column(name), '').to_numpy()
+    check(empty, name, 'every row needs it')
+  names = [
+    table.column(name).cast(pa.string()).to_numpy(zero_copy_only=False)
+    for name in needed[:2]
+  ]
+  items = np.array([index.get(name, -1) for name in names[1]], np.int64)
+  check(items < 0, 'item_id', 'it is not in the items file; add or remove it')
+  values = {}
+  for name in ('timestamp', 'grade'):
+    if name in table.column_names:
+      values[name] = _numbers(table.column(name))
+  check(~np.isfinite(values['timestamp']), 'timestamp', 'it must be a number')
+  grades = values.get('grade', np.ones(len(table)))
+  check(~np.isin(grades, (1, 2)), 'grade', 'it must be 1 or 2')
+  times = values['timestamp'].astype(np.int64)
+  return names[0].astype(str), items, times, grades.astype(np.int64)
+
+
+def _csv(path: pathlib.Path, needed: tuple[str, ...]) -> pa.Table:
+  """Reads all columns as text, so that a bad value can be shown."""
+  with path.open(encoding='utf-8') as file:
+    names = file.readline().strip().split(',')
+  try:
+    table = pyarrow.csv.read_csv(
+      path,
+      parse_options=pyarrow.csv.ParseOptions(ignore_empty_lines=False),
+      convert_options=pyarrow.csv.ConvertOptions(
+        column_types={name: pa.string() for name in names}
+      ),
+      read_options=pyarrow.csv.ReadOptions(use_threads=False),
+    )
+  except (pa.ArrowInvalid, OSError) as error:
+    # The message names the row: 'CSV parse error: Row #3: Expected ...'.
+    raise DataError(
+      f'{path}: {str(error).replace("Row #", "line ")}: the file may be cut '
+      'off there; every line needs the columns of the first'
+    ) from error
+  _columns(path, table, needed)
+  return table
+
+
+def _numbers(column) -> np.ndarray:
+  """Returns float64 [n], NaN where the value is no number."""
+  try:
+    values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+  except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    values = np.array([_number(x) for x in column.to_pylist()])
+  return np.nan_to_num(values, nan=np.nan, posinf=np.nan, neginf=np.nan)
+
+
+def _number(value) -> float:
+  try:
+    return float(value)
+  except (TypeError, ValueError):
+    return float('nan')
+
+
+def _impressions(path: pathlib.Path, index: dict[str, int]):
+  """Returns user names [n] and the arrays of Impressions but the users."""
+  needed = ('user_id', 'timestamp', 'candidates', 'scores', 'grades')
+  rows = _records(path, needed)
+  for line, row in rows:
+    for field in needed[2:]:
+      if not isinstance(row[field], list) or not row[field]:
+        _fail(path, line, field, repr(row[field]), 'it must be a list')
+    size = len(row['candidates'])
+    for field in ('scores', 'grades'):
+      if len(row[field]) != size:
+        found = f'{len(row[field])} values for {size} candidates'
+        _fail(path, line, field, found, 'give one per candidate')
+    unknown = [x for x in row['candidates'] if str(x) not in index]
+    if unknown:
+      cure = 'it is not in the items file; add or remove it'
+      _fail(path, line, 'candidates', repr(unknown[0]), cure)
+    if len({str(x) for x in row['candidates']}) < size:
+      cure = 'each item once'
+      _fail(path, line, 'candidates', 'an item stands twice', cure)
+    if not np.isfinite([_number(x) for x in row['scores']]).all():
+      _fail(path, line, 'scores', repr(row['scores']), 'they must be numbers')
+    if not all(x in (0, 1, 2) for x in row['grades']):
+      _fail(path, line, 'grades', repr(row['grades']), 'each is 0, 1 or 2')
+    if not np.isfinite(_number(row['timestamp'])):
+      found = repr(row['timestamp'])
+      _fail(path, line, 'timestamp', found, 'it must be a number')
+  widest = max(len(row['candidates']) for _, row in rows)
+
+  def fill(field, empty, dtype, value):
+    out = np.full((len(rows), widest), empty, dtype)
+    for place, (_, row) in enumerate(rows):
+      out[place, : len(row[field])] = [value(x) for x in row[field]]
+    return out
+
+  names = np.array([str(row['user_id']) for _, row in rows])
+  return names, {
+    'times': np.array([int(float(row['timestamp'])) for _, row in rows]),
+    'candidates': fill('candidates', -1, np.int32, lambda x: index[str(x)]),
+    'scores': fill('scores', 0, np.float32, float),
+    'grades': fill('grades', 0, np.int8, int),
+  }

@@ -1,0 +1,94 @@
+"""The heuristic teacher: reasons and ranks from metadata and co-engagement.
+
+It stands in for a large language model where none is at hand, and errs as one
+does: its score of a candidate is a few honest evidence columns plus noise.
+
+Axes: K candidates, n slates.
+"""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+
+from gr2_jax.data import log as log_lib
+from gr2_jax.data import prompts
+
+VERDICTS = ('accepted', 'targeted', 'rejected')
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+  """What the teacher said about one slate; slots are incoming ranks."""
+
+  reasoning: list[int]  # token ids
+  ranking: np.ndarray  # int32 [count], incoming ranks, best first
+  tries: int
+  verdict: str  # of VERDICTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Heuristic:
+  """The teacher's knowledge and its calibrated error.
+
+  Attributes:
+    prompter: renders tokens.
+    catalog: the items' categories.
+    columns: places in the evidence of the columns it believes in.
+    noise: standard deviation of its error, in units of a centred column.
+  """
+
+  prompter: prompts.Prompter
+  catalog: log_lib.Catalog
+  columns: tuple[int, ...]
+  noise: float
+
+  def rejection(self, slate, rng: np.random.Generator, tries: int) -> Trace:
+    """Eq. 2: does not see the target; resampled until it puts one first."""
+    for attempt in range(1, tries + 1):
+      ranking = self._rank(slate, rng)
+      if slate['grades'][ranking[0]] > 0:
+        return self._trace(slate, ranking, attempt, 'accepted')
+    return self._trace(slate, ranking, tries, 'rejected')
+
+  def targeted(self, slate, rng: np.random.Generator) -> Trace:
+    """Eq. 1: sees a target, and puts it first whatever it believes."""
+    ranking = self._rank(slate, rng)
+    positives = np.flatnonzero(slate['grades'][: len(ranking)] > 0)
+    target = rng.choice(positives)
+    rest = ranking[ranking != target]
+    ranking = np.concatenate([[target], rest]).astype(np.int32)
+    return self._trace(slate, ranking, 1, 'targeted')
+
+  def _rank(self, slate, rng: np.random.Generator) -> np.ndarray:
+    count = int(slate['count'])
+    values = slate['evidence'][:count, self.columns].astype(np.float64)
+    centred = (values - values.mean(0)) / (values.std(0) + 1e-6)
+    score = centred.mean(1) * len(self.columns) ** 0.5
+    score += self.noise * rng.standard_normal(count)
+    return np.argsort(-score, kind='stable').astype(np.int32)
+
+  def _trace(self, slate, ranking, tries: int, verdict: str) -> Trace:
+    """Pattern in the history -> category that follows -> matches by slot."""
+    vocabulary = self.prompter.vocabulary
+    history = slate['history'][: int(slate['history_length'])]
+    liked = Counter(
+      c for item in history for c in self.catalog.categories[item]
+    )
+    pattern = [name for name, _ in liked.most_common(2)]
+    shown = history[-max(1, self.prompter.history) :]
+    cited = [
+      item for item in shown if set(self.catalog.categories[item]) & set(pattern)
+    ][-1:]
+    target = self.catalog.categories[slate['candidates'][ranking[0]]]
+    follows = next((c for c in pattern if c in target), (*target, 'other')[0])
+    ids = vocabulary.encode(f'likes {" and ".join(pattern) or "anything"}')
+    for item in cited:
+      ids += vocabulary.encode('as') + list(self.prompter.items['sid'][item])
+    ids += vocabulary.encode(f'so {follows} fits')
+    ids += [vocabulary.slot_base + int(rank) for rank in ranking[:3]]
+    return Trace(ids[: self.prompter.reasoning], ranking, tries, verdict)
+
+
+# Phrases of the reasoning, for the vocabulary to learn whole.
+PHRASES = ('likes and as so fits', 'likes anything', 'other')

@@ -1,0 +1,389 @@
+"""The learner of every language-model stage: state, losses, jitted update.
+
+Prompts [P, Tp] and completions [P, G, Tc] stay apart: the prompt is encoded
+once and its G completions attend to it, exactly as in sampling. Logits exist
+only at the positions a loss reads, a chunk of time at a time.
+
+Axes: P prompts, G group, T time, K candidates, V vocabulary, D model width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from gr2_jax import sampling, sharding
+from gr2_jax.models import transformer
+from gr2_jax.ops import losses, masking
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that an update changes; randomness is a function of (seed, step)."""
+
+  step: jax.Array  # int32 []
+  params: Any  # unboxed
+  opt_state: Any
+
+
+@flax.struct.dataclass
+class Examples:
+  """A supervised batch: several completions of each prompt.
+
+  Where `rank_by_readout` is set, the slots from `answer_at` on are replaced,
+  inside the update, by the order of the model's own listwise read-out, and the
+  loss there is the cross entropy to that read-out's softmax over the
+  candidates still left.
+  """
+
+  prompt: jax.Array  # int32 [P, Tp]
+  prompt_length: jax.Array  # int32 [P]
+  completion: jax.Array  # int32 [P, G, Tc]
+  weights: jax.Array  # float32 [P, G, Tc], of each token in the loss
+  answer_at: jax.Array  # int32 [P, G], where the first slot stands
+  rank_by_readout: jax.Array  # bool [P, G]
+  slots: jax.Array  # int32 [P, K], where slot tokens stand in the prompt
+  grades: jax.Array  # float32 [P, K]
+  count: jax.Array  # int32 [P], candidates; 0 where there is no slate
+
+
+@flax.struct.dataclass
+class PolicyBatch:
+  """Rollouts with their advantages."""
+
+  prompt: jax.Array  # int32 [P, Tp]
+  prompt_length: jax.Array  # int32 [P]
+  count: jax.Array  # int32 [P]
+  tokens: jax.Array  # int32 [P, G, Tc]
+  length: jax.Array  # int32 [P, G]
+  logp: jax.Array  # float32 [P, G, Tc], the sampler's
+  advantage: jax.Array  # float32 [P, G]
+  use: jax.Array  # bool [P], groups that count
+
+
+@flax.struct.dataclass
+class TokenScores:
+  """What the vocabulary is needed for, at each completion token."""
+
+  logp: jax.Array  # float32 [P, G, T], of the token
+  entropy: jax.Array  # float32 [P, G, T], nats
+  slot_logp: jax.Array  # float32 [P, G, T, K], of every slot token
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+  """AdamW, warm-up, then cosine decay to a tenth; gradients clipped by norm.
+
+  Args:
+    config: steps, learning_rate, warmup, weight_decay, max_grad_norm.
+  """
+  warmup = min(config.warmup, max(1, config.steps // 2))
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0,
+    config.learning_rate,
+    warmup,
+    max(config.steps, warmup + 1),
+    0.1 * config.learning_rate,
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(config.max_grad_norm),
+    optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay),
+  )
+
+
+def init_state(
+  model: transformer.TransformerConfig,
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, Any]:
+  """Makes the state on the mesh, every leaf where the rules put it.
+
+  Returns:
+    The state and its tree of shardings.
+  """
+
+  def init(key):
+    params = transformer.init_params(model, key)
+    return TrainState(
+      step=jnp.int32(0), params=params, opt_state=optimizer.init(params)
+    )
+
+  shardings = sharding.param_shardings(mesh, jax.eval_shape(init, key))
+  state = jax.jit(lambda k: sharding.unbox(init(k)), out_shardings=shardings)(key)
+  return state, shardings
+
+
+def make_update(
+  loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+  optimizer: optax.GradientTransformation,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Compiles `(state, *batch) -> (state, metrics)`; the old state is donated.
+
+  Args:
+    loss_fn: `(params, *batch) -> (loss, metrics)`.
+    optimizer: of `make_optimizer`.
+  """
+
+  def update(state: TrainState, *batch):
+    (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params, *batch
+    )
+    updates, opt_state = optimizer.update(
+      gradients, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    metrics = metrics | {
+      'loss': loss,
+      'gradient_norm': optax.global_norm(gradients),
+      'update_norm': optax.global_norm(updates),
+      'param_norm': optax.global_norm(params),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return jax.jit(update, donate_argnums=0)
+
+
+def score_tokens(
+  params: Any,
+  hidden_PxGxTxD: jax.Array,
+  tokens_PxGxT: jax.Array,
+  grammar: sampling.Grammar,
+  *,
+  temperature: float = 1.0,
+  chunk: int = 32,
+  constraint: tuple[sampling.Progress, jax.Array] | None = None,
+) -> TokenScores:
+  """Log-probabilities, entropies and slot log-probabilities of completions.
+
+  Logits are made for `chunk` time steps at a time and made again in the
+  backward pass, so [P, G, T, V] never exists for long completions.
+
+  Args:
+    params: unboxed parameters.
+    hidden_PxGxTxD: entry t predicts token t.
+    tokens_PxGxT: the tokens.
+    grammar: the slots' ids, and the mask where there is a constraint.
+    temperature: the sampler's, above 0.
+    chunk: time steps at a time.
+    constraint: progress before each token [P, G, T] and the slates' counts
+      [P], where the sampler was constrained.
+
+  Returns:
+    TokenScores in float32.
+  """
+  embedding = transformer.output_embedding(params)
+  P, G, T, _ = hidden_PxGxTxD.shape
+  chunk = min(chunk, T)
+  n = -(-T // chunk)
+  K, base = grammar.num_candidates, grammar.slot_base
+  remaining = jnp.broadcast_to(T - jnp.arange(T), (P, G, T))
+  parts = [hidden_PxGxTxD, tokens_PxGxT, remaining]
+  if constraint is not None:
+    progress, count = constraint
+    parts += [progress, jnp.broadcast_to(count[:, None, None], (P, G, T))]
+
+  def split(x):
+    padding = [(0, 0)] * x.ndim
+    padding[2] = (0, n * chunk - T)
+    x = jnp.pad(x, padding).reshape(P, G, n, chunk, *x.shape[3:])
+    return jnp.moveaxis(x, 2, 0)
+
+  @jax.checkpoint
+  def score(part):
+    hidden, tokens, left, *rest = part
+    logits = hidden @ embedding.T.astype(hidden.dtype)
+    allowed = None
+    if rest:
+      allowed = sampling.allowed_tokens(
+        grammar, *rest, left, embedding.shape[0]
+      )
+    logps = sampling.distribution(logits, temperature, allowed)
+    return TokenScores(
+      logp=jnp.take_along_axis(logps, tokens[..., None], -1)[..., 0],
+      entropy=sampling.entropy(logps),
+      slot_logp=logps[..., base : base + K],
+    )
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(P, G, n * chunk, *x.shape[4:])[:, :, :T]
+
+  return jax.tree.map(join, jax.lax.map(score, jax.tree.map(split, parts)))
+
+
+def supervised_loss(
+  model: transformer.TransformerConfig,
+  grammar: sampling.Grammar,
+  *,
+  listwise_weight: float,
+  ranking_weight: float = 0.0,
+  sharpness: float = 1.0,
+) -> Callable[[Any, Examples], tuple[jax.Array, dict[str, jax.Array]]]:
+  """Loss of mid-training and SFT.
+
+  `L = sum w (-log p) / sum w` over completion tokens (Eq. 3: the weights carry
+  l_r and l_o), plus `listwise_weight` times the softmax cross entropy of the
+  read-out at the slot tokens, plus `ranking_weight` times the distillation of
+  that read-out into the answers that are ranked by it.
+
+  Args:
+    model: the decoder.
+    grammar: ids of the slots.
+    listwise_weight: weight of the listwise loss.
+    ranking_weight: weight of the distillation.
+    sharpness: factor on the read-out's scores when they are the teacher.
+
+  Returns:
+    `(params, examples) -> (loss, metrics)`.
+  """
+
+  def loss_fn(params, batch: Examples):
+    hidden, prefix = transformer.encode_prompt(
+      model, params, batch.prompt, batch.prompt_length
+    )
+    scores = transformer.slot_scores(params, hidden, batch.slots)
+    listwise = losses.listwise_softmax(
+      scores, 2.0**batch.grades - 1.0, batch.count
+    )
+    completion, targets = batch.completion, None
+    if ranking_weight:
+      teacher = jax.lax.stop_gradient(scores) * sharpness
+      real = masking.length_mask(batch.count, scores.shape[-1])
+      ranking = jnp.argsort(jnp.where(real, -teacher, jnp.inf), axis=-1)
+      targets = losses.teacher_targets(teacher, ranking, batch.count)
+      completion = jnp.where(
+        batch.rank_by_readout[..., None],
+        write_answer(completion, batch.answer_at, ranking, batch.count, grammar),
+        completion,
+      )
+    hidden = transformer.completion_hidden(
+      model, params, hidden, prefix, completion
+    )
+    token_scores = score_tokens(params, hidden, completion, grammar)
+    tokens = losses.token_cross_entropy(token_scores.logp, batch.weights)
+    loss = tokens.mean() + listwise_weight * listwise.mean()
+    metrics = {'token_loss': tokens.mean(), 'listwise_loss': listwise.mean()}
+    if ranking_weight:
+      at_answer = _at_answer(token_scores.slot_logp, batch.answer_at)
+      wanted = targets[:, None] * batch.rank_by_readout[..., None, None]
+      ranking_loss = losses.answer_cross_entropy(at_answer, wanted).mean()
+      loss += ranking_weight * ranking_loss
+      metrics['ranking_loss'] = ranking_loss
+    return loss, metrics
+
+  return loss_fn
+
+
+def write_answer(
+  completion_PxGxT: jax.Array,
+  answer_at_PxG: jax.Array,
+  ranking_PxK: jax.Array,
+  count_P: jax.Array,
+  grammar: sampling.Grammar,
+) -> jax.Array:
+  """Puts the slots of a ranking where each completion's answer stands.
+
+  Returns:
+    int32 [P, G, T].
+  """
+  T, K = completion_PxGxT.shape[-1], ranking_PxK.shape[-1]
+  rank = jnp.arange(T) - answer_at_PxG[..., None]
+  inside = (rank >= 0) & (rank < count_P[:, None, None])
+  slot = jnp.take_along_axis(
+    jnp.broadcast_to(ranking_PxK[:, None], (*answer_at_PxG.shape, K)),
+    jnp.clip(rank, 0, K - 1),
+    axis=-1,
+  )
+  return jnp.where(inside, grammar.slot_base + slot, completion_PxGxT)
+
+
+def _at_answer(
+  slot_logp_PxGxTxK: jax.Array, answer_at_PxG: jax.Array
+) -> jax.Array:
+  """Slot log-probabilities at the K answer positions: [P, G, K, K]."""
+  K, T = slot_logp_PxGxTxK.shape[-1], slot_logp_PxGxTxK.shape[-2]
+  time = jnp.clip(answer_at_PxG[..., None] + jnp.arange(K), 0, T - 1)
+  return jnp.take_along_axis(slot_logp_PxGxTxK, time[..., None], axis=2)
+
+
+def policy_logp(
+  model: transformer.TransformerConfig,
+  params: Any,
+  batch: PolicyBatch,
+  grammar: sampling.Grammar,
+  config: sampling.SamplingConfig,
+) -> TokenScores:
+  """Scores rollouts under the current parameters, as the sampler would.
+
+  Args:
+    model: the decoder.
+    params: unboxed parameters.
+    batch: rollouts.
+    grammar: token ids.
+    config: the sampler's: the same temperature and the same masks.
+
+  Returns:
+    TokenScores; entries beyond a rollout's length mean nothing.
+  """
+  hidden, prefix = transformer.encode_prompt(
+    model, params, batch.prompt, batch.prompt_length
+  )
+  hidden = transformer.completion_hidden(
+    model, params, hidden, prefix, batch.tokens
+  )
+  constraint = None
+  if config.constrained:
+    progress = sampling.replay(grammar, batch.tokens, config.thinking)
+    constraint = (progress, batch.count)
+  return score_tokens(
+    params,
+    hidden,
+    batch.tokens,
+    grammar,
+    temperature=config.temperature,
+    constraint=constraint,
+  )
+
+
+def policy_loss(
+  model: transformer.TransformerConfig,
+  grammar: sampling.Grammar,
+  config: sampling.SamplingConfig,
+  *,
+  clip_low: float,
+  clip_high: float,
+) -> Callable[[Any, PolicyBatch], tuple[jax.Array, dict[str, jax.Array]]]:
+  """DAPO's clipped token-level surrogate (Eq. 8-9).
+
+  The sum over tokens is divided by the batch's token count; groups with
+  `use == False` count in neither.
+
+  Returns:
+    `(params, batch) -> (loss, metrics)`; `sampler_gap` is the largest
+    difference between the sampler's log-probability of a token and ours.
+  """
+
+  def loss_fn(params, batch: PolicyBatch):
+    scores = policy_logp(model, params, batch, grammar, config)
+    written = masking.length_mask(batch.length, batch.tokens.shape[-1])
+    mask = written & batch.use[:, None, None]
+    loss, watches = losses.clipped_surrogate(
+      scores.logp,
+      batch.logp,
+      batch.advantage,
+      mask,
+      clip_low=clip_low,
+      clip_high=clip_high,
+    )
+    gap = jnp.abs(masking.keep(scores.logp - batch.logp, written))
+    metrics = {name: total.mean() for name, total in watches.items()}
+    metrics |= {
+      'entropy': masking.masked_mean(scores.entropy, written),
+      'sampler_gap': gap.max(),
+    }
+    return loss.mean(), metrics
+
+  return loss_fn

@@ -1,0 +1,406 @@
+"""The language model: a Qwen3-style decoder whose prompt is shared by a group.
+
+RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied
+or separate output embedding, layers stacked by `nn.scan`. One attention serves
+four callers, since keys come from two places that are never concatenated in
+memory per rollout:
+
+* the *prefix*, encoded once per prompt and shared by its group of rollouts;
+* the rollout's *own* tokens, fresh or in a cache that is written at `index`.
+
+| caller | tokens | prefix | cache |
+|---|---|---|---|
+| prompt encoding | [P, 1, Tp] | none | none |
+| update, scoring | [P, G, Tc] | [P, Tp] | none |
+| decoding | [P, G, 1] | [P, Tp] | [P, G, Tc] |
+| packed pre-training | [B, 1, T] | none | none |
+
+Axes: P prompts, G group, T time, S own keys, R prefix keys, V vocabulary,
+D model width, N query heads, K key-value heads, H head width, F feed-forward
+width, L layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Shape and numerics of the decoder; hashable, so it can be static in jit."""
+
+  vocab_size: int
+  d_model: int = 64
+  num_layers: int = 2
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  head_dim: int = 16
+  d_ff: int = 192
+  rope_base: float = 10_000.0
+  qk_norm: bool = True
+  tie_embeddings: bool = True
+  norm_eps: float = 1e-6
+  dtype: str = 'float32'  # activations; parameters and log-probabilities: f32
+  remat: bool = False  # recompute a layer's activations in the backward pass
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f'model.num_heads={self.num_heads} is not a multiple of '
+        f'model.num_kv_heads={self.num_kv_heads}: each key-value head serves '
+        'a whole number of query heads.'
+      )
+    if self.head_dim % 2:
+      raise ValueError(
+        f'model.head_dim={self.head_dim} is odd: rotary positions turn pairs.'
+      )
+
+
+@flax.struct.dataclass
+class KeyValues:
+  """Keys and values of every layer; `G` is absent in a prompt's prefix."""
+
+  k: jax.Array  # float [L, P, (G,) S, K, H]
+  v: jax.Array  # float [L, P, (G,) S, K, H]
+
+
+@flax.struct.dataclass
+class Prefix:
+  """What a group of rollouts shares: the encoded prompt."""
+
+  kv: KeyValues  # [L, P, R, K, H]
+  mask: jax.Array  # bool [P, R], True where a prompt token stands
+  length: jax.Array  # int32 [P], prompt tokens = position of the next token
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+  """Rotary position embedding (Su et al., arXiv 2104.09864), half-split pairs.
+
+  Args:
+    x: float [..., T, heads, H].
+    positions: int [..., T].
+    base: wavelength base.
+
+  Returns:
+    float [..., T, heads, H], computed in float32, in the dtype of `x`.
+  """
+  half = x.shape[-1] // 2
+  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(
+    x.dtype
+  )
+
+
+def attend(
+  q_PxGxTxNxH: jax.Array,
+  own: tuple[jax.Array, jax.Array],
+  mask_PxGxTxS: jax.Array,
+  prefix: tuple[jax.Array, jax.Array] | None,
+  prefix_mask_PxR: jax.Array | None,
+) -> jax.Array:
+  """Softmax attention over the shared prefix and the rollout's own keys.
+
+  Args:
+    q_PxGxTxNxH: queries.
+    own: keys and values [P, G, S, K, H].
+    mask_PxGxTxS: bool, True where a query may read an own key.
+    prefix: keys and values [P, R, K, H] shared by the group, or None.
+    prefix_mask_PxR: bool, True where a prefix key stands.
+
+  Returns:
+    [P, G, T, N, H] in the dtype of the values; softmax in float32.
+  """
+  P, G, T, N, H = q_PxGxTxNxH.shape
+  k, v = own
+  heads = k.shape[-2]
+  q = q_PxGxTxNxH.reshape(P, G, T, heads, N // heads, H) * H**-0.5
+  scores = jnp.einsum('pgtknh,pgskh->pgknts', q, k).astype(jnp.float32)
+  floor = jnp.finfo(jnp.float32).min
+  scores = jnp.where(mask_PxGxTxS[:, :, None, None], scores, floor)
+  if prefix is None:
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum('pgknts,pgskh->pgtknh', weights, v)
+    return out.reshape(P, G, T, N, H)
+  prefix_k, prefix_v = prefix
+  shared = jnp.einsum('pgtknh,prkh->pgkntr', q, prefix_k).astype(jnp.float32)
+  shared = jnp.where(prefix_mask_PxR[:, None, None, None, None], shared, floor)
+  weights = jax.nn.softmax(jnp.concatenate([shared, scores], -1), axis=-1)
+  weights = weights.astype(v.dtype)
+  R = prefix_k.shape[1]
+  out = jnp.einsum('pgkntr,prkh->pgtknh', weights[..., :R], prefix_v)
+  out += jnp.einsum('pgknts,pgskh->pgtknh', weights[..., R:], v)
+  return out.reshape(P, G, T, N, H)
+
+
+def _param(self, name, shape, axes, init):
+  return self.param(name, nn.with_logical_partitioning(init, axes), shape)
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square normalisation over the last axis, in float32."""
+
+  eps: float
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x):
+    scale = _param(
+      self, 'scale', (x.shape[-1],), (self.axis,), nn.initializers.ones
+    )
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return (y * scale).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention; returns its output and the keys and values."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x, positions, mask, prefix, prefix_mask, cache, index):
+    c = self.config
+    init = nn.initializers.variance_scaling(
+      1.0, 'fan_in', 'normal', in_axis=0, out_axis=(1, 2)
+    )
+
+    def project(name, heads, axis):
+      w = _param(
+        self,
+        name,
+        (c.d_model, heads, c.head_dim),
+        ('embed', axis, 'head_dim'),
+        init,
+      )
+      return jnp.einsum('pgtd,dnh->pgtnh', x, w.astype(x.dtype))
+
+    q = project('query', c.num_heads, 'heads')
+    k = project('key', c.num_kv_heads, 'kv_heads')
+    v = project('value', c.num_kv_heads, 'kv_heads')
+    if c.qk_norm:
+      q = RMSNorm(c.norm_eps, 'head_dim', name='query_norm')(q)
+      k = RMSNorm(c.norm_eps, 'head_dim', name='key_norm')(k)
+    q = rotate(q, positions, c.rope_base)
+    k = rotate(k, positions, c.rope_base)
+    if cache is not None:
+      write = jax.lax.dynamic_update_slice_in_dim
+      k = write(cache.k, k.astype(cache.k.dtype), index, axis=2)
+      v = write(cache.v, v.astype(cache.v.dtype), index, axis=2)
+    shared = None if prefix is None else (prefix.k, prefix.v)
+    out = attend(q, (k, v), mask, shared, prefix_mask)
+    w = _param(
+      self,
+      'out',
+      (c.num_heads, c.head_dim, c.d_model),
+      ('heads', 'head_dim', 'embed'),
+      nn.initializers.variance_scaling(
+        1.0, 'fan_in', 'normal', in_axis=(0, 1), out_axis=2
+      ),
+    )
+    return jnp.einsum('pgtnh,nhd->pgtd', out, w.astype(x.dtype)), KeyValues(
+      k=k, v=v
+    )
+
+
+class Block(nn.Module):
+  """One pre-norm decoder layer, in the form `nn.scan` wants."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x, prefix, cache, positions, mask, prefix_mask, index):
+    c = self.config
+    y = RMSNorm(c.norm_eps, name='attention_norm')(x)
+    y, kv = Attention(c, name='attention')(
+      y, positions, mask, prefix, prefix_mask, cache, index
+    )
+    x = x + y
+    y = RMSNorm(c.norm_eps, name='mlp_norm')(x)
+    init = nn.initializers.lecun_normal()
+    up, down = ('embed', 'mlp'), ('mlp', 'embed')
+    gate = _param(self, 'gate', (c.d_model, c.d_ff), up, init)
+    value = _param(self, 'up', (c.d_model, c.d_ff), up, init)
+    out = _param(self, 'down', (c.d_ff, c.d_model), down, init)
+    gate, value, out = (w.astype(x.dtype) for w in (gate, value, out))
+    x = x + (nn.silu(y @ gate) * (y @ value)) @ out
+    return nn.with_logical_constraint(
+      x, ('batch', 'group', 'time', 'embed')
+    ), kv
+
+
+class Transformer(nn.Module):
+  """The decoder: token ids in, normalised hidden states and keys/values out.
+
+  Logits are not computed here: callers multiply the hidden states that a loss
+  reads with `output_embedding(params)`.
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_PxGxT: jax.Array,
+    positions_PxGxT: jax.Array,
+    mask_PxGxTxS: jax.Array,
+    prefix: Prefix | None = None,
+    cache: KeyValues | None = None,
+    index: jax.Array | int = 0,
+  ) -> tuple[jax.Array, KeyValues]:
+    """Runs the decoder.
+
+    Args:
+      tokens_PxGxT: int32 token ids.
+      positions_PxGxT: int32 rotary positions.
+      mask_PxGxTxS: bool, which own keys (S = T, or the cache's length) each
+        query reads.
+      prefix: the group's encoded prompt; every query reads all of it.
+      cache: own keys and values so far; this call writes at `index`.
+      index: int32 scalar, where in the cache the first of these tokens goes.
+
+    Returns:
+      Hidden states float [P, G, T, D] after the last norm, and the own keys
+      and values [L, P, G, S, K, H] (the updated cache where one was given).
+    """
+    c = self.config
+    embedding = _param(
+      self,
+      'embedding',
+      (c.vocab_size, c.d_model),
+      ('vocab', 'embed'),
+      nn.initializers.normal(c.d_model**-0.5),
+    )
+    if not c.tie_embeddings:
+      _param(
+        self,
+        'unembedding',
+        (c.vocab_size, c.d_model),
+        ('vocab', 'embed'),
+        nn.initializers.normal(c.d_model**-0.5),
+      )
+    x = embedding.astype(c.dtype)[tokens_PxGxT]
+    block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+    x, kv = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=c.num_layers,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )(c, name='layers')(
+      x,
+      None if prefix is None else prefix.kv,
+      cache,
+      positions_PxGxT,
+      mask_PxGxTxS,
+      None if prefix is None else prefix.mask,
+      index,
+    )
+    x = RMSNorm(c.norm_eps, name='final_norm')(x)
+    # Read by `slot_scores` alone; declared here so that `init` makes it.
+    _param(self, 'readout', (c.d_model,), ('embed',), nn.initializers.zeros)
+    return x, kv
+
+
+def init_params(config: TransformerConfig, key: jax.Array) -> Any:
+  """Boxed parameters (logical axis names attached); `sharding.unbox` strips them."""
+  tokens = jnp.zeros((1, 1, 2), jnp.int32)
+  mask = jnp.ones((1, 1, 2, 2), bool)
+  return Transformer(config).init(key, tokens, tokens, mask)['params']
+
+
+def output_embedding(params: Any) -> jax.Array:
+  """float [V, D]: `logits = hidden @ output_embedding(params).T`."""
+  return params.get('unembedding', params['embedding'])
+
+
+def encode_prompt(
+  config: TransformerConfig,
+  params: Any,
+  prompt_PxTp: jax.Array,
+  length_P: jax.Array,
+) -> tuple[jax.Array, Prefix]:
+  """Encodes right-padded prompts once for all their rollouts.
+
+  Args:
+    config: the decoder's.
+    params: unboxed parameters.
+    prompt_PxTp: int32 ids, padding after `length_P`.
+    length_P: int32, at least 1.
+
+  Returns:
+    Hidden states float [P, Tp, D] and the shared prefix.
+  """
+  P, T = prompt_PxTp.shape
+  time = jnp.arange(T, dtype=jnp.int32)
+  mask = jnp.broadcast_to(time[:, None] >= time, (P, 1, T, T))
+  hidden, kv = Transformer(config).apply(
+    {'params': params},
+    prompt_PxTp[:, None],
+    jnp.broadcast_to(time, (P, 1, T)),
+    mask,
+  )
+  kv = jax.tree.map(lambda x: x[:, :, 0], kv)
+  return hidden[:, 0], Prefix(
+    kv=kv, mask=time < length_P[:, None], length=length_P
+  )
+
+
+def completion_hidden(
+  config: TransformerConfig,
+  params: Any,
+  prompt_hidden_PxTpxD: jax.Array,
+  prefix: Prefix,
+  completion_PxGxTc: jax.Array,
+) -> jax.Array:
+  """Hidden states that predict each completion token.
+
+  The first is the prompt's last one, shared by the group; the others come from
+  the completion shifted by one. Exact: equal to running prompt + completion
+  as one sequence, at the cost of encoding the prompt once per group.
+
+  Returns:
+    float [P, G, Tc, D]: entry t predicts completion token t.
+  """
+  P, G, T = completion_PxGxTc.shape
+  last = jnp.take_along_axis(
+    prompt_hidden_PxTpxD, (prefix.length - 1)[:, None, None], axis=1
+  )
+  first = jnp.broadcast_to(last[:, None], (P, G, 1, last.shape[-1]))
+  if T == 1:
+    return first
+  time = jnp.arange(T - 1, dtype=jnp.int32)
+  positions = jnp.broadcast_to(
+    prefix.length[:, None, None] + time, (P, G, T - 1)
+  )
+  mask = jnp.broadcast_to(time[:, None] >= time, (P, G, T - 1, T - 1))
+  rest, _ = Transformer(config).apply(
+    {'params': params}, completion_PxGxTc[..., :-1], positions, mask, prefix
+  )
+  return jnp.concatenate([first, rest], axis=2)
+
+
+def slot_scores(
+  params: Any, prompt_hidden_PxTpxD: jax.Array, slots_PxK: jax.Array
+) -> jax.Array:
+  """The listwise read-out: one score per candidate, at its slot token.
+
+  Args:
+    params: unboxed parameters.
+    prompt_hidden_PxTpxD: from `encode_prompt`.
+    slots_PxK: int32, where in the prompt each candidate's slot token stands.
+
+  Returns:
+    float32 [P, K].
+  """
+  at_slots = jnp.take_along_axis(
+    prompt_hidden_PxTpxD, slots_PxK[..., None], axis=1
+  )
+  return at_slots.astype(jnp.float32) @ params['readout']

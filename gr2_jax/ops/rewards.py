@@ -1,0 +1,430 @@
+"""Rewards of a ranking and the gates against copying (GR2, Eq. 5-7).
+
+Every function maps arrays to one float32 per slate. Axis letters: K candidates.
+The worked examples share one slate of four candidates A B C D, presented in
+incoming order, with grades 0 2 0 1.
+"""
+
+from typing import Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from gr2_jax.ops import masking, parsing
+
+Kind = Literal['auc', 'ndcg', 'auc+ndcg', 'promotion', 'rr', 'recall']
+Gate = Literal['none', 'v1', 'v2']
+KINDS = ('auc', 'ndcg', 'auc+ndcg', 'promotion', 'rr', 'recall')
+GATES = ('none', 'v1', 'v2')
+
+
+class Reward(NamedTuple):
+  """A reward and its parts, each float32 [...].
+
+  Attributes:
+    total: what the policy is trained on, after the gate.
+    rank: the ranking reward before the gate; that of the incoming order where
+      the answer was invalid.
+    format: 1 where the answer is a permutation of the candidates, else 0.
+    copied: 1 where a valid answer repeats the incoming order, else 0.
+  """
+
+  total: jax.Array
+  rank: jax.Array
+  format: jax.Array
+  copied: jax.Array
+
+
+def _by_rank(ranking, values, count):
+  """Values in ranked order, 0 at padding: [..., K], and the mask of it."""
+  chex.assert_equal_shape([ranking, values])
+  chex.assert_type(ranking, int)
+  chex.assert_shape(count, jnp.shape(ranking)[:-1])
+  ranking, values = jnp.asarray(ranking), jnp.asarray(values)
+  real = masking.length_mask(count, ranking.shape[-1])
+  taken = jnp.take_along_axis(values, ranking, axis=-1)
+  return jnp.where(real, taken, jnp.zeros_like(taken)), real
+
+
+def positives_by_rank(
+  ranking: chex.Array, grades: chex.Array, count: chex.Array
+) -> jax.Array:
+  """1 where the candidate at a rank has a positive grade.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K]; what stands at padding is not read.
+    count: int [...].
+
+  Returns:
+    float32 [..., K].
+  """
+  ranked, _ = _by_rank(ranking, grades, count)
+  return (ranked > 0).astype(jnp.float32)
+
+
+def misordered_pairs(
+  ranking: chex.Array, grades: chex.Array, count: chex.Array
+) -> masking.Total:
+  """Pairs of a positive and a negative in the wrong order.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K].
+    count: int [...].
+
+  Returns:
+    Total of float32 [...]: wrong pairs, and all (positive, negative) pairs.
+  """
+  ranked, real = _by_rank(ranking, grades, count)
+  positive = (real & (ranked > 0)).astype(jnp.float32)
+  negative = (real & (ranked <= 0)).astype(jnp.float32)
+  above = jnp.cumsum(negative, axis=-1)
+  wrong = jnp.sum(positive * above, axis=-1)
+  return masking.Total(
+    wrong, jnp.sum(positive, axis=-1) * jnp.sum(negative, axis=-1)
+  )
+
+
+def auc(
+  ranking: chex.Array, grades: chex.Array, count: chex.Array
+) -> jax.Array:
+  """Share of (positive, negative) pairs in the right order (Eq. 5).
+
+  A slate without a positive or without a negative has no pair to order: its
+  AUC is 0.5, what a coin would get.
+
+  Example: the order B A C D has positives B, D over negatives A, C. Right are
+  (B, A) and (B, C), wrong (D, A) and (D, C): 0.5. The order B D A C: 1.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K], positive where > 0.
+    count: int [...].
+
+  Returns:
+    float32 [...] in [0, 1].
+  """
+  wrong, pairs = misordered_pairs(ranking, grades, count)
+  share = 1.0 - masking.divide(wrong, pairs)
+  return jnp.where(pairs > 0, share, 0.5)
+
+
+def ndcg(
+  ranking: chex.Array, grades: chex.Array, count: chex.Array, k: int
+) -> jax.Array:
+  """Normalised discounted cumulative gain of the top k (Eq. 6).
+
+  DCG@k = sum over ranks i = 1..k of (2^g_i - 1) / log2(i + 1), divided by that
+  of the best order. 0 where no grade is positive.
+
+  Example: the order D B A C has gains 1 3 0 0, DCG 1 + 3 / log2(3) = 2.8928;
+  the best order has 3 + 1 / log2(3) = 3.6309; NDCG@4 is 0.7967.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K], 0, 1 or 2.
+    count: int [...].
+    k: how many ranks count; more than K is as K.
+
+  Returns:
+    float32 [...] in [0, 1].
+
+  Raises:
+    ValueError: if k < 1.
+  """
+  _check_k(k)
+  ranked, real = _by_rank(ranking, grades, count)
+  gains = jnp.where(
+    real & (ranked > 0), jnp.exp2(ranked.astype(jnp.float32)) - 1.0, 0.0
+  )
+  rank = masking.index_like(gains.shape)
+  discount = jnp.where(rank < k, 1.0 / jnp.log2(rank + 2.0), 0.0)
+  best = jnp.flip(jnp.sort(gains, axis=-1), axis=-1)
+  return masking.divide(
+    jnp.sum(gains * discount, axis=-1), jnp.sum(best * discount, axis=-1)
+  )
+
+
+def target_rank(
+  ranking: chex.Array,
+  grades: chex.Array,
+  count: chex.Array,
+  incoming: chex.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Where the one target stood and stands.
+
+  The target is the candidate of the highest grade; among several, the one
+  that the incoming order puts first.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K].
+    count: int [...].
+    incoming: int [..., K].
+
+  Returns:
+    (its incoming rank int32 [...], its new rank int32 [...], whether the slate
+    has a positive at all bool [...]).
+  """
+  ranked, real = _by_rank(ranking, grades, count)
+  came, _ = _by_rank(ranking, incoming, count)
+  ranked = jnp.where(real, ranked, -1)
+  top = jnp.max(ranked, axis=-1)
+  best = real & (ranked == top[..., None])
+  far = jnp.iinfo(jnp.int32).max
+  key = jnp.where(best, came.astype(jnp.int32), far)
+  new = jnp.argmin(key, axis=-1).astype(jnp.int32)
+  return jnp.min(key, axis=-1), new, top > 0
+
+
+def rank_promotion(
+  ranking: chex.Array,
+  grades: chex.Array,
+  count: chex.Array,
+  incoming: chex.Array,
+) -> jax.Array:
+  """How far the target rose: (incoming rank - new rank) / count (v1).
+
+  0 where the slate has no positive.
+
+  Example: the target is B (grade 2), at incoming rank 1. The order B A C D
+  promotes it by (1 - 0) / 4 = 0.25; the order A C D B by (1 - 3) / 4 = -0.5.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K].
+    count: int [...].
+    incoming: int [..., K].
+
+  Returns:
+    float32 [...] in (-1, 1).
+  """
+  old, new, has = target_rank(ranking, grades, count, incoming)
+  rise = jnp.where(has, old - new, 0).astype(jnp.float32)
+  return masking.divide(rise, count)
+
+
+def reciprocal_rank(
+  ranking: chex.Array, grades: chex.Array, count: chex.Array
+) -> jax.Array:
+  """One over the rank, from 1, of the first positive; 0 without one.
+
+  Example: the order A C D B has its first positive, D, at rank 3: 0.3333.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K].
+    count: int [...].
+
+  Returns:
+    float32 [...] in [0, 1].
+  """
+  positive = positives_by_rank(ranking, grades, count)
+  rank = masking.index_like(positive.shape).astype(jnp.float32)
+  return jnp.max(positive / (rank + 1.0), axis=-1)
+
+
+def recall(
+  ranking: chex.Array, grades: chex.Array, count: chex.Array, k: int
+) -> jax.Array:
+  """Positives in the top k over min(k, positives); 0 without a positive.
+
+  So recall@1 is whether the first candidate is a positive, and the best order
+  has recall 1 at every k.
+
+  Example: the order B A D C has one positive in its top 2, of two that fit:
+  recall@2 is 0.5; recall@1 and recall@3 are 1.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K].
+    count: int [...].
+    k: how many ranks count.
+
+  Returns:
+    float32 [...] in [0, 1].
+
+  Raises:
+    ValueError: if k < 1.
+  """
+  _check_k(k)
+  positive = positives_by_rank(ranking, grades, count)
+  found = jnp.sum(positive[..., :k], axis=-1)
+  return masking.divide(found, jnp.minimum(jnp.sum(positive, axis=-1), k))
+
+
+def copied(
+  ranking: chex.Array, incoming: chex.Array, count: chex.Array
+) -> jax.Array:
+  """Whether the ranking repeats the incoming order.
+
+  Example: the order A B C D does, the order B A C D does not.
+
+  Args:
+    ranking: int [..., K].
+    incoming: int [..., K].
+    count: int [...].
+
+  Returns:
+    bool [...].
+  """
+  chex.assert_equal_shape([ranking, incoming])
+  real = masking.length_mask(count, jnp.shape(ranking)[-1])
+  same = ranking == parsing.incoming_ranking(incoming, count)
+  return jnp.all(same | ~real, axis=-1)
+
+
+def apply_gate(
+  rank_reward: chex.Array,
+  valid: chex.Array,
+  *,
+  copied_suboptimal: chex.Array,
+  improved: chex.Array,
+  kind: Gate = 'v2',
+  format_weight: float = 0.2,
+) -> jax.Array:
+  """Joins the ranking reward and the format reward.
+
+  With a = `format_weight` and R_fmt = 1 where valid:
+
+  * `none`: R_rank + a R_fmt, which repeating the incoming order can farm;
+  * `v1`: R_rank + a R_fmt only where the target rose or stood first already;
+  * `v2` (Eq. 7): R_rank only where the answer is valid and does not repeat an
+    incoming order that could be better, + a R_fmt.
+
+  Example: R_rank 0.5, a valid answer that repeats a suboptimal incoming order,
+  the target neither raised nor first: none 0.7, v1 0.5, v2 0.2.
+
+  Args:
+    rank_reward: float32 [...].
+    valid: bool [...].
+    copied_suboptimal: bool [...], the answer repeats the incoming order and
+      that order has a misordered pair, AUC(incoming) < 1; read by v2.
+    improved: bool [...], the target rose or stood first; read by v1.
+    kind: 'none', 'v1' or 'v2'.
+    format_weight: a.
+
+  Returns:
+    float32 [...].
+
+  Raises:
+    ValueError: if the kind is none of these.
+  """
+  chex.assert_equal_shape([rank_reward, valid, copied_suboptimal, improved])
+  form = format_weight * jnp.asarray(valid, jnp.float32)
+  match kind:
+    case 'none':
+      return rank_reward + form
+    case 'v1':
+      return rank_reward + jnp.where(improved, form, 0.0)
+    case 'v2':
+      earned = jnp.logical_and(valid, jnp.logical_not(copied_suboptimal))
+      return jnp.where(earned, rank_reward, 0.0) + form
+  raise ValueError(f'gate is {kind!r}; it must be one of {GATES}')
+
+
+def rank_reward(
+  ranking: chex.Array,
+  grades: chex.Array,
+  count: chex.Array,
+  incoming: chex.Array,
+  *,
+  kind: Kind,
+  k: int,
+) -> jax.Array:
+  """The ranking reward of a name; 'auc+ndcg' is the mean of the two.
+
+  Example: the order D B A C: auc 1, ndcg@4 0.7967, auc+ndcg 0.8984,
+  promotion 0, rr 1, recall@1 1.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K].
+    count: int [...].
+    incoming: int [..., K].
+    kind: one of `KINDS`.
+    k: cut-off of ndcg and recall; the others do not read it.
+
+  Returns:
+    float32 [...].
+
+  Raises:
+    ValueError: if the kind is none of `KINDS`, or k < 1 where it is read.
+  """
+  slate = (ranking, grades, count)
+  match kind:
+    case 'auc':
+      return auc(*slate)
+    case 'ndcg':
+      return ndcg(*slate, k)
+    case 'auc+ndcg':
+      return 0.5 * (auc(*slate) + ndcg(*slate, k))
+    case 'promotion':
+      return rank_promotion(*slate, incoming)
+    case 'rr':
+      return reciprocal_rank(*slate)
+    case 'recall':
+      return recall(*slate, k)
+  raise ValueError(f'reward kind is {kind!r}; it must be one of {KINDS}')
+
+
+def reward(
+  ranking: chex.Array,
+  verdict: chex.Array,
+  grades: chex.Array,
+  count: chex.Array,
+  incoming: chex.Array,
+  *,
+  kind: Kind,
+  k: int,
+  gate: Gate = 'v2',
+  format_weight: float = 0.2,
+) -> Reward:
+  """The whole reward of parsed answers.
+
+  Example: the order D B A C, valid, kind 'ndcg', k 4, gate 'v2': rank 0.7967,
+  format 1, copied 0, total 0.9967. The copy A B C D has rank 0.6399 and total
+  0.2; an invalid answer, which falls back to A B C D, has total 0.
+
+  Args:
+    ranking: int [..., K], from `parsing.parse_answer`.
+    verdict: int [...], likewise.
+    grades: [..., K].
+    count: int [...].
+    incoming: int [..., K].
+    kind: one of `KINDS`.
+    k: cut-off of ndcg and recall.
+    gate: one of `GATES`.
+    format_weight: weight a of the format reward.
+
+  Returns:
+    Reward of float32 [...].
+
+  Raises:
+    ValueError: if kind or gate has no such name, or k < 1 where it is read.
+  """
+  earned = rank_reward(ranking, grades, count, incoming, kind=kind, k=k)
+  valid = jnp.asarray(verdict) == parsing.VALID
+  copy = valid & copied(ranking, incoming, count)
+  wrong, _ = misordered_pairs(
+    parsing.incoming_ranking(incoming, count), grades, count
+  )
+  old, new, _ = target_rank(ranking, grades, count, incoming)
+  total = apply_gate(
+    earned,
+    valid,
+    copied_suboptimal=copy & (wrong > 0),
+    improved=(new < old) | (old == 0),
+    kind=gate,
+    format_weight=format_weight,
+  )
+  return Reward(
+    total, earned, valid.astype(jnp.float32), copy.astype(jnp.float32)
+  )
+
+
+def _check_k(k):
+  if k < 1:
+    raise ValueError(f'k is {k}; a cut-off counts ranks from 1')

@@ -1,0 +1,163 @@
+"""A policy put together from finished artifacts: tokens, shapes, parameters."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from gr2_jax import checkpoint, sampling, sharding
+from gr2_jax.data import prompts, vocabulary
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.data.log import Catalog
+from gr2_jax.models import semantic_ids, transformer
+
+VOCABULARY = 'vocabulary.model'
+BINS = 'evidence_bins.json'
+PARAMS = 'params'
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What every language-model stage shares."""
+
+  catalog: Catalog
+  prompter: prompts.Prompter
+  grammar: sampling.Grammar
+  model: transformer.TransformerConfig
+  mesh: jax.sharding.Mesh
+
+  @property
+  def vocabulary(self) -> vocabulary.Vocabulary:
+    """Token ids."""
+    return self.prompter.vocabulary
+
+  def abstract_params(self) -> Any:
+    """Shapes and shardings of the parameters, unboxed."""
+    boxed = jax.eval_shape(
+      lambda key: transformer.init_params(self.model, key), jax.random.key(0)
+    )
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      sharding.unbox(boxed),
+      sharding.param_shardings(self.mesh, boxed),
+    )
+
+  def load_params(self, artifact: os.PathLike[str] | str) -> Any:
+    """Parameters of a finished stage's directory, on the mesh."""
+    path = pathlib.Path(artifact)
+    if (path / PARAMS).is_dir():
+      path = path / PARAMS
+    return checkpoint.load_params(path, self.abstract_params())
+
+  def sampling(
+    self, group: int, thinking: bool, temperature: float, constrained: bool
+  ) -> sampling.SamplingConfig:
+    """A sampler whose budget is what the grammar needs."""
+    p = self.prompter
+    return sampling.SamplingConfig(
+      group=group,
+      max_tokens=p.thinking_tokens if thinking else p.answer_tokens,
+      temperature=temperature,
+      thinking=thinking,
+      constrained=constrained,
+    )
+
+
+def load(config, slates: pathlib.Path, tokenizer: pathlib.Path,
+         home: pathlib.Path) -> Setup:
+  """Reads a data set, its semantic IDs and a vocabulary.
+
+  Args:
+    config: sections `prompt`, `model`, `mesh`.
+    slates: artifact of that stage.
+    tokenizer: likewise.
+    home: where VOCABULARY and BINS lie: the mid-training artifact.
+
+  Returns:
+    The setup.
+  """
+  catalog = slates_lib.read_catalog(slates)
+  sids = semantic_ids.load(tokenizer)
+  bins = prompts.load_bins(home / BINS)
+  words = vocabulary.Vocabulary(
+    home / VOCABULARY, _layout(config.prompt, sids)
+  )
+  prompter = prompts.Prompter(
+    vocabulary=words,
+    bins=bins,
+    items=prompts.item_tokens(
+      words, catalog, sids.codes, config.prompt.title_tokens
+    ),
+    layout=tuple(config.prompt.layout),
+    fields=tuple(config.prompt.fields),
+    history=config.prompt.history,
+    num_candidates=slates_lib.read_meta(slates)['candidates'],
+    reasoning=config.prompt.reasoning_tokens,
+  )
+  return Setup(
+    catalog=catalog,
+    prompter=prompter,
+    grammar=sampling.Grammar(
+      slot_base=words.slot_base,
+      num_slots=words.layout.num_slots,
+      num_candidates=prompter.num_candidates,
+      think_end=words.control['</think>'],
+      eos=words.eos,
+      pad=words.pad,
+    ),
+    model=transformer.TransformerConfig(
+      vocab_size=len(words), **config.model.to_dict()
+    ),
+    mesh=sharding.make_mesh(**config.mesh.to_dict()),
+  )
+
+
+def found_vocabulary(
+  config, slates: pathlib.Path, tokenizer: pathlib.Path, home: pathlib.Path,
+  phrases: tuple[str, ...],
+) -> None:
+  """Trains the vocabulary on the catalog's text and fits the evidence bins.
+
+  Args:
+    config: section `prompt`.
+    slates: artifact of that stage.
+    tokenizer: likewise.
+    home: where VOCABULARY and BINS go.
+    phrases: text beside the catalog's that is worth pieces of its own.
+  """
+  meta = slates_lib.read_meta(slates)
+  if meta['candidates'] > config.prompt.num_slots:
+    raise ValueError(
+      f'prompt.num_slots={config.prompt.num_slots} is less than the '
+      f'{meta["candidates"]} candidates of a slate (data.candidates): raise it'
+    )
+  catalog = slates_lib.read_catalog(slates)
+  train = slates_lib.read(slates, 'train')
+  prompts.save_bins(
+    home / BINS,
+    prompts.EvidenceBins.fit(
+      train, meta['evidence'], tuple(config.prompt.evidence), config.prompt.bins
+    ),
+  )
+  sids = semantic_ids.load(tokenizer)
+  sentences = [*phrases, *catalog.titles]
+  sentences += [' > '.join(path) for path in catalog.categories]
+  vocabulary.train(
+    home / VOCABULARY,
+    sentences,
+    _layout(config.prompt, sids),
+    config.prompt.text_tokens,
+  )
+
+
+def _layout(config, sids: semantic_ids.SemanticIds) -> vocabulary.Layout:
+  """The symbol families that a prompt config and semantic IDs ask for."""
+  return vocabulary.Layout(
+    evidence=tuple(config.evidence),
+    bins=config.bins,
+    num_slots=config.num_slots,
+    levels=sids.levels,
+    codebook_size=sids.codebook_size,
+  )

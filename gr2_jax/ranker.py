@@ -1,0 +1,209 @@
+"""Ranks a whole split with a policy: prompts in, permutations out.
+
+Used by validation, evaluation and bulk re-ranking. Greedy, under the
+permutation mask unless told, so that every answer is valid.
+
+Axes: n slates, B batch, K candidates, T completion tokens.
+"""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gr2_jax import policy, reporting, sampling, sharding
+from gr2_jax.data import batches
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.models import transformer
+from gr2_jax.ops import masking, metrics, parsing
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+  """Answers to a split; rankings are in incoming ranks, best first.
+
+  Attributes:
+    generated: int32 [n, K], the order the policy wrote.
+    readout: int32 [n, K], the order of the scores at its slot tokens.
+    verdict: int32 [n], of `parsing.VERDICTS`.
+    tokens: int32 [n, T], the completions.
+    length: int32 [n].
+    presented: int32 [n, K], incoming rank of each slot.
+  """
+
+  generated: np.ndarray
+  readout: np.ndarray
+  verdict: np.ndarray
+  tokens: np.ndarray
+  length: np.ndarray
+  presented: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _answer(model, grammar, config, params, batch) -> Ranked:
+  """Greedy answers of one batch, one rollout a slate."""
+  rollouts = sampling.sample(
+    model,
+    params,
+    batch['prompt'],
+    batch['prompt_length'],
+    batch['count'],
+    jax.random.key(0),
+    grammar,
+    config,
+  )
+  tokens, length = rollouts.tokens[:, 0], rollouts.length[:, 0]
+  answer = parsing.parse_answer(
+    tokens,
+    length,
+    batch['count'],
+    batch['incoming'],
+    num_candidates=grammar.num_candidates,
+    slot_base=grammar.slot_base,
+    num_slots=grammar.num_slots,
+    eos=grammar.eos,
+    think_end=grammar.think_end,
+    thinking=config.thinking,
+  )
+  hidden, _ = transformer.encode_prompt(
+    model, params, batch['prompt'], batch['prompt_length']
+  )
+  scores = transformer.slot_scores(params, hidden, batch['slots'])
+  real = masking.length_mask(batch['count'], scores.shape[-1])
+  readout = jnp.argsort(jnp.where(real, -scores, jnp.inf), axis=-1)
+  incoming = batch['incoming']
+  return dict(
+    generated=metrics.in_incoming_ranks(answer.ranking, incoming),
+    readout=metrics.in_incoming_ranks(readout, incoming),
+    verdict=answer.verdict,
+    tokens=tokens,
+    length=length,
+    presented=incoming,
+  )
+
+
+def rank(
+  setup: policy.Setup,
+  params: Any,
+  slates: Any,
+  *,
+  thinking: bool,
+  shuffle: bool,
+  batch_size: int,
+  seed: int,
+  constrained: bool = True,
+  desc: str = '',
+) -> Ranked:
+  """Ranks every slate once, in order.
+
+  Args:
+    setup: tokens and shapes.
+    params: of the policy.
+    slates: random access to slate records.
+    thinking: whether the policy reasons first.
+    shuffle: whether candidates are shown in random order.
+    batch_size: slates at a time; one trace for all.
+    seed: of the presentation, a function of (seed, index).
+    constrained: the permutation mask.
+    desc: of a progress bar; empty for none.
+
+  Returns:
+    The answers, on the host.
+  """
+  render = batches.requests(
+    setup.prompter, '<think>' if thinking else '<answer>', shuffle
+  )
+  config = setup.sampling(1, thinking, 0.0, constrained)
+  answer = functools.partial(_answer, setup.model, setup.grammar, config)
+  parts = []
+  with reporting.progress(
+    len(slates), desc or 'rank', unit='slate', quiet=not desc
+  ) as bar, sharding.activate(setup.mesh):
+    for n, batch in batches.in_order(slates, render, batch_size, seed):
+      batch.pop('grades')  # What the policy must not see.
+      found = answer(params, sharding.shard_batch(batch, setup.mesh))
+      parts.append({k: np.asarray(v)[:n] for k, v in found.items()})
+      bar.update(n)
+  return Ranked(
+    **{k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+  )
+
+
+def watch(
+  ranking: np.ndarray, grades: np.ndarray, count: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Per-slate ranking metrics and the watches for copying.
+
+  Args:
+    ranking: int32 [n, K] in incoming ranks.
+    grades: [n, K] in the incoming order.
+    count: int32 [n].
+
+  Returns:
+    Name -> float32 [n]: r@1 .. auc, copied, top3_unchanged, kendall_tau,
+    first_pick (the incoming rank of the first).
+  """
+  incoming = jnp.broadcast_to(jnp.arange(ranking.shape[-1]), ranking.shape)
+  found = metrics.ranking_metrics(ranking, grades, count)
+  found = dict(found) | {
+    'copied': metrics.top_unchanged(
+      ranking, incoming, count, k=ranking.shape[-1]
+    ),
+    'top3_unchanged': metrics.top_unchanged(ranking, incoming, count, k=3),
+    'kendall_tau': metrics.kendall_tau(ranking, incoming, count),
+    'first_pick': ranking[..., 0],
+  }
+  return {k: np.asarray(v, np.float32) for k, v in found.items()}
+
+
+def validator(config, setup: policy.Setup, slates: os.PathLike[str], stage):
+  """Held-out ranking while training, on the first validation slates.
+
+  Args:
+    config: sections prompt.
+    setup: tokens and shapes.
+    slates: the slates artifact.
+    stage: eval_slates, eval_batch_size, thinking.
+
+  Returns:
+    `params -> {name: mean}` for the generated order, and `readout_n@5`.
+  """
+  held_out = slates_lib.read(slates, 'validation')
+  rng = np.random.default_rng(0)
+  chosen = rng.permutation(len(held_out))[: stage.eval_slates]
+  source = _Chosen(slates_lib.source(slates, 'validation'), chosen)
+  grades, count = held_out.grades[chosen], held_out.count[chosen]
+
+  def validate(params) -> dict[str, float]:
+    ranked = rank(
+      setup,
+      params,
+      source,
+      thinking=stage.thinking,
+      shuffle=config.prompt.shuffle,
+      batch_size=stage.eval_batch_size,
+      seed=0,
+    )
+    found = watch(ranked.generated, grades, count)
+    readout = watch(ranked.readout, grades, count)
+    means = {name: float(values.mean()) for name, values in found.items()}
+    return means | {'readout_n@5': float(readout['n@5'].mean())}
+
+  return validate
+
+
+class _Chosen:
+  """Random access to some records of a source."""
+
+  def __init__(self, source, index: np.ndarray):
+    self._source, self._index = source, index
+
+  def __len__(self) -> int:
+    return len(self._index)
+
+  def __getitem__(self, i: int):
+    return self._source[int(self._index[i])]

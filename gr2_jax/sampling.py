@@ -1,0 +1,268 @@
+"""Rollouts: prefill once per slate, then one decode loop for its whole group.
+
+A completion is `[reasoning </think>] slot * count <eos>`: the prompt's last
+token says whether it reasons. The grammar is static; its state per rollout is
+two small arrays, from which `allowed_tokens` makes the permutation mask. The
+same function serves the decode loop and the scoring of finished completions,
+so a constrained sampler and its learner agree token for token.
+
+Axes: P prompts, G group, T completion time, K candidates, V vocabulary,
+S slot tokens.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from gr2_jax.models import transformer
+from gr2_jax.ops import parsing
+
+
+@dataclasses.dataclass(frozen=True)
+class Grammar:
+  """The token ids that an answer is made of."""
+
+  slot_base: int  # id of slot token 0; the others follow
+  num_slots: int  # slot tokens in the vocabulary
+  num_candidates: int  # K, the longest slate
+  think_end: int
+  eos: int
+  pad: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How to decode; every field is static, so each value is one trace."""
+
+  group: int  # rollouts of one slate
+  max_tokens: int  # completion length, reasoning and answer together
+  temperature: float = 1.0  # 0 = greedy
+  thinking: bool = False  # the completion opens with a reasoning span
+  constrained: bool = False  # permutation mask: every answer is valid
+
+
+@flax.struct.dataclass
+class Progress:
+  """Where in the grammar each rollout stands, before its next token."""
+
+  answering: jax.Array  # bool [...], past the reasoning
+  emitted: jax.Array  # bool [..., K], candidates already listed
+  done: jax.Array  # bool [...], <eos> was emitted
+
+
+@flax.struct.dataclass
+class Rollouts:
+  """Sampled completions: these ids are what is scored and trained on."""
+
+  tokens: jax.Array  # int32 [P, G, T], pad after the length
+  length: jax.Array  # int32 [P, G], tokens with <eos>, at most T
+  logp: jax.Array  # float32 [P, G, T], under the sampler; 0 after the length
+  entropy: jax.Array  # float32 [P, G, T], of each token's distribution, nats
+
+
+def start(grammar: Grammar, shape: tuple[int, ...], thinking: bool) -> Progress:
+  """Progress before the first token."""
+  return Progress(
+    answering=jnp.full(shape, not thinking),
+    emitted=jnp.zeros((*shape, grammar.num_candidates), bool),
+    done=jnp.zeros(shape, bool),
+  )
+
+
+def advance(grammar: Grammar, progress: Progress, token: jax.Array) -> Progress:
+  """Progress after `token` [...]; slots named while reasoning do not count."""
+  slot = jax.nn.one_hot(
+    token - grammar.slot_base, grammar.num_candidates, dtype=bool
+  )
+  return Progress(
+    answering=progress.answering | (token == grammar.think_end),
+    emitted=progress.emitted | (slot & progress.answering[..., None]),
+    done=progress.done | (token == grammar.eos),
+  )
+
+
+def replay(grammar: Grammar, tokens: jax.Array, thinking: bool) -> Progress:
+  """Progress before every token of finished completions [..., T]."""
+
+  def step(progress, token):
+    return advance(grammar, progress, token), progress
+
+  first = start(grammar, tokens.shape[:-1], thinking)
+  _, progress = jax.lax.scan(step, first, jnp.moveaxis(tokens, -1, 0))
+  axis = tokens.ndim - 1
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), progress)
+
+
+def allowed_tokens(
+  grammar: Grammar,
+  progress: Progress,
+  count: jax.Array,
+  remaining: jax.Array,
+  vocab_size: int,
+) -> jax.Array:
+  """The permutation mask: which tokens keep the completion on its way.
+
+  While reasoning everything but the control tokens is allowed, until just
+  enough room is left to close it and to list every candidate; in the answer
+  each candidate once, then <eos>.
+
+  Args:
+    grammar: token ids.
+    progress: [...].
+    count: int32 [...], candidates in the slate.
+    remaining: int32 [...], tokens left in the budget, this one included.
+    vocab_size: V.
+
+  Returns:
+    bool [..., V], at least one True everywhere.
+  """
+  ids = jnp.arange(vocab_size)
+  K, base = grammar.num_candidates, grammar.slot_base
+  allowed = parsing.answer_mask(progress.emitted, count)
+  answer = jnp.zeros((*allowed.shape[:-1], vocab_size), bool)
+  answer = answer.at[..., base : base + K].set(allowed[..., :K])
+  answer = answer.at[..., grammar.eos].set(allowed[..., K])
+  must_close = remaining <= count + 2
+  close = ids == grammar.think_end
+  text = (ids != grammar.eos) & (ids != grammar.pad)
+  reasoning = jnp.where(must_close[..., None], close, text)
+  return jnp.where(progress.answering[..., None], answer, reasoning)
+
+
+def distribution(
+  logits: jax.Array, temperature: float, allowed: jax.Array | None
+) -> jax.Array:
+  """Log-probabilities that are sampled from, and scored with.
+
+  Args:
+    logits: [..., V].
+    temperature: 0 (greedy) leaves the logits as they are.
+    allowed: bool [..., V], or None for all.
+
+  Returns:
+    float32 [..., V]; a forbidden token has a very negative one.
+  """
+  logits = logits.astype(jnp.float32) / (temperature or 1.0)
+  if allowed is not None:
+    logits = jnp.where(allowed, logits, jnp.finfo(jnp.float32).min)
+  return jax.nn.log_softmax(logits)
+
+
+def entropy(logps: jax.Array) -> jax.Array:
+  """Entropy in nats of log-probabilities [..., V]; forbidden tokens add 0."""
+  return -jnp.sum(jnp.exp(logps) * jnp.maximum(logps, -1e9), axis=-1)
+
+
+@flax.struct.dataclass
+class _Loop:
+  t: jax.Array
+  hidden: jax.Array  # [P, G, D], predicts token t
+  cache: transformer.KeyValues
+  progress: Progress
+  rollouts: Rollouts
+
+
+def sample(
+  model: transformer.TransformerConfig,
+  params: Any,
+  prompt_PxTp: jax.Array,
+  prompt_length_P: jax.Array,
+  count_P: jax.Array,
+  key: jax.Array,
+  grammar: Grammar,
+  config: SamplingConfig,
+) -> Rollouts:
+  """Samples a group of completions for every prompt.
+
+  The prompt is encoded once and never repeated over the group; the loop stops
+  when every rollout has ended. Pure: jit with `model`, `grammar` and `config`
+  static.
+
+  Args:
+    model: the decoder's shape.
+    params: unboxed parameters.
+    prompt_PxTp: int32 ids, right-padded.
+    prompt_length_P: int32.
+    count_P: int32, candidates in each slate.
+    key: PRNG key.
+    grammar: token ids of the answer.
+    config: group, budget, temperature, masks.
+
+  Returns:
+    Rollouts [P, G, T].
+  """
+  P, G, T = prompt_PxTp.shape[0], config.group, config.max_tokens
+  hidden, prefix = transformer.encode_prompt(
+    model, params, prompt_PxTp, prompt_length_P
+  )
+  last = jnp.take_along_axis(
+    hidden, (prompt_length_P - 1)[:, None, None], axis=1
+  )
+  embedding = transformer.output_embedding(params)
+  count = jnp.broadcast_to(count_P[:, None], (P, G))
+  shape = (model.num_layers, P, G, T, model.num_kv_heads, model.head_dim)
+  empty = jnp.zeros(shape, model.dtype)
+  zeros = jnp.zeros((P, G, T), jnp.float32)
+
+  def body(s: _Loop) -> _Loop:
+    logits = s.hidden @ embedding.T.astype(s.hidden.dtype)
+    allowed = None
+    if config.constrained:
+      allowed = allowed_tokens(
+        grammar,
+        s.progress,
+        count,
+        jnp.broadcast_to(T - s.t, (P, G)),
+        model.vocab_size,
+      )
+    logps = distribution(logits, config.temperature, allowed)
+    if config.temperature:
+      token = jax.random.categorical(jax.random.fold_in(key, s.t), logps)
+    else:
+      token = jnp.argmax(logps, -1)
+    done = s.progress.done
+    token = jnp.where(done, grammar.pad, token.astype(jnp.int32))
+    logp = jnp.take_along_axis(logps, token[..., None], -1)[..., 0]
+    keep = lambda x: jnp.where(done, 0.0, x)
+    r = s.rollouts
+    rollouts = Rollouts(
+      tokens=r.tokens.at[:, :, s.t].set(token),
+      length=r.length + (~done).astype(jnp.int32),
+      logp=r.logp.at[:, :, s.t].set(keep(logp)),
+      entropy=r.entropy.at[:, :, s.t].set(keep(entropy(logps))),
+    )
+    own = jnp.broadcast_to(jnp.arange(T) <= s.t, (P, G, 1, T))
+    position = jnp.broadcast_to(
+      prompt_length_P[:, None, None] + s.t, (P, G, 1)
+    )
+    hidden, cache = transformer.Transformer(model).apply(
+      {'params': params}, token[..., None], position, own, prefix, s.cache, s.t
+    )
+    return _Loop(
+      t=s.t + 1,
+      hidden=hidden[:, :, 0],
+      cache=cache,
+      progress=advance(grammar, s.progress, token),
+      rollouts=rollouts,
+    )
+
+  loop = jax.lax.while_loop(
+    lambda s: (s.t < T) & ~s.progress.done.all(),
+    body,
+    _Loop(
+      t=jnp.int32(0),
+      hidden=jnp.broadcast_to(last, (P, G, last.shape[-1])),
+      cache=transformer.KeyValues(k=empty, v=empty),
+      progress=start(grammar, (P, G), config.thinking),
+      rollouts=Rollouts(
+        tokens=jnp.full((P, G, T), grammar.pad, jnp.int32),
+        length=jnp.zeros((P, G), jnp.int32),
+        logp=zeros,
+        entropy=zeros,
+      ),
+    ),
+  )
+  return loop.rollouts

@@ -1,0 +1,178 @@
+"""The one place that builds a mesh or names a logical axis.
+
+A mesh has three axes: `data` splits the batch, `fsdp` splits the batch and the
+parameters' embedding axis, `tensor` splits heads, feed-forward and vocabulary.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+
+# Logical axis -> mesh axis. Where two logical axes of one array ask for the
+# same mesh axis, the one named first here gets it.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+  ('batch', ('data', 'fsdp')),
+  ('vocab', 'tensor'),
+  ('heads', 'tensor'),
+  ('kv_heads', 'tensor'),
+  ('mlp', 'tensor'),
+  ('embed', 'fsdp'),
+  ('group', None),
+  ('time', None),
+  ('head_dim', None),
+  ('layers', None),
+  ('codes', None),
+  ('slots', None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """Builds the mesh over all devices.
+
+  Args:
+    data: size of the data axis; -1 takes the devices the others leave.
+    fsdp: size of the axis that shards parameters and batch.
+    tensor: size of the axis that shards heads, feed-forward and vocabulary.
+
+  Returns:
+    A mesh with axes `data`, `fsdp`, `tensor`, all of type Auto.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  n = jax.device_count()
+  for name, size in zip(MESH_AXES, (data, fsdp, tensor), strict=True):
+    if size < 1 and not (name == 'data' and size == -1):
+      raise ValueError(f'mesh.{name}={size}: must be at least 1')
+  if data == -1:
+    if n % (fsdp * tensor):
+      raise ValueError(
+        f'mesh.fsdp={fsdp} x mesh.tensor={tensor} = {fsdp * tensor} does not '
+        f'divide the {n} devices'
+      )
+    data = n // (fsdp * tensor)
+  if data * fsdp * tensor != n:
+    raise ValueError(
+      f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} = '
+      f'{data * fsdp * tensor}, but there are {n} devices; mesh.data=-1 takes '
+      'all that are left'
+    )
+  return jax.make_mesh(
+    (data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3
+  )
+
+
+def param_shardings(mesh: Mesh, abstract_variables: Any) -> Any:
+  """Shardings of a module's variables from their logical axes.
+
+  Args:
+    mesh: of `make_mesh`.
+    abstract_variables: `jax.eval_shape(module.init, ...)`, boxed: leaves made
+      with `nn.with_logical_partitioning` carry names, others are replicated.
+
+  Returns:
+    The unboxed tree with a NamedSharding at every leaf.
+
+  Raises:
+    ValueError: a leaf names an axis that RULES lacks, or has a dimension that
+      its mesh axis does not divide.
+  """
+  known = {name for name, _ in RULES}
+  logical = nn.get_partition_spec(abstract_variables)
+  for path, spec in jax.tree_util.tree_leaves_with_path(
+    logical, is_leaf=lambda x: isinstance(x, PartitionSpec)
+  ):
+    unknown = [name for name in spec if name is not None and name not in known]
+    if unknown:
+      raise ValueError(
+        f'parameter {jax.tree_util.keystr(path)}: no rule for logical axis '
+        f'{unknown[0]!r}; known: {", ".join(sorted(known))}'
+      )
+  shardings = nn.logical_to_mesh_sharding(logical, mesh, RULES)
+  jax.tree_util.tree_map_with_path(
+    lambda path, x, sharding: _check_divides(
+      f'parameter {jax.tree_util.keystr(path)}', x.shape, sharding
+    ),
+    unbox(abstract_variables),
+    shardings,
+  )
+  return shardings
+
+
+def unbox(variables: Any) -> Any:
+  """Strips the axis names off; plain arrays (or shapes) remain.
+
+  `nn.unbox` would also constrain the values, which abstract ones cannot be.
+  """
+  return jax.tree.map(
+    lambda x: x.value if isinstance(x, nn.Partitioned) else x,
+    variables,
+    is_leaf=lambda x: isinstance(x, nn.Partitioned),
+  )
+
+
+@contextlib.contextmanager
+def activate(mesh: Mesh) -> Iterator[None]:
+  """Makes a module's logical axis constraints mean axes of this mesh."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The sharding of an array whose first axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+  """Puts a host batch on the mesh, split over its first axis.
+
+  Args:
+    batch: tree of arrays [B, ...], this process's share of the global batch;
+      scalars are replicated.
+    mesh: of `make_mesh`.
+
+  Returns:
+    The same tree of global jax.Arrays.
+
+  Raises:
+    ValueError: a leaf's B is not divided by the data and fsdp axes.
+  """
+  split, whole = batch_sharding(mesh), replicated(mesh)
+
+  def put(path, x):
+    x = np.asarray(x)
+    sharding = split if x.ndim else whole
+    shape = (x.shape[0] * jax.process_count(), *x.shape[1:]) if x.ndim else ()
+    _check_divides(f'batch field {jax.tree_util.keystr(path)}', shape, sharding)
+    return jax.make_array_from_process_local_data(sharding, x, shape)
+
+  return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def _check_divides(
+  what: str, shape: tuple[int, ...], sharding: NamedSharding
+) -> None:
+  """Raises a ValueError that names the number that does not divide."""
+  for axis, names in enumerate(sharding.spec):
+    if names is None:
+      continue
+    names = (names,) if isinstance(names, str) else names
+    size = math.prod(sharding.mesh.shape[name] for name in names)
+    if shape[axis] % size:
+      raise ValueError(
+        f'{what}: size {shape[axis]} of axis {axis} is not divisible by '
+        f'{size}, the size of mesh axis {" x ".join(names)}'
+      )

@@ -1,0 +1,66 @@
+"""The stage graph, and nothing else.
+
+A stage is the module `gr2_jax.stages.<name>` with one function,
+`run(config, inputs, workdir) -> dict`, which is resumable from whatever it
+left in `workdir`, and whose result becomes `results.json`.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One node of the graph.
+
+  Attributes:
+    needs: stages that must be finished before. `name` is, where that stage is
+      seeded, its run with this stage's own seed; `name@*` is one run for every
+      seed of `config.seeds`, given to `run` as inputs `name@0`, `name@1`, ...
+    sections: the top-level entries of the config that the stage reads. It is
+      given these and no others, so none can change without a new fingerprint.
+    seeded: whether the stage is run once per seed; it then reads
+      `config.seed`.
+    files: config fields (`section.field`) that may hold the path of a file or
+      folder; its content counts like the config.
+  """
+
+  needs: tuple[str, ...]
+  sections: tuple[str, ...]
+  seeded: bool = False
+  files: tuple[str, ...] = ()
+
+
+STAGES: dict[str, Stage] = {
+  'slates': Stage((), ('data',), files=('data.path',)),
+  'tokenizer': Stage(('slates',), ('tokenizer',)),
+  'midtrain': Stage(
+    ('slates', 'tokenizer'),
+    ('data', 'prompt', 'model', 'mesh', 'midtrain'),
+    seeded=True,
+  ),
+  'traces': Stage(
+    ('slates', 'tokenizer', 'midtrain'),
+    ('data', 'prompt', 'model', 'mesh', 'traces'),
+    seeded=True,
+  ),
+  'sft': Stage(
+    ('slates', 'tokenizer', 'midtrain', 'traces'),
+    ('data', 'prompt', 'model', 'mesh', 'sft'),
+    seeded=True,
+  ),
+  'rl': Stage(
+    ('slates', 'tokenizer', 'midtrain', 'sft'),
+    ('data', 'prompt', 'model', 'mesh', 'rl'),
+    seeded=True,
+  ),
+  'baselines': Stage(('slates',), ('data', 'baselines')),
+  'evaluate': Stage(
+    ('slates', 'tokenizer', 'midtrain@*', 'baselines', 'sft@*', 'rl@*'),
+    ('data', 'prompt', 'model', 'mesh', 'evaluate', 'seeds'),
+  ),
+  'rerank': Stage(
+    ('slates', 'tokenizer', 'midtrain', 'rl'),
+    ('data', 'prompt', 'model', 'mesh', 'rerank'),
+    seeded=True,
+  ),
+}

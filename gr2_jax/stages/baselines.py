@@ -1,0 +1,255 @@
+"""Baselines: scores of validation and test by rankers that read no language.
+
+  incoming  the order as it came; what every gain is measured against
+  random    a seeded shuffle
+  best      by true utility where it is known, else by the labels: the ceiling
+  legacy    a pointwise click model, see models/legacy.py
+  gbdt      gradient-boosted trees on the evidence, see models/trees.py
+
+Resume: a trained ranker leaves `<name>-<seed>/scores.npz` and is not trained
+again; the legacy ranker is saved at every look at validation, and goes on from
+there bit for bit.
+
+Axis letters: S seeds, K candidates; n slates of a split.
+"""
+
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from gr2_jax import checkpoint, reporting
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.models import legacy, trees
+from gr2_jax.ops import metrics
+
+SPLITS = ('validation', 'test')
+
+
+def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
+  """Trains the rankers and scores validation and test.
+
+  Leaves `<split>/scores.npz` in `workdir`, see `read_scores`. Labels of test
+  are read for `best` alone, and nothing is measured there.
+
+  Args:
+    config: reads section `baselines`.
+    inputs: upstream artifact directories; 'slates' is read.
+    workdir: this stage's directory.
+
+  Returns:
+    `validation`: baseline -> metric -> mean over slates and seeds; `rounds` of
+    gbdt and `steps` of legacy that validation chose, per seed; `seconds` of
+    this process.
+
+  Raises:
+    ValueError: a config field has no meaning.
+    ImportError: LightGBM is not installed.
+    FloatingPointError: the legacy ranker diverged.
+  """
+  started = time.monotonic()
+  config = config.baselines
+  workdir = pathlib.Path(workdir)
+  if config.seeds < 1:
+    raise ValueError(f'baselines.seeds={config.seeds}: must be at least 1')
+
+  # ------------------------------------------------------------- Input
+  meta = slates_lib.read_meta(inputs['slates'])
+  train = slates_lib.read(inputs['slates'], 'train')
+  splits = {name: slates_lib.read(inputs['slates'], name) for name in SPLITS}
+
+  # ------------------------------------------------------------- Train
+  # The trees come first: a missing LightGBM is then told at once.
+  trained = {'gbdt': [], 'legacy': []}
+  for name, fits in trained.items():
+    for seed in range(config.seeds):
+      directory = workdir / f'{name}-{seed}'
+      path = directory / 'scores.npz'
+      if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        if name == 'gbdt':
+          columns = tuple(meta['evidence'])
+          fit = _fit_gbdt(config.gbdt, train, splits, columns, seed)
+        else:
+          fit = _fit_legacy(
+            config.legacy, train, splits, meta['items'], seed, directory
+          )
+        _write_npz(path, fit)
+      fits.append(_read_npz(path))
+
+  # ------------------------------------------------- Write and measure
+  scores = {}
+  for number, (split, slates) in enumerate(splits.items()):
+    scores[split] = _fixed_scores(slates, [config.random_seed, number]) | {
+      name: np.stack([fit[split] for fit in fits])
+      for name, fits in trained.items()
+    }
+    (workdir / split).mkdir(exist_ok=True)
+    _write_npz(workdir / split / 'scores.npz', scores[split])
+  held_out = splits['validation']
+  return {
+    'validation': {
+      name: {
+        metric: float(value.mean())
+        for metric, value in _measure(values, held_out).items()
+      }
+      for name, values in scores['validation'].items()
+    },
+    'rounds': [int(fit['rounds']) for fit in trained['gbdt']],
+    'steps': [int(fit['steps']) for fit in trained['legacy']],
+    'seconds': time.monotonic() - started,
+  }
+
+
+def read_scores(
+  directory: os.PathLike[str] | str, split: str
+) -> dict[str, np.ndarray]:
+  """Reads what the finished stage left of a split.
+
+  Args:
+    directory: of the artifact.
+    split: one of `SPLITS`.
+
+  Returns:
+    Baseline -> float32, -inf at padding, larger first: `incoming`, `random`
+    and `best` [n, K]; `legacy` and `gbdt` [S, n, K].
+  """
+  return _read_npz(pathlib.Path(directory) / split / 'scores.npz')
+
+
+def rankings(scores: np.ndarray, count: np.ndarray) -> np.ndarray:
+  """Orders candidates by falling score.
+
+  Ties keep the incoming order; padding comes last, as it stands.
+
+  Args:
+    scores: float [..., K], candidates in the incoming order.
+    count: int, real candidates, the last axes of [...]: one count of a slate
+      may serve several seeds.
+
+  Returns:
+    int32 [..., K], the candidate at each rank.
+
+  Raises:
+    ValueError: a real candidate's score is NaN, or the shapes do not fit.
+  """
+  scores, count = np.asarray(scores, np.float64), np.asarray(count)
+  leading = scores.shape[:-1]
+  if count.shape != leading[len(leading) - count.ndim :]:
+    raise ValueError(
+      f'count has shape {count.shape}, which is not the end of {leading}, the '
+      'axes of the scores before the candidates'
+    )
+  real = np.arange(scores.shape[-1]) < count[..., None]
+  real = np.broadcast_to(real, scores.shape)
+  if np.isnan(scores[real]).any():
+    raise ValueError(
+      f'{np.isnan(scores[real]).sum()} scores of real candidates are NaN'
+    )
+  # Padding is a key of its own: a real candidate may score -inf.
+  falling = np.where(real, -scores, 0.0)
+  return np.lexsort((falling, ~real), axis=-1).astype(np.int32)
+
+
+def _fixed_scores(
+  slates: slates_lib.Slates, seed: list[int]
+) -> dict[str, np.ndarray]:
+  """Scores that need no training: incoming, random and best."""
+  real = slates.candidates >= 0
+  known = (np.isfinite(slates.utility) | ~real).all(axis=1, keepdims=True)
+  scores = {
+    'incoming': -np.broadcast_to(np.arange(real.shape[1]), real.shape),
+    'random': np.random.default_rng(seed).random(real.shape),
+    'best': np.where(known, slates.utility, slates.grades),
+  }
+  return {
+    name: np.where(real, values, -np.inf).astype(np.float32)
+    for name, values in scores.items()
+  }
+
+
+def _measure(
+  scores: np.ndarray, slates: slates_lib.Slates
+) -> dict[str, jax.Array]:
+  """Metrics [..., n] of scores [..., n, K]."""
+  grades = np.broadcast_to(slates.grades, scores.shape)
+  count = np.broadcast_to(slates.count, scores.shape[:-1])
+  return metrics.ranking_metrics(rankings(scores, count), grades, count)
+
+
+def _fit_gbdt(config, train, splits, columns, seed):
+  """Trains trees; returns scores by split, and `rounds`."""
+  booster = trees.fit(config, train, splits['validation'], columns, seed)
+  scores = {
+    name: trees.score(booster, slates) for name, slates in splits.items()
+  }
+  return scores | {'rounds': np.int32(booster.best_iteration)}
+
+
+def _fit_legacy(config, train, splits, items, seed, directory):
+  """Trains the click model; returns scores by split, and `steps`.
+
+  Validation is looked at every `eval_every` steps; its best N@5 chooses the
+  parameters, and `patience` looks without a better one end the training.
+  """
+  held_out = splits['validation']
+  scaler = legacy.fit_scaler(train)
+  model = legacy.make_model(config, items)
+  optimizer = legacy.make_optimizer(config)
+  update = legacy.make_update(model, optimizer, seed)
+  score = legacy.make_score(model)
+
+  def batch_of(step):
+    rows = legacy.batch_rows(len(train), config.batch_size, seed, step)
+    return legacy.make_batch(train, rows, scaler)
+
+  saver = checkpoint.Checkpointer(directory / 'checkpoints')
+  state = legacy.init(model, optimizer, batch_of(0), seed)
+  best, chosen = state.params, {'n@5': -1.0, 'step': 0}
+  # 1. Own workdir: go on from the last checkpoint.  2. Scratch.
+  first = 0
+  restored = saver.restore({'state': state, 'best': best})
+  if restored:
+    found, first, chosen = restored
+    state, best = found['state'], found['best']
+
+  with (
+    saver,
+    reporting.MetricsWriter(directory, first) as writer,
+    reporting.progress(config.steps, f'legacy {seed}', first) as bar,
+  ):
+    for step in range(first, config.steps):
+      if step - chosen['step'] >= config.patience * config.eval_every:
+        break
+      state, values = update(state, batch_of(step))
+      done = step + 1
+      bar.update()
+      if done % config.eval_every and done < config.steps:
+        continue
+      reporting.check_finite(done, values)
+      measured = _measure(score(state.params, held_out, scaler), held_out)
+      quality = float(measured['n@5'].mean())
+      if quality > chosen['n@5']:
+        best, chosen = state.params, {'n@5': quality, 'step': done}
+      writer.write(done, values | {'validation/n@5': quality})
+      saver.save(done, {'state': state, 'best': best}, meta=chosen)
+  scores = {
+    name: score(best, slates, scaler) for name, slates in splits.items()
+  }
+  return scores | {'steps': np.int32(chosen['step'])}
+
+
+def _write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes arrays to a file that is there whole or not at all."""
+  temporary = path.with_name(path.name + '.tmp')
+  with temporary.open('wb') as file:
+    np.savez(file, **arrays)
+  os.replace(temporary, path)
+
+
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  with np.load(path) as file:
+    return dict(file)

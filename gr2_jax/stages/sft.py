@@ -1,0 +1,116 @@
+"""SFT: the teacher's reasoning, and a ranking, after the policy's own prompt.
+
+Eq. 3 weighs reasoning and ranking apart. What the ranking is taught from is a
+choice: `trace`, the teacher's order; or `readout`, the order of the policy's
+own listwise read-out, which is trained on the labels at the slot tokens and
+distilled into the answer in the same update.
+"""
+
+import pathlib
+from typing import Any
+
+from gr2_jax import learner, policy, ranker
+from gr2_jax.data import batches, prompts, records
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.stages import supervised, traces
+
+
+class _Traced:
+  """Random access to traces joined with their slates."""
+
+  def __init__(self, accepted: records.Records, slates: slates_lib.Records):
+    self._accepted, self._slates = accepted, slates
+
+  def __len__(self) -> int:
+    return len(self._accepted)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    trace = self._accepted[index]
+    return {'trace': trace, 'slate': self._slates[int(trace['slate'])]}
+
+
+def run(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Trains from the mid-trained parameters; validation chooses.
+
+  Args:
+    config: sections prompt, model, mesh, sft; seed.
+    inputs: slates, tokenizer, midtrain, traces.
+    workdir: of this stage.
+
+  Returns:
+    The chosen step and its validation numbers.
+  """
+  stage = config.sft
+  setup = policy.load(
+    config, inputs['slates'], inputs['tokenizer'], inputs['midtrain']
+  )
+  source = _Traced(
+    records.Records(inputs['traces'] / traces.ACCEPTED),
+    slates_lib.source(inputs['slates'], 'train'),
+  )
+  data = batches.dataset(
+    source, renderer(setup, config), stage.batch_size, config.seed
+  )
+  return supervised.fit(
+    stage,
+    setup=setup,
+    workdir=workdir,
+    seed=config.seed,
+    loss_fn=learner.supervised_loss(
+      setup.model,
+      setup.grammar,
+      listwise_weight=stage.listwise_weight,
+      ranking_weight=stage.ranking_weight if stage.rank_by == 'readout' else 0.0,
+      sharpness=stage.sharpness,
+    ),
+    iterator=batches.iterate(data),
+    validate=ranker.validator(config, setup, inputs['slates'], stage),
+    choose='n@5',
+    inherited=inputs['midtrain'],
+    desc='sft',
+  )
+
+
+def renderer(setup: policy.Setup, config):
+  """`(trace and slate, rng) -> example`: a thinking and a direct completion.
+
+  Both are learned beside each other, so that either can be asked for. The
+  control token is the first of a completion here, the last of the prompt in
+  sampling: the same sequence of tokens.
+
+  Args:
+    setup: tokens.
+    config: sections prompt and sft.
+  """
+  prompter, words, stage = setup.prompter, setup.vocabulary, config.sft
+  by_readout = stage.rank_by == 'readout'
+
+  def completion(opening, answer):
+    """Weights: l_r on reasoning, l_o on the ranking, 0 where it is replaced."""
+    ids = [*opening, *answer]
+    weight = 0.0 if by_readout else stage.ranking_weight
+    weights = [0.0] + [stage.reasoning_weight] * (len(opening) - 1)
+    weights += [weight] * (len(answer) - 1) + [stage.ranking_weight]
+    return batches.Completion(ids, weights, len(opening) if by_readout else -1)
+
+  def render(record, rng):
+    slate, trace = record['slate'], record['trace']
+    order = prompts.presentation(
+      int(slate['count']), config.prompt.shuffle, rng
+    )
+    answer = prompter.answer(trace['ranking'], order)
+    reasoning = prompter.present(trace['reasoning'], order)
+    control = words.control
+    return batches.examples(
+      prompter.prompt(slate, order),
+      [
+        completion([control['<think>'], *reasoning, control['</think>']], answer),
+        completion([control['<answer>']], answer),
+      ],
+      prompter.prompt_tokens,
+      1 + prompter.thinking_tokens,
+    )
+
+  return render

@@ -1,0 +1,67 @@
+"""Stage `slates`: source -> pre-ranker -> slates with evidence, on disk."""
+
+import importlib
+import logging
+import pathlib
+
+from ml_collections import ConfigDict
+
+from gr2_jax.data import slates as slates_lib
+
+SOURCES = ('movielens', 'files', 'world')
+
+
+def run(
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict:
+  """Writes a data set into the workdir.
+
+  Args:
+    config: reads section `data`.
+    inputs: none.
+    workdir: of this stage. A run that was killed leaves nothing to resume: the
+      data set is made again.
+
+  Returns:
+    Sizes of the log; per split what was kept, dropped and why, the share of
+    users and, where the pre-ranker made the slates, its recall.
+
+  Raises:
+    ValueError: an unknown source.
+    DataError: bad input.
+  """
+  del inputs
+  data = config.data
+  if data.source not in SOURCES:
+    raise ValueError(
+      f'data.source is {data.source!r}; it must be one of {SOURCES}'
+    )
+
+  # Load.
+  source = importlib.import_module(f'gr2_jax.data.sources.{data.source}')
+  log = source.load(data)
+  logging.info(
+    'slates: %d users, %d items, %d interactions from %s',
+    len(log.user_ids),
+    len(log.catalog),
+    len(log.users),
+    data.source,
+  )
+
+  # Build.
+  splits, counts = slates_lib.build_counted(log, data)
+  for name, count in counts.items():
+    count['user_share'] = count['users'] / len(log.user_ids)
+    logging.info('slates: %s %s', name, count)
+
+  # Write.
+  results = {
+    'users': len(log.user_ids),
+    'items': len(log.catalog),
+    'interactions': len(log.users),
+    'empty_titles': sum(not title for title in log.catalog.titles),
+    'splits': counts,
+  }
+  pathlib.Path(workdir, 'meta.json').unlink(missing_ok=True)
+  slates_lib.write(workdir, splits, log.catalog, {'counts': counts})
+  return results

@@ -1,0 +1,122 @@
+"""The supervised loop of mid-training and SFT, and how a stage resumes."""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gr2_jax import checkpoint, learner, policy, reporting, sharding
+
+
+def restore(
+  config,
+  checkpoints: checkpoint.Checkpointer,
+  setup: policy.Setup,
+  state: learner.TrainState,
+  iterator: Any,
+  inherited: pathlib.Path | None,
+) -> tuple[learner.TrainState, int, dict[str, Any]]:
+  """Where a stage starts: its own checkpoint, or the nearest thing to it.
+
+  Args:
+    config: the stage's section, with `resume` and `init_from`.
+    checkpoints: of the stage's own workdir.
+    setup: shapes of the parameters.
+    state: fresh; its parameters are kept only where nothing else is given.
+    iterator: nothing drawn from it yet.
+    inherited: artifact of the stage before, if parameters come from one.
+
+  Returns:
+    State, finished steps, and the facts saved with them.
+  """
+  # 1. This workdir: the same run goes on, bit for bit.
+  if found := checkpoints.restore(state, iterator):
+    return found
+  # 2. `resume`: another run's checkpoints go on here, iterator included.
+  if config.resume:
+    with checkpoint.Checkpointer(config.resume) as other:
+      if found := other.restore(state, iterator):
+        return found
+    raise ValueError(f'resume={config.resume}: no checkpoint there')
+  # 3. `init_from`: parameters alone, from any artifact.
+  # 4. The parameters of the stage before; else from scratch.
+  if source := config.init_from or inherited:
+    state = state.replace(params=setup.load_params(source))
+  return state, 0, {}
+
+
+def fit(
+  config,
+  *,
+  setup: policy.Setup,
+  workdir: pathlib.Path,
+  seed: int,
+  loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+  iterator: Any,
+  validate: Callable[[Any], dict[str, float]],
+  choose: str,
+  inherited: pathlib.Path | None = None,
+  desc: str = 'train',
+) -> dict[str, Any]:
+  """Trains, validates, and leaves the chosen parameters in the workdir.
+
+  Args:
+    config: steps, eval_every, resume, init_from and the optimizer's fields.
+    setup: tokens, shapes, mesh.
+    workdir: gets `checkpoints`, `metrics.jsonl` and `params`.
+    seed: of the parameters.
+    loss_fn: `(params, examples) -> (loss, metrics)`.
+    iterator: Grain iterator over dicts with the fields of `Examples`.
+    validate: parameters to named numbers, on held-out data.
+    choose: which of them the best parameters have the most of.
+    inherited: artifact whose parameters training starts from.
+    desc: of the progress bar.
+
+  Returns:
+    The chosen step and its validation numbers.
+  """
+  optimizer = learner.make_optimizer(config)
+  update = learner.make_update(loss_fn, optimizer)
+  with (
+    sharding.activate(setup.mesh),
+    checkpoint.Checkpointer(workdir / 'checkpoints') as checkpoints,
+  ):
+    key = jax.random.key(seed)
+    state, _ = learner.init_state(setup.model, optimizer, key, setup.mesh)
+    state, step, best = restore(
+      config, checkpoints, setup, state, iterator, inherited
+    )
+    with (
+      reporting.MetricsWriter(workdir, step) as writer,
+      reporting.progress(config.steps, desc, step) as bar,
+    ):
+      pending, clock = None, time.monotonic()
+      for step in range(step + 1, config.steps + 1):
+        batch = learner.Examples(**next(iterator))
+        state, metrics = update(state, sharding.shard_batch(batch, setup.mesh))
+        # The device works on this step while the one before is written.
+        if pending:
+          _write(writer, *pending)
+        pending = (step, metrics)
+        bar.update()
+        if step % config.eval_every and step != config.steps:
+          continue
+        found = validate(state.params)
+        if not best or found[choose] > best['metrics'][choose]:
+          best = {'step': step, 'metrics': found}
+          checkpoint.save_params(workdir / policy.PARAMS, state.params)
+        _write(writer, *pending)
+        rate = config.eval_every / (time.monotonic() - clock)
+        pending, clock = None, time.monotonic()
+        named = {f'validation/{k}': v for k, v in found.items()}
+        writer.write(step, named | {'steps_per_second': rate})
+        bar.set_postfix({choose: f'{found[choose]:.4f}'}, refresh=False)
+        checkpoints.save(step, state, iterator, best)
+  return best
+
+
+def _write(writer: reporting.MetricsWriter, step: int, metrics) -> None:
+  reporting.check_finite(step, metrics)
+  writer.write(step, metrics)

@@ -1,0 +1,265 @@
+import errno
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from gr2_jax import artifacts, stages
+
+
+def _config(**changes):
+  sections = 'data tokenizer prompt model mesh midtrain traces sft rl'
+  sections += ' baselines evaluate rerank'
+  config = ConfigDict({name: {'x': 1} for name in sections.split()})
+  config.seed, config.seeds = 0, (0, 1)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def _fingerprints(config):
+  """Label of every artifact evaluate and rerank reach -> fingerprint."""
+  found = {}
+
+  def visit(artifact):
+    found[artifact.stage, artifact.seed] = artifact.fingerprint
+    for a in artifact.inputs.values():
+      visit(a)
+
+  visit(artifacts.plan(config, 'evaluate'))
+  visit(artifacts.plan(config, 'rerank'))
+  return found
+
+
+def _changed(**changes):
+  old, new = _fingerprints(_config()), _fingerprints(_config(**changes))
+  return {
+    stage for (stage, seed) in old if old[stage, seed] != new[stage, seed]
+  }
+
+
+def test_every_stage_is_reached_and_seeded_ones_once_per_seed():
+  found = _fingerprints(_config())
+  assert {stage for stage, _ in found} == set(stages.STAGES)
+  assert {seed for stage, seed in found if stage == 'rl'} == {0, 1}
+  assert len(set(found.values())) == len(found)
+
+
+@pytest.mark.parametrize(
+  ('field', 'want'),
+  [
+    ('rl.x', {'rl', 'evaluate', 'rerank'}),
+    ('evaluate.x', {'evaluate'}),
+    ('rerank.x', {'rerank'}),
+    ('baselines.x', {'baselines', 'evaluate'}),
+    ('traces.x', {'traces', 'sft', 'rl', 'evaluate', 'rerank'}),
+    ('tokenizer.x', set(stages.STAGES) - {'slates', 'baselines'}),
+    ('data.x', set(stages.STAGES)),
+    ('seed', set()),
+  ],
+)
+def test_a_fingerprint_changes_with_what_the_stage_depends_on(field, want):
+  assert _changed(**{field: 7}) == want
+
+
+def test_another_seed_list_keeps_the_runs_it_shares():
+  old, new = _fingerprints(_config()), _fingerprints(_config(seeds=(0, 1, 2)))
+  same = {key for key in old if old[key] == new[key]}
+  assert set(old) - same == {('evaluate', None)}
+  assert ('rl', 2) in new
+
+
+def test_inputs_of_evaluate_are_named_by_seed():
+  inputs = artifacts.plan(_config(), 'evaluate').inputs
+  assert {'rl@0', 'rl@1', 'sft@0', 'sft@1', 'slates', 'baselines'} <= set(
+    inputs
+  )
+  assert inputs['rl@1'].seed == 1
+  assert inputs['rl@1'].inputs['sft'] == inputs['sft@1']
+
+
+def test_the_content_of_data_files_counts(tmp_path):
+  (tmp_path / 'items.jsonl').write_text('a')
+  config = _config()
+  config.data.path = str(tmp_path)
+  before = artifacts.plan(config, 'slates').fingerprint
+  assert artifacts.plan(config, 'slates').fingerprint == before
+  (tmp_path / 'items.jsonl').write_text('ab')
+  assert artifacts.plan(config, 'slates').fingerprint != before
+
+
+@pytest.fixture
+def graph(monkeypatch):
+  """A graph first -> second (seeded); returns the list of calls."""
+  calls = []
+
+  def first(config, inputs, workdir):
+    calls.append('first')
+    (workdir / 'data').write_text(str(config.one.x))
+    return {'n': np.int64(3), 'bad': float('nan'), 'array': jnp.ones(2)}
+
+  def second(config, inputs, workdir):
+    calls.append(f'second {config.seed}')
+    return {'read': (inputs['first'] / 'data').read_text()}
+
+  graph = {
+    'first': stages.Stage((), ('one',)),
+    'second': stages.Stage(('first',), ('two',), seeded=True),
+    'last': stages.Stage(('second@*',), ('seeds',)),
+  }
+  runs = {
+    'first': first,
+    'second': second,
+    'last': lambda c, i, w: {'in': [*i]},
+  }
+  monkeypatch.setattr(stages, 'STAGES', graph)
+  for name, run in runs.items():
+    module = types.ModuleType(name)
+    module.run = run
+    monkeypatch.setitem(sys.modules, f'gr2_jax.stages.{name}', module)
+  return calls
+
+
+def _small():
+  return ConfigDict(
+    {'one': {'x': 1}, 'two': {'y': 2}, 'seed': 0, 'seeds': (3, 4)}
+  )
+
+
+def test_stages_run_in_order_then_are_skipped(graph, tmp_path):
+  said = []
+  directory = artifacts.run_stage(_small(), 'last', tmp_path, say=said.append)
+  assert graph == ['first', 'second 3', 'second 4']
+  assert artifacts.read_results(directory) == {'in': ['second@3', 'second@4']}
+  artifacts.run_stage(_small(), 'last', tmp_path, say=said.append)
+  assert len(graph) == 3
+  assert sum('finished before' in line for line in said) == 4
+  config = _small()
+  config.two.y = 5
+  artifacts.run_stage(config, 'second', tmp_path, seed=4)
+  assert graph[3:] == ['second 4']
+
+
+def test_results_are_strict_json(graph, tmp_path):
+  directory = artifacts.run_stage(_small(), 'first', tmp_path)
+  text = (directory / 'results.json').read_text()
+  assert json.loads(text) == {'n': 3, 'bad': None, 'array': [1.0, 1.0]}
+  assert 'NaN' not in text
+  assert json.loads((directory / 'config.json').read_text())['config'] == {
+    'one': {'x': 1}
+  }
+
+
+def test_a_stage_cannot_read_what_its_fingerprint_does_not_cover(
+  graph, tmp_path, monkeypatch
+):
+  module = sys.modules['gr2_jax.stages.first']
+  monkeypatch.setattr(module, 'run', lambda config, *_: {'x': config.two.y})
+  with pytest.raises(AttributeError, match='two'):
+    artifacts.run_stage(_small(), 'first', tmp_path)
+
+
+def test_a_failed_stage_resumes_with_what_it_left(graph, tmp_path, monkeypatch):
+  def run(config, inputs, workdir):
+    if (workdir / 'half').exists():
+      return {'resumed': True}
+    (workdir / 'half').touch()
+    raise RuntimeError('power cut')
+
+  monkeypatch.setattr(sys.modules['gr2_jax.stages.first'], 'run', run)
+  with pytest.raises(RuntimeError, match='power cut'):
+    artifacts.run_stage(_small(), 'first', tmp_path)
+  said = []
+  directory = artifacts.run_stage(_small(), 'first', tmp_path, say=said.append)
+  assert artifacts.read_results(directory) == {'resumed': True}
+  assert 'resumes' in said[0]
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    ValueError('write failed: RESOURCE_EXHAUSTED: No space left on device'),
+  ],
+)
+def test_a_full_disk_says_what_to_do(graph, tmp_path, monkeypatch, error):
+  def run(config, inputs, workdir):
+    raise error
+
+  monkeypatch.setattr(sys.modules['gr2_jax.stages.first'], 'run', run)
+  with pytest.raises(artifacts.ArtifactError, match='make room and give'):
+    artifacts.run_stage(_small(), 'first', tmp_path)
+  assert not list(tmp_path.glob('*/results.json'))
+
+
+def test_damaged_files_say_what_to_do(graph, tmp_path):
+  directory = artifacts.run_stage(_small(), 'first', tmp_path)
+  (directory / 'results.json').write_text('{"n": ')
+  with pytest.raises(artifacts.ArtifactError, match='delete that file'):
+    artifacts.run_stage(_small(), 'first', tmp_path)
+  (directory / 'config.json').write_text('{"fingerprint": "other"}')
+  with pytest.raises(artifacts.ArtifactError, match='another config'):
+    artifacts.run_stage(_small(), 'first', tmp_path)
+
+
+_SLOW = """
+import pathlib, sys, time, types
+from ml_collections import ConfigDict
+from gr2_jax import artifacts, stages
+def run(config, inputs, workdir):
+  (workdir / 'step').write_text('5')
+  time.sleep(120)
+module = types.ModuleType('first')
+module.run = run
+sys.modules['gr2_jax.stages.first'] = module
+stages.STAGES = {'first': stages.Stage((), ('one',))}
+config = ConfigDict({'one': {'x': 1}, 'seeds': (0,)})
+with artifacts.lock(sys.argv[1]):
+  artifacts.run_stage(config, 'first', sys.argv[1])
+"""
+
+
+def test_kill_9_leaves_no_results_frees_the_lock_and_resumes(
+  graph, tmp_path, monkeypatch
+):
+  root = pathlib.Path(__file__).parent.parent
+  process = subprocess.Popen(
+    [sys.executable, '-c', _SLOW, str(tmp_path)],
+    env=os.environ | {'PYTHONPATH': str(root)},
+  )
+  try:
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob('first-*/step')):
+      assert process.poll() is None
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+    with (
+      pytest.raises(artifacts.ArtifactError, match=f'process {process.pid} '),
+      artifacts.lock(tmp_path),
+    ):
+      pass
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  assert not list(tmp_path.glob('*/results.json'))
+
+  def run(config, inputs, workdir):
+    return {'step': (workdir / 'step').read_text()}
+
+  monkeypatch.setattr(sys.modules['gr2_jax.stages.first'], 'run', run)
+  with artifacts.lock(tmp_path):
+    directory = artifacts.run_stage(_small(), 'first', tmp_path)
+  assert artifacts.read_results(directory) == {'step': '5'}
+
+
+def test_json_of_an_unknown_type_is_an_error():
+  with pytest.raises(TypeError, match='object'):
+    artifacts.dumps({'a': object()})

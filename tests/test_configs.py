@@ -1,0 +1,90 @@
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import common
+from gr2_jax import stages
+from gr2_jax.models import transformer
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_every_stage_has_a_config_file_and_back():
+  assert set(common.SECTIONS) == set(stages.STAGES)
+  files = {p.stem for p in (_ROOT / 'configs').glob('*.py')}
+  assert files == set(stages.STAGES) | {'common'}
+
+
+@pytest.mark.parametrize('name', common.SECTIONS)
+def test_each_file_composes_the_whole_config(name):
+  module = importlib.import_module(f'configs.{name}')
+  config = module.get_config('test,dataset=world,model=small,seeds=3')
+  assert config.stage == name
+  assert config.seeds == (0, 1, 2)
+  assert config.data.source == 'world'
+  assert config.model.d_model == common.MODELS['small']['d_model']
+  section = common.SECTIONS[name]
+  assert config[section].to_dict() == module.section(test=True).to_dict() | (
+    {'source': 'world'} if section == 'data' else {}
+  )
+  for stage in stages.STAGES.values():
+    assert set(stage.sections) <= set(config)
+
+
+def test_the_defaults_are_one_seed_of_the_tiny_model():
+  config = common.compose('rl')
+  assert config.seeds == (0,)
+  assert config.data.source == 'movielens'
+  assert config.model.d_model == common.MODELS['tiny']['d_model']
+
+
+@pytest.mark.parametrize('preset', common.MODELS)
+def test_model_presets_are_transformer_configs(preset):
+  transformer.TransformerConfig(vocab_size=8, **common.model(preset).to_dict())
+
+
+@pytest.mark.parametrize(
+  ('arg', 'message'),
+  [
+    ('tset', "unknown config argument 'tset': did you mean 'test'"),
+    ('modle=tiny', "unknown config argument 'modle': did you mean 'model'"),
+    ('model=smal', "unknown model 'smal': did you mean 'small'"),
+    ('dataset=movielense', "unknown dataset .* did you mean 'movielens'"),
+    ('seeds=0', 'seeds=0: must be'),
+    ('seeds=two', 'seeds=two: must be'),
+    ('test=1', "'test=1': write test"),
+    ('model', "'model': write model=VALUE"),
+    ('test,test', "'test' is given twice"),
+  ],
+)
+def test_a_wrong_argument_names_the_nearest(arg, message):
+  with pytest.raises(common.ConfigError, match=message):
+    common.compose('rl', arg)
+
+
+def test_a_config_file_loads_by_path_from_another_directory(tmp_path):
+  code = (
+    'import sys; from gr2_jax import command_line, main;'
+    'command_line.parse(sys.argv); from absl import flags;'
+    'print(flags.FLAGS.config.stage, flags.FLAGS.config.rl.to_dict() != {})'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code, f'--config={_ROOT}/configs/rl.py:test'],
+    env=os.environ | {'PYTHONPATH': _site_without_configs(tmp_path)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout == 'rl True\n', done.stderr
+
+
+def _site_without_configs(tmp_path):
+  """A folder from which gr2_jax can be imported but not configs."""
+  (tmp_path / 'site').mkdir()
+  (tmp_path / 'site' / 'gr2_jax').symlink_to(_ROOT / 'gr2_jax')
+  return str(tmp_path / 'site')

@@ -1,0 +1,113 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import ml_collections
+import pytest
+
+from gr2_jax import artifacts, main, stages
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+# A config file with everything `slates` depends on, which is the data.
+_CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(arg=''):
+  if arg not in ('', 'test'):
+    raise ValueError(f'unknown preset {arg!r}')
+  return ConfigDict(dict(
+    stage='slates', seed=0, seeds=(0,),
+    data=dict(source='files', path='', group_size=8), rl=dict(steps=3),
+  ))
+"""
+
+
+def _main(tmp_path, *words):
+  """Runs the command in a process; returns (exit code, stdout, stderr)."""
+  (tmp_path / 'rl.py').write_text(_CONFIG)
+  done = subprocess.run(
+    [sys.executable, '-m', 'gr2_jax.main', *words],
+    env=os.environ | {'PYTHONPATH': str(_ROOT)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    stdin=subprocess.DEVNULL,
+    check=False,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    ([], '--config is missing'),
+    (['--config=r1.py'], 'no config file r1.py; did you mean rl.py?'),
+    (['--config=rl.py:tst'], "unknown preset 'tst'"),
+    (
+      ['--config=rl.py', '--config.data.grup_size=3'],
+      'no field config.data.grup_size; did you mean config.data.group_size?',
+    ),
+    (
+      ['--config=rl.py', '--config.rk.steps=3'],
+      'no field config.rk.steps; did you mean config.rl.steps?',
+    ),
+    (['--config=rl.py', '--config.rl.steps=many'], 'config.rl.steps=many'),
+    (['--config=rl.py', '--wrkdir=x'], 'Did you mean: workdir'),
+    (['--config=rl.py', '--config.seed=3'], 'write --config.seeds='),
+    (['--config', 'rl.py', 'now'], "'now' is no flag"),
+  ],
+)
+def test_a_wrong_command_line_is_one_clean_line(tmp_path, words, message):
+  code, out, err = _main(tmp_path, *words)
+  assert code == 2
+  assert out == ''
+  assert len(err.splitlines()) == 1
+  assert err.startswith('error: ')
+  assert message in err
+
+
+def test_a_held_workdir_is_one_clean_line(tmp_path):
+  with artifacts.lock(tmp_path / 'runs'):
+    code, out, err = _main(tmp_path, '--config=rl.py:test')
+  assert code == 1
+  assert 'devices:' in out
+  assert len(err.splitlines()) == 1
+  assert f'process {os.getpid()} is running in this workdir' in err
+
+
+def test_the_target_rl_ends_with_the_table(tmp_path, monkeypatch, capsys):
+  metrics = {'incoming': {'r@1': 0.25}, 'policy': {'r@1': 0.5, 'auc': 0.75}}
+  seeds = []
+
+  def rl(config, inputs, workdir):
+    seeds.append(config.seed)
+    return {}
+
+  runs = {'rl': rl, 'evaluate': lambda *_: {'metrics': metrics}}
+  graph = {
+    'rl': stages.Stage((), ('rl',), seeded=True),
+    'evaluate': stages.Stage(('rl@*',), ('seeds',)),
+  }
+  monkeypatch.setattr(stages, 'STAGES', graph)
+  for name, run in runs.items():
+    module = types.ModuleType(name)
+    module.run = run
+    monkeypatch.setitem(sys.modules, f'gr2_jax.stages.{name}', module)
+  config = ml_collections.ConfigDict(
+    {'stage': 'rl', 'seed': 0, 'seeds': (1, 2), 'rl': {'x': 1}}
+  )
+  main.run(config, str(tmp_path))
+  out = capsys.readouterr().out
+  assert seeds == [1, 2]
+  assert '| incoming | 0.2500 |      - |' in out
+  assert '| policy   | 0.5000 | 0.7500 |' in out
+  results = list(tmp_path.glob('evaluate-*/results.json'))
+  assert json.loads(results[0].read_text()) == {'metrics': metrics}
+
+
+def test_main_is_under_a_hundred_lines():
+  assert len(pathlib.Path(main.__file__).read_text().splitlines()) < 100
