@@ -26,15 +26,11 @@ def legacy(test: bool) -> ConfigDict:
   config.hidden = (32,)  # widths of the hidden layers
   config.dropout = 0.1  # share of the first layer's inputs dropped
   config.learning_rate = 1e-3  # of AdamW, constant
-  config.weight_decay = (
-    3.0  # of AdamW, times the learning rate, on every parameter
-  )
+  config.weight_decay = 3.0  # of AdamW; times the learning rate
   config.batch_size = 256  # slates per update
   config.steps = 100 if test else 2_000  # updates at most
-  config.eval_every = (
-    20 if test else 50
-  )  # steps between two looks at validation and two checkpoints
-  config.patience = 6  # looks without a better N@5 before training ends
+  config.eval_every = 20 if test else 50  # steps per look and checkpoint
+  config.patience = 6  # looks at validation without a better N@5 before the end
   return config
 
 
@@ -42,7 +38,7 @@ def gbdt(test: bool) -> ConfigDict:
   """The gradient-boosted trees."""
   config = ConfigDict()
   config.rounds = 50 if test else 500  # trees at most
-  config.patience = 50  # rounds without a better N@5 before training ends
+  config.patience = 50  # rounds without a better N@5 before the end
   config.learning_rate = 0.05  # weight of a tree
   config.num_leaves = 15  # of a tree
   config.min_data_in_leaf = 100  # candidates, at least

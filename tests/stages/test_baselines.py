@@ -165,6 +165,12 @@ def test_validation_chooses_the_step_and_ends_the_training(inputs, tmp_path):
   np.testing.assert_allclose(
     results['validation']['legacy']['n@5'], quality[chosen], rtol=1e-6
   )
+  # Killed after the last step: what validation chose is not the last state.
+  (tmp_path / 'legacy-0' / 'scores.npz').unlink()
+  again = baselines.run(config, inputs, tmp_path)
+  assert again | {'seconds': 0} == results | {'seconds': 0}
+  after = (tmp_path / 'legacy-0' / 'metrics.jsonl').read_text().splitlines()
+  assert after == lines
 
 
 def test_divergence_stops(inputs, tmp_path):
