@@ -33,7 +33,7 @@ SECTIONS = {
 
 MODELS = {
   'tiny': dict(
-    d_model=64, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=192
+    d_model=64, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=32, d_ff=192
   ),
   'small': dict(
     d_model=256,
@@ -120,9 +120,9 @@ def prompt(test: bool = False) -> ConfigDict:
   config.bins = 8  # tokens of each column
   config.shuffle = True  # candidates in random, not in incoming order
   config.num_slots = 20  # slot tokens: the longest slate there may be
-  config.text_tokens = 1000  # pieces of text in the vocabulary
+  config.text_tokens = 500  # pieces of text in the vocabulary
   config.title_tokens = 8  # of a title or category path, at most
-  config.reasoning_tokens = 20  # of a reasoning span, at most
+  config.reasoning_tokens = 16  # of a reasoning span, at most
   return config
 
 

@@ -13,10 +13,10 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `midtrain`."""
   config = common.training(
-    steps=10 if test else 300,
-    batch_size=16 if test else 64,
+    steps=10 if test else 150,
+    batch_size=16 if test else 32,
     learning_rate=2e-3,
-    eval_every=5 if test else 150,
+    eval_every=5 if test else 75,
   )
   config.mixture = mixture()
   config.sequence_items = 12  # items of a history in one row
@@ -29,7 +29,7 @@ def section(test: bool = False) -> ConfigDict:
 def mixture() -> ConfigDict:
   """Shares of the batches."""
   config = ConfigDict()
-  config.pointing = 0.6  # candidates sorted by a named evidence column
-  config.sequence = 0.3  # semantic IDs in the order of engagement
-  config.caption = 0.1  # semantic ID <-> title
+  config.pointing = 0.4  # candidates sorted by a named evidence column
+  config.sequence = 0.4  # semantic IDs in the order of engagement
+  config.caption = 0.2  # semantic ID <-> title
   return config

@@ -15,7 +15,8 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from gr2_jax import artifacts, command_line, reporting, stages
+from gr2_jax import artifacts, command_line, stages
+from gr2_jax.stages import evaluate
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file; presets after a colon.', lock_config=True
@@ -39,10 +40,7 @@ def run(config: ml_collections.ConfigDict, root: str) -> None:
       directory = artifacts.run_stage(config, target, root, seed)
       print(f'results: {directory / "results.json"}')
   if target == 'evaluate':
-    metrics = artifacts.read_results(directory)['metrics']
-    rows = [{'method': name} | values for name, values in metrics.items()]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    print(reporting.table(rows, list(columns)))
+    print(evaluate.summary(artifacts.read_results(directory)))
 
 
 def _use_compile_cache() -> None:

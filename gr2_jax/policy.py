@@ -135,11 +135,8 @@ def found_vocabulary(
     )
   catalog = slates_lib.read_catalog(slates)
   train = slates_lib.read(slates, 'train')
-  prompts.save_bins(
-    home / BINS,
-    prompts.EvidenceBins.fit(
-      train, meta['evidence'], tuple(config.prompt.evidence), config.prompt.bins
-    ),
+  bins = prompts.EvidenceBins.fit(
+    train, meta['evidence'], tuple(config.prompt.evidence), config.prompt.bins
   )
   sids = semantic_ids.load(tokenizer)
   sentences = [*phrases, *catalog.titles]
@@ -150,6 +147,7 @@ def found_vocabulary(
     _layout(config.prompt, sids),
     config.prompt.text_tokens,
   )
+  prompts.save_bins(home / BINS, bins)  # Last: it says that both are there.
 
 
 def _layout(config, sids: semantic_ids.SemanticIds) -> vocabulary.Layout:

@@ -29,22 +29,26 @@ class Ranked:
   Attributes:
     generated: int32 [n, K], the order the policy wrote.
     readout: int32 [n, K], the order of the scores at its slot tokens.
+    scores: float32 [n, K], those scores, in the incoming order.
     verdict: int32 [n], of `parsing.VERDICTS`.
     tokens: int32 [n, T], the completions.
     length: int32 [n].
     presented: int32 [n, K], incoming rank of each slot.
+    count: int32 [n], real candidates.
   """
 
   generated: np.ndarray
   readout: np.ndarray
+  scores: np.ndarray
   verdict: np.ndarray
   tokens: np.ndarray
   length: np.ndarray
   presented: np.ndarray
+  count: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _answer(model, grammar, config, params, batch) -> Ranked:
+def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
   """Greedy answers of one batch, one rollout a slate."""
   rollouts = sampling.sample(
     model,
@@ -79,10 +83,12 @@ def _answer(model, grammar, config, params, batch) -> Ranked:
   return dict(
     generated=metrics.in_incoming_ranks(answer.ranking, incoming),
     readout=metrics.in_incoming_ranks(readout, incoming),
+    scores=jnp.take_along_axis(scores, jnp.argsort(incoming, -1), -1),
     verdict=answer.verdict,
     tokens=tokens,
     length=length,
     presented=incoming,
+    count=batch['count'],
   )
 
 
@@ -97,6 +103,7 @@ def rank(
   seed: int,
   constrained: bool = True,
   desc: str = '',
+  first: int = 0,
 ) -> Ranked:
   """Ranks every slate once, in order.
 
@@ -110,6 +117,7 @@ def rank(
     seed: of the presentation, a function of (seed, index).
     constrained: the permutation mask.
     desc: of a progress bar; empty for none.
+    first: index of the first slate in a longer run that these are a part of.
 
   Returns:
     The answers, on the host.
@@ -123,7 +131,9 @@ def rank(
   with reporting.progress(
     len(slates), desc or 'rank', unit='slate', quiet=not desc
   ) as bar, sharding.activate(setup.mesh):
-    for n, batch in batches.in_order(slates, render, batch_size, seed):
+    for n, batch in batches.in_order(
+      slates, render, batch_size, seed, first
+    ):
       batch.pop('grades')  # What the policy must not see.
       found = answer(params, sharding.shard_batch(batch, setup.mesh))
       parts.append({k: np.asarray(v)[:n] for k, v in found.items()})

@@ -144,6 +144,7 @@ def in_order(
   render: Callable[..., dict[str, np.ndarray]],
   batch_size: int,
   seed: int,
+  first: int = 0,
 ):
   """Yields `(rows, batch)` over a whole split once, the last batch padded.
 
@@ -152,12 +153,15 @@ def in_order(
     render: of `requests`; its randomness is a function of (seed, index).
     batch_size: rows of every batch; the last repeats its last row.
     seed: of the presentation.
+    first: index of the first slate in a longer run that these are a part of.
 
   Yields:
     The number of real rows and a dict of stacked arrays.
   """
   for begin in range(0, len(slates), batch_size):
     index = range(begin, min(begin + batch_size, len(slates)))
-    rows = [render(slates[i], np.random.default_rng((seed, i))) for i in index]
+    rows = [
+      render(slates[i], np.random.default_rng((seed, first + i))) for i in index
+    ]
     rows += [rows[-1]] * (batch_size - len(rows))
     yield len(index), {k: np.stack([r[k] for r in rows]) for k in rows[0]}

@@ -274,20 +274,43 @@ def compute(
   scores: np.ndarray,
 ) -> np.ndarray:
   """Returns float32 [n, K, E]; a padding candidate's row is all zero."""
+  age = np.arange(REACH)
+  end = log.offsets()[users] + positions
+  index = np.maximum(end[:, None] - 1 - age, 0)
+  history = np.where(age < positions[:, None], log.items[index], -1)
+  return of_histories(log, facts, history, positions, times, candidates, scores)
+
+
+def of_histories(
+  log: log_lib.Log,
+  facts: Facts,
+  history: np.ndarray,
+  positions: np.ndarray,
+  times: np.ndarray,
+  candidates: np.ndarray,
+  scores: np.ndarray,
+) -> np.ndarray:
+  """As `compute`, for histories that the log need not hold.
+
+  Args:
+    log: what the facts were fitted on.
+    facts: of `fit`.
+    history: int [n, R], the last R = REACH items, LATEST first, -1 pads.
+    positions: int [n], length of each whole history.
+    times: int [n], of the slates.
+    candidates: int [n, K], -1 pads.
+    scores: float32 [n, K] of the incoming ranker.
+
+  Returns:
+    float32 [n, K, E]; finite also where a history is empty.
+  """
   out = np.zeros((*candidates.shape, len(EVIDENCE)), np.float32)
-  start = log.offsets()[users]
-  for low in range(0, len(users), ROWS):
+  for low in range(0, len(history), ROWS):
     part = slice(low, low + ROWS)
-    end = start[part] + positions[part]
-    age = np.arange(REACH)
-    index = end[:, None] - 1 - age
-    history = np.where(
-      age < positions[part, None], log.items[np.maximum(index, 0)], -1
-    )
     out[part] = _block(
       log,
       facts,
-      history,
+      history[part],
       positions[part],
       times[part],
       candidates[part],

@@ -108,7 +108,7 @@ def build_counted(
     statistics = prerank.fit(
       log, rows, config.knn_decay, config.knn_window, config.knn_neighbours
     )
-    kept, slates, dropped = _candidates(log, config, statistics, here)
+    kept, slates, dropped = retrieve(log, config, statistics, here)
     facts = evidence_lib.fit(log, statistics, titles, genres)
     evidence = evidence_lib.compute(
       log,
@@ -134,8 +134,24 @@ def build_counted(
   return _assemble(parts), _count(counts)
 
 
-def _candidates(log, config, statistics, requests):
-  """Finds candidates and labels; drops slates that teach nothing."""
+def retrieve(
+  log: log_lib.Log,
+  config,
+  statistics: prerank.Statistics,
+  requests: splits_lib.Requests,
+) -> tuple[splits_lib.Requests, dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Finds candidates and labels; drops slates that teach nothing.
+
+  Args:
+    log: the log.
+    config: section `data`.
+    statistics: of the pre-ranker; not read where the log has impressions.
+    requests: where slates stand.
+
+  Returns:
+    The requests kept; their `candidates`, `scores`, `grades`, `utility`, each
+    [n, K]; and what became of every request given.
+  """
   shown = log.impressions
   if shown is None:
     candidates, scores = prerank.score(

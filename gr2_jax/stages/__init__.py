@@ -62,5 +62,6 @@ STAGES: dict[str, Stage] = {
     ('slates', 'tokenizer', 'midtrain', 'rl'),
     ('data', 'prompt', 'model', 'mesh', 'rerank'),
     seeded=True,
+    files=('rerank.input',),
   ),
 }

@@ -202,7 +202,7 @@ def make_act(
     picks = metrics.first_pick_histogram(
       answer.ranking, incoming, jnp.ones(first.shape, bool)
     )
-    watches |= {f'first_pick/{i}': share for i, share in enumerate(picks)}
+    watches |= {f'first_pick/{i}': n / first.size for i, n in enumerate(picks)}
     watches |= {
       f'answer/{name}': share
       for name, share in metrics.verdict_shares(answer.verdict).items()

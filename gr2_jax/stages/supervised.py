@@ -37,9 +37,16 @@ def restore(
   # 2. `resume`: another run's checkpoints go on here, iterator included.
   if config.resume:
     with checkpoint.Checkpointer(config.resume) as other:
-      if found := other.restore(state, iterator):
-        return found
-    raise ValueError(f'resume={config.resume}: no checkpoint there')
+      found = other.restore(state, iterator)
+    if not found:
+      raise ValueError(f'resume={config.resume}: no checkpoint there')
+    state, step, _ = found
+    if step >= config.steps:
+      raise ValueError(
+        f'resume={config.resume}: stands at step {step}, nothing is left of '
+        f'steps={config.steps}: raise it'
+      )
+    return state, step, {}  # The best so far has its parameters over there.
   # 3. `init_from`: parameters alone, from any artifact.
   # 4. The parameters of the stage before; else from scratch.
   if source := config.init_from or inherited:

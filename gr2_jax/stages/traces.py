@@ -16,6 +16,7 @@ from gr2_jax.data import slates as slates_lib
 
 ACCEPTED = 'traces.array_record'
 REJECTED = 'rejected.array_record'
+KINDS = ('rejection', 'targeted')
 
 
 def run(
@@ -34,6 +35,10 @@ def run(
     positive.
   """
   stage = config.traces
+  if stage.kind not in KINDS:
+    raise ValueError(
+      f'traces.kind is {stage.kind!r}; it must be one of {KINDS}'
+    )
   setup = policy.load(
     config, inputs['slates'], inputs['tokenizer'], inputs['midtrain']
   )

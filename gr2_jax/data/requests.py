@@ -1,0 +1,329 @@
+"""Slates that come from outside: one JSON object a line.
+
+  candidates: list of item ids, all different, in the incoming order
+  history: list of item ids, oldest first; may be empty. Items that the
+    catalog lacks are dropped and counted
+  scores: list of numbers, the incoming ranker's, one per candidate; optional,
+    falling with the rank where missing
+  time: number, in the unit of the log; optional, the log's last time where
+    missing
+  user: text or whole number; optional, no model reads it
+  id: text or whole number that the answer carries; optional, the line's
+    number where missing
+
+Item ids are text or whole numbers. Blank lines are no slates. A file is
+checked as a whole before anything is ranked, and read as a stream.
+
+Axes: n slates, K candidates, H history.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from gr2_jax.data import evidence as evidence_lib
+from gr2_jax.data import log as log_lib
+from gr2_jax.data import prerank
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.data import splits as splits_lib
+
+_LATEST = 2**53  # Whole numbers up to it survive every JSON writer.
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One line of the file.
+
+  Attributes:
+    id: what the answer is to be called.
+    names: the candidates' ids as they are written.
+    candidates: catalog indices of them.
+    scores: of the incoming ranker, float32 values.
+    history: catalog indices, oldest first.
+    unknown: items of the history that the catalog lacks.
+    time: of the slate, or None.
+  """
+
+  id: str | int
+  names: tuple[str | int, ...]
+  candidates: tuple[int, ...]
+  scores: tuple[float, ...]
+  history: tuple[int, ...]
+  unknown: int
+  time: int | None
+
+
+def read(
+  path: str | os.PathLike, catalog: log_lib.Catalog, most: int
+) -> Iterator[Request]:
+  """Yields a file's requests, each checked.
+
+  Args:
+    path: the file.
+    catalog: the items there are.
+    most: K, candidates that the policy has room for.
+
+  Yields:
+    One request for each line that is not blank.
+
+  Raises:
+    DataError: what is wrong, with file, line, field and cure.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise log_lib.DataError(
+      f'{path}: no such file: rerank.input is one JSONL file of slates'
+    )
+  index = {name: i for i, name in enumerate(catalog.item_ids)}
+  empty = True
+  with path.open('rb') as file:
+    for number, text in enumerate(file, start=1):
+      if text.strip():
+        empty = False
+        yield _Line(path, number).request(text, index, most)
+  if empty:
+    raise log_lib.DataError(
+      f'{path}: the file is empty: it needs at least one slate'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+  """Where errors are."""
+
+  path: pathlib.Path
+  number: int
+
+  def fail(self, field: str, found: str, cure: str):
+    raise log_lib.DataError(
+      f'{self.path}, line {self.number}, field {field!r}: {found}: {cure}'
+    )
+
+  def request(self, text: bytes, index: dict[str, int], most: int) -> Request:
+    try:
+      row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+      raise log_lib.DataError(
+        f'{self.path}, line {self.number}: not valid JSON ({error}): the file '
+        'may be cut off here; write it again'
+      ) from error
+    if not isinstance(row, dict):
+      raise log_lib.DataError(
+        f'{self.path}, line {self.number}: not a JSON object: write '
+        '{"history": [...], "candidates": [...]}'
+      )
+    names = self.names(row, 'candidates')
+    if not names:
+      self.fail('candidates', 'an empty list', 'give one candidate or more')
+    if len(names) > most:
+      self.fail(
+        'candidates',
+        f'{len(names)} of them, the policy has room for {most}',
+        'cut the list, or train with a larger data.candidates',
+      )
+    candidates = [index.get(str(name), -1) for name in names]
+    if -1 in candidates:
+      self.fail(
+        'candidates',
+        f'{names[candidates.index(-1)]!r} is not in the catalog',
+        'remove it, or train on items that have it',
+      )
+    for place, item in enumerate(candidates):
+      if item in candidates[:place]:
+        self.fail('candidates', f'{names[place]!r} again', 'each item once')
+    known = [index.get(str(name), -1) for name in self.names(row, 'history')]
+    history = tuple(item for item in known if item >= 0)
+    self.name(row, 'user')
+    return Request(
+      id=self.name(row, 'id', self.number),
+      names=tuple(names),
+      candidates=tuple(candidates),
+      scores=self.scores(row, len(names)),
+      history=history,
+      unknown=len(known) - len(history),
+      time=self.time(row),
+    )
+
+  def names(self, row: dict, field: str) -> list[str | int]:
+    if field not in row:
+      self.fail(field, 'missing', 'every slate needs it')
+    value = row[field]
+    if not isinstance(value, list):
+      self.fail(field, _short(value), 'it must be a list of item ids')
+    for name in value:
+      if not _is_name(name):
+        self.fail(field, _short(name), 'an item id is text or a whole number')
+    return value
+
+  def name(self, row: dict, field: str, default=None):
+    value = row.get(field)
+    if value is None:
+      return default
+    if not _is_name(value):
+      self.fail(field, _short(value), 'it must be text or a whole number')
+    return value
+
+  def scores(self, row: dict, count: int) -> tuple[float, ...]:
+    value = row.get('scores')
+    if value is None:
+      return tuple(np.linspace(1, 0, count, False, dtype=np.float32).tolist())
+    if not isinstance(value, list):
+      self.fail('scores', _short(value), 'it must be a list of numbers')
+    if len(value) != count:
+      found = f'{len(value)} values for {count} candidates'
+      self.fail('scores', found, 'give one per candidate, or none at all')
+    largest = float(np.finfo(np.float32).max)
+    for score in value:
+      if not _is_number(score) or not abs(score) <= largest:
+        self.fail('scores', _short(score), 'each must be a finite number')
+    return tuple(np.array(value, np.float32).tolist())
+
+  def time(self, row: dict) -> int | None:
+    value = row.get('time')
+    if value is None:
+      return None
+    if not _is_number(value) or not abs(value) <= _LATEST:
+      self.fail('time', _short(value), 'it must be a finite number')
+    return int(value)
+
+
+def _is_name(value) -> bool:
+  return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+  return (
+    isinstance(value, int | float)
+    and not isinstance(value, bool)
+    and not (isinstance(value, float) and math.isnan(value))
+  )
+
+
+def _short(value) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+def fit(log: log_lib.Log, config) -> evidence_lib.Facts:
+  """Fits what slates of validation, of test and from outside may know.
+
+  Args:
+    log: the log that the policy's slates were built from.
+    config: section `data`.
+
+  Returns:
+    The facts of `slates.build` for these slates.
+  """
+  statistics = prerank.fit(
+    log,
+    splits_lib.known_rows(log, config),
+    config.knn_decay,
+    config.knn_window,
+    config.knn_neighbours,
+  )
+  return evidence_lib.fit(
+    log,
+    statistics,
+    evidence_lib.text_neighbours(log.catalog),
+    evidence_lib.category_matrix(log.catalog),
+  )
+
+
+def to_slates(
+  requests: Sequence[Request],
+  log: log_lib.Log,
+  facts: evidence_lib.Facts,
+  num_candidates: int,
+  history: int,
+) -> slates_lib.Slates:
+  """Slates with evidence; grade 0 and user -1, for nobody knows them.
+
+  Args:
+    requests: n of them.
+    log: what the facts were fitted on.
+    facts: of `fit`.
+    num_candidates: K, width of the slates.
+    history: H, last items kept.
+
+  Returns:
+    The slates, in the order of the requests.
+  """
+  n = len(requests)
+  candidates = np.full((n, num_candidates), -1, np.int32)
+  scores = np.zeros((n, num_candidates), np.float32)
+  shown = np.full((n, history), -1, np.int32)
+  latest = np.full((n, evidence_lib.REACH), -1, np.int32)
+  for row, request in enumerate(requests):
+    candidates[row, : len(request.candidates)] = request.candidates
+    scores[row, : len(request.scores)] = request.scores
+    recent = request.history[-history:]
+    shown[row, : len(recent)] = recent
+    recent = request.history[: -evidence_lib.REACH - 1 : -1]
+    latest[row, : len(recent)] = recent
+  positions = np.array([len(r.history) for r in requests], np.int64)
+  now = int(log.times.max(initial=0))
+  times = np.array(
+    [now if r.time is None else r.time for r in requests], np.int64
+  )
+  return slates_lib.Slates(
+    user=np.full(n, -1, np.int32),
+    candidates=candidates,
+    scores=scores,
+    grades=np.zeros(candidates.shape, np.int8),
+    count=(candidates >= 0).sum(1).astype(np.int32),
+    history=shown,
+    history_length=np.minimum(positions, history).astype(np.int32),
+    time=times,
+    evidence=evidence_lib.of_histories(
+      log, facts, latest, positions, times, candidates, scores
+    ),
+    utility=np.full(candidates.shape, np.nan, np.float32),
+  )
+
+
+def write_test(
+  path: str | os.PathLike,
+  log: log_lib.Log,
+  config,
+  statistics: prerank.Statistics,
+) -> None:
+  """Writes the test slates as requests, in their order in the data set.
+
+  Args:
+    path: the file; appears whole or not at all.
+    log: the log that the data set was built from.
+    config: section `data`.
+    statistics: of `fit`.
+  """
+  requests = splits_lib.requests(log, config)
+  test = splits_lib.SPLITS.index('test')
+  kept, slates, _ = slates_lib.retrieve(
+    log, config, statistics, splits_lib.take(requests, requests.split == test)
+  )
+  names = log.catalog.item_ids
+  offsets = log.offsets()
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + '.tmp')
+  with temporary.open('w', encoding='utf-8') as file:
+    for row in np.lexsort((kept.time, kept.user)):
+      user = kept.user[row]
+      begin = offsets[user]
+      items = log.items[begin : begin + kept.position[row]]
+      candidates = slates['candidates'][row]
+      candidates = candidates[candidates >= 0]
+      line = {
+        'user': log.user_ids[user],
+        'history': [names[i] for i in items],
+        'candidates': [names[i] for i in candidates],
+        'scores': slates['scores'][row, : len(candidates)].tolist(),
+        'time': int(kept.time[row]),
+      }
+      file.write(json.dumps(line, ensure_ascii=False) + '\n')
+  os.replace(temporary, path)

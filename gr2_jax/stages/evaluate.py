@@ -1,0 +1,244 @@
+"""Evaluate: the table on the test split, with paired intervals.
+
+Every policy is read twice: in the order it generates, and by the listwise
+read-out of the same prompt (`policy_readout`). Intervals resample users, whose
+neighbouring slates share positives, and training seeds.
+
+Axes: S seeds, n slates, K candidates.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from gr2_jax import policy, ranker, reporting
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.ops import metrics, parsing, statistics
+from gr2_jax.stages import baselines
+
+# Rows of the table, in order.
+RANKERS = (
+  'incoming',
+  'policy',
+  'policy_readout',
+  'policy_sft',
+  'policy_sft_readout',
+  'legacy',
+  'gbdt',
+  'random',
+  'best',
+)
+
+# Which gains get an interval: a ranker and what it is compared with.
+PAIRS = (
+  ('policy', 'incoming'),
+  ('policy', 'policy_sft'),
+  ('policy', 'policy_readout'),
+  ('policy', 'legacy'),
+  ('policy', 'gbdt'),
+  ('policy_sft', 'incoming'),
+  ('policy_readout', 'incoming'),
+  ('legacy', 'incoming'),
+  ('gbdt', 'incoming'),
+)
+
+
+def run(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Ranks the test slates with every policy and baseline.
+
+  Args:
+    config: sections prompt, model, mesh, evaluate; seeds.
+    inputs: slates, tokenizer, baselines, and midtrain, sft, rl of every seed.
+    workdir: of this stage; gets each policy's rankings, which a run that was
+      killed does not make again.
+
+  Returns:
+    `metrics`: ranker -> metric -> mean over slates and seeds, given that a
+    positive is in the slate; `unconditional`: times the share of requests
+    whose slate has one; `paired`: gains with 95 % intervals, and McNemar's
+    p-value for r@1 per seed; the watches of the policy; `per_seed`.
+  """
+  stage = config.evaluate
+  slates = slates_lib.read(inputs['slates'], 'test')
+  counts = slates_lib.read_meta(inputs['slates'])['counts']['test']
+
+  # Policies.
+  answers = {
+    name: [
+      _ranked(config, inputs, workdir, source, seed) for seed in config.seeds
+    ]
+    for name, source in (('policy', 'rl'), ('policy_sft', 'sft'))
+  }
+  rankings = {}
+  for name, seeds in answers.items():
+    rankings[name] = np.stack([a['generated'] for a in seeds])
+    rankings[f'{name}_readout'] = np.stack([a['readout'] for a in seeds])
+
+  # Baselines.
+  scores = baselines.read_scores(inputs['baselines'], 'test')
+  for name, values in scores.items():
+    rankings[name] = baselines.rankings(values, slates.count)
+
+  # Metrics per slate: [S, n] each, S = 1 for a ranker without seeds.
+  per_slate = {}
+  for name, ranking in rankings.items():
+    ranking = ranking.reshape(-1, *ranking.shape[-2:])
+    grades = np.broadcast_to(slates.grades, ranking.shape)
+    count = np.broadcast_to(slates.count, ranking.shape[:-1])
+    per_slate[name] = ranker.watch(ranking, grades, count)
+  means = {
+    name: {
+      m: float(per_slate[name][m].mean()) for m in metrics.RANKING_METRICS
+    }
+    for name in RANKERS
+  }
+  share = counts['slates'] / counts['requests']
+
+  # Gains.
+  paired = {}
+  for first, second in PAIRS:
+    paired[f'{first}-{second}'] = {
+      m: _gain(
+        per_slate[first][m], per_slate[second][m], slates.user, stage.resamples
+      )
+      for m in metrics.RANKING_METRICS
+    }
+    if len(per_slate[second]['r@1']) == 1:
+      base = per_slate[second]['r@1'][0] > 0
+      paired[f'{first}-{second}']['r@1']['mcnemar_p'] = [
+        float(statistics.mcnemar(seed > 0, base).p_value)
+        for seed in per_slate[first]['r@1']
+      ]
+
+  # Watches.
+  mine = per_slate['policy']
+  gap = means['best']['n@5'] - means['incoming']['n@5']
+  free = np.stack([a['free_verdict'] for a in answers['policy']])
+  histogram = np.bincount(
+    mine['first_pick'].astype(int).ravel(), minlength=slates.grades.shape[1]
+  )
+  return {
+    'metrics': means,
+    'unconditional': {
+      name: {m: value * share for m, value in values.items() if m != 'auc'}
+      for name, values in means.items()
+    },
+    'paired': paired,
+    'gap_closed': (means['policy']['n@5'] - means['incoming']['n@5'])
+    / max(gap, 1e-9),
+    'copy_rate': float(mine['copied'].mean()),
+    'top3_unchanged': float(mine['top3_unchanged'].mean()),
+    'kendall_tau': float(mine['kendall_tau'].mean()),
+    'first_pick': (histogram / histogram.sum()).tolist(),
+    'order_sensitivity': float(
+      np.mean([a['order_sensitivity'].mean() for a in answers['policy']])
+    ),
+    'valid_rate': float(
+      np.mean([(a['verdict'] == parsing.VALID).mean() for a in answers['policy']])
+    ),
+    'valid_rate_unmasked': float((free == parsing.VALID).mean()),
+    'verdicts_unmasked': {
+      name: float((free == code).mean())
+      for code, name in enumerate(parsing.VERDICTS)
+    },
+    'per_seed': {
+      name: {
+        m: per_slate[name][m].mean(1).tolist() for m in metrics.RANKING_METRICS
+      }
+      for name in ('policy', 'policy_readout', 'policy_sft')
+    },
+    'n_slates': len(slates),
+    'n_users': len(np.unique(slates.user)),
+    'seeds': len(config.seeds),
+  }
+
+
+def _ranked(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path,
+  source: str, seed: int,
+) -> dict[str, np.ndarray]:
+  """A policy's answers to the test slates, from disk where it has them."""
+  path = workdir / f'{source}-{seed}.npz'
+  if path.exists():
+    with np.load(path) as found:
+      return dict(found)
+  stage = config.evaluate
+  setup = policy.load(
+    config, inputs['slates'], inputs['tokenizer'], inputs[f'midtrain@{seed}']
+  )
+  params = setup.load_params(inputs[f'{source}@{seed}'])
+  slates = slates_lib.source(inputs['slates'], 'test')
+
+  def answer(presentation: int, constrained: bool) -> ranker.Ranked:
+    return ranker.rank(
+      setup,
+      params,
+      slates,
+      thinking=stage.thinking,
+      shuffle=config.prompt.shuffle,
+      batch_size=stage.batch_size,
+      seed=stage.presentation_seed + presentation,
+      constrained=constrained,
+      desc=f'test {source} {seed}',
+    )
+
+  ranked = answer(0, True)
+  found = {
+    'generated': ranked.generated,
+    'readout': ranked.readout,
+    'verdict': ranked.verdict,
+  }
+  if source == 'rl':
+    again = answer(1, True)
+    found['order_sensitivity'] = np.asarray(
+      metrics.order_sensitivity(
+        ranked.generated, again.generated, ranked.count
+      )
+    )
+    found['free_verdict'] = answer(0, False).verdict
+  temporary = path.with_suffix('.tmp.npz')
+  np.savez(temporary, **found)
+  temporary.replace(path)
+  return found
+
+
+def _gain(
+  first: np.ndarray, second: np.ndarray, users: np.ndarray, resamples: int
+) -> dict[str, Any]:
+  """Mean gain and its interval, over seeds and users."""
+  if len(first) != len(second):  # Other seeds: they have no partner.
+    second = second.mean(0, keepdims=True)
+  if len(second) == 1:
+    second = second[0]
+  found = statistics.two_level_bootstrap(
+    first, second, users, resamples=resamples
+  )
+  return {'delta': found.estimate, 'ci': [found.low, found.high]}
+
+
+def summary(results: dict[str, Any]) -> str:
+  """The results as two tables and a line, for people."""
+  rows = [{'ranker': k} | results['metrics'][k] for k in RANKERS]
+  quality = reporting.table(rows, ['ranker', *metrics.RANKING_METRICS])
+  gains = [
+    {'gain': f'{first}-{second}'}
+    | {
+      m: '{:+.4f} [{:+.4f}, {:+.4f}]'.format(v['delta'], *v['ci'])
+      for m, v in results['paired'][f'{first}-{second}'].items()
+    }
+    for first, second in PAIRS
+  ]
+  shown = reporting.table(gains, ['gain', 'r@1', 'r@3', 'n@5', 'auc'])
+  line = (
+    f'{results["n_slates"]} slates of {results["n_users"]} users, '
+    f'{results["seeds"]} seed(s); copy rate {results["copy_rate"]:.3f}, top 3 '
+    f'unchanged {results["top3_unchanged"]:.3f}, valid '
+    f'{results["valid_rate"]:.4f} ({results["valid_rate_unmasked"]:.4f} '
+    f'without the mask), order sensitivity '
+    f'{results["order_sensitivity"]:.3f}, gap closed '
+    f'{results["gap_closed"]:.2f}'
+  )
+  return f'{quality}\n\nGains with 95 % intervals:\n{shown}\n\n{line}'

@@ -1,0 +1,220 @@
+"""Rerank: JSONL of slates in, JSONL of permutations with reasoning out.
+
+A line of `output.jsonl` answers the line of the input at the same place:
+
+  id: the request's
+  ranking: item ids, best first
+  order: the same in incoming ranks, 0 for the first candidate given
+  reasoning: what the policy wrote before the ranking; <slot3> is the
+    candidate of incoming rank 3
+  verdict: `valid`, or what was wrong with the answer; the ranking is then the
+    incoming order
+  scores: the listwise read-out's, one per candidate as given; larger is better
+  unknown_history: items of the history that the catalog lacks
+
+The input is checked as a whole first. Answers are appended chunk by chunk to
+`output.partial.jsonl`; a run that was killed goes on after its last whole
+chunk and ends in the same bytes.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from gr2_jax import policy, ranker, reporting
+from gr2_jax.data import requests as requests_lib
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.data.log import DataError
+from gr2_jax.ops import parsing
+
+REQUESTS = 'requests.jsonl'
+OUTPUT = 'output.jsonl'
+PARTIAL = 'output.partial.jsonl'
+
+
+def run(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Ranks every slate of `rerank.input`, or the test slates.
+
+  Args:
+    config: sections data, prompt, model, mesh, rerank; seed.
+    inputs: slates, tokenizer, midtrain, rl.
+    workdir: of this stage; gets OUTPUT, and REQUESTS where the test slates
+      are ranked.
+
+  Returns:
+    Counts and shares; slates a second of what this process ranked, compiling
+    and evidence included, or None where it ranked nothing.
+
+  Raises:
+    DataError: the input is bad; nothing was ranked.
+  """
+  rate = None
+  if not (workdir / OUTPUT).exists():
+    rate = _rank(config, inputs, workdir)
+  return _summary(workdir / OUTPUT) | {'slates_per_second': rate}
+
+
+def _rank(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> float | None:
+  """Writes OUTPUT; returns slates a second."""
+  stage = config.rerank
+  if stage.chunk < 1:
+    raise ValueError(f'rerank.chunk={stage.chunk}: it must be at least 1')
+  setup = policy.load(
+    config, inputs['slates'], inputs['tokenizer'], inputs['midtrain']
+  )
+  source = pathlib.Path(stage.input or workdir / REQUESTS)
+  width = setup.prompter.num_candidates
+
+  def read() -> Iterator[requests_lib.Request]:
+    return requests_lib.read(source, setup.catalog, width)
+
+  # Check the whole input, before anything that takes time.
+  if stage.input:
+    total = sum(1 for _ in read())
+
+  # Evidence.
+  module = importlib.import_module(f'gr2_jax.data.sources.{config.data.source}')
+  log = module.load(config.data)
+  if log.catalog.item_ids != setup.catalog.item_ids:
+    raise DataError(
+      f'{config.data.source}: its items are no longer those of '
+      f'{inputs["slates"]}: give the data that the policy was trained on'
+    )
+  facts = requests_lib.fit(log, config.data)
+  if not stage.input:
+    requests_lib.write_test(source, log, config.data, facts.statistics)
+    total = sum(1 for _ in read())
+
+  # Rank what is left.
+  params = setup.load_params(inputs['rl'])
+  partial = workdir / PARTIAL
+  done = start = _keep_whole_chunks(partial, stage.chunk)
+  pending = itertools.islice(read(), done, None)
+  clock = time.monotonic()
+  with (
+    partial.open('ab') as file,
+    reporting.progress(total, 'rerank', done, unit='slate') as bar,
+  ):
+    while chunk := list(itertools.islice(pending, stage.chunk)):
+      slates = requests_lib.to_slates(
+        chunk, log, facts, width, config.data.history
+      )
+      ranked = ranker.rank(
+        setup,
+        params,
+        _records(slates),
+        thinking=stage.thinking,
+        shuffle=config.prompt.shuffle,
+        batch_size=stage.batch_size,
+        seed=stage.presentation_seed,
+        first=done,
+      )
+      lines = [
+        json.dumps(_answer(setup, request, ranked, row), ensure_ascii=False)
+        for row, request in enumerate(chunk)
+      ]
+      file.write(''.join(f'{line}\n' for line in lines).encode())
+      file.flush()
+      os.fsync(file.fileno())
+      done += len(chunk)
+      bar.update(len(chunk))
+  os.replace(partial, workdir / OUTPUT)
+  if done == start:
+    return None
+  return (done - start) / (time.monotonic() - clock)
+
+
+def _records(slates: slates_lib.Slates) -> list[dict[str, np.ndarray]]:
+  """The slates by random access."""
+  return [
+    {name: getattr(slates, name)[row] for name in slates_lib.NAMES}
+    for row in range(len(slates))
+  ]
+
+
+def _keep_whole_chunks(path: pathlib.Path, chunk: int) -> int:
+  """Cuts off what a kill has torn; returns the lines left.
+
+  A last chunk that is shorter than the others is whole as well, but cannot be
+  told from a torn one, and is ranked again.
+  """
+  if not path.exists():
+    return 0
+  lines = size = whole = 0
+  with path.open('r+b') as file:
+    for line in file:
+      if not line.endswith(b'\n'):
+        break
+      lines += 1
+      size += len(line)
+      if lines % chunk == 0:
+        whole = size
+    file.truncate(whole)
+  return lines - lines % chunk
+
+
+def _answer(
+  setup: policy.Setup,
+  request: requests_lib.Request,
+  ranked: ranker.Ranked,
+  row: int,
+) -> dict[str, Any]:
+  """One line of the output."""
+  count = len(request.names)
+  order = ranked.generated[row, :count].tolist()
+  return {
+    'id': request.id,
+    'ranking': [request.names[rank] for rank in order],
+    'order': order,
+    'reasoning': _reasoning(
+      setup,
+      ranked.tokens[row, : ranked.length[row]],
+      ranked.presented[row, :count],
+    ),
+    'verdict': parsing.VERDICTS[ranked.verdict[row]],
+    'scores': [round(x, 5) for x in ranked.scores[row, :count].tolist()],
+    'unknown_history': request.unknown,
+  }
+
+
+def _reasoning(
+  setup: policy.Setup, tokens: np.ndarray, presented: np.ndarray
+) -> str:
+  """Text before </think>, slots renamed from place to incoming rank."""
+  words = setup.vocabulary
+  ends = np.flatnonzero(tokens == words.control['</think>'])
+  ids = tokens[: ends[0]] if len(ends) else tokens[:0]
+  place = ids - words.slot_base
+  named = (place >= 0) & (place < len(presented))
+  rank = presented[np.where(named, place, 0)]
+  return words.decode(np.where(named, words.slot_base + rank, ids))
+
+
+def _summary(path: pathlib.Path) -> dict[str, Any]:
+  """Counts over a finished output."""
+  slates = changed = unknown = 0
+  verdicts = dict.fromkeys(parsing.VERDICTS, 0)
+  with path.open(encoding='utf-8') as file:
+    for line in file:
+      answer = json.loads(line)
+      slates += 1
+      verdicts[answer['verdict']] += 1
+      changed += answer['order'][0] != 0
+      unknown += answer['unknown_history']
+  return {
+    'slates': slates,
+    'verdicts': {name: n / slates for name, n in verdicts.items()},
+    'first_pick_changed': changed / slates,
+    'unknown_history': unknown,
+  }
