@@ -13,15 +13,15 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `rl`."""
   config = common.training(
-    steps=6 if test else 150,
+    steps=6 if test else 100,
     batch_size=8 if test else 32,
-    learning_rate=3e-4,
+    learning_rate=1e-4,
     eval_every=3 if test else 50,
   )
   config.update(common.validation(test))
   config.group_size = 4 if test else 8  # rollouts of one slate
   config.temperature = 1.0  # of the sampler and of the learner
-  config.constrained = False  # permutation mask while training
+  config.constrained = True  # permutation mask while training, as in serving
   config.reward = 'auc+ndcg'  # auc, ndcg, auc+ndcg, promotion, rr, recall
   config.k = 5  # cut-off of ndcg and recall
   config.gate = 'v2'  # none, v1, v2: what a copied or invalid answer earns

@@ -14,3 +14,13 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 import jax  # noqa: E402 (reads the environment)
 
 jax.config.update('jax_num_cpu_devices', 8)
+
+import pytest  # noqa: E402 (after the devices are set)
+
+
+@pytest.fixture(scope='session')
+def world(tmp_path_factory):
+  """Stage -> finished artifact of a tiny world, built once."""
+  from . import tiny_world
+
+  return tiny_world.build(tmp_path_factory.mktemp('world'))

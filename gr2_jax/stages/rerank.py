@@ -121,7 +121,7 @@ def _rank(
         first=done,
       )
       lines = [
-        json.dumps(_answer(setup, request, ranked, row), ensure_ascii=False)
+        json.dumps(_answer(setup, request, ranked, row))
         for row, request in enumerate(chunk)
       ]
       file.write(''.join(f'{line}\n' for line in lines).encode())

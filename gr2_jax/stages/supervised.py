@@ -92,15 +92,15 @@ def fit(
   ):
     key = jax.random.key(seed)
     state, _ = learner.init_state(setup.model, optimizer, key, setup.mesh)
-    state, step, best = restore(
+    state, done, best = restore(
       config, checkpoints, setup, state, iterator, inherited
     )
     with (
-      reporting.MetricsWriter(workdir, step) as writer,
-      reporting.progress(config.steps, desc, step) as bar,
+      reporting.MetricsWriter(workdir, done) as writer,
+      reporting.progress(config.steps, desc, done) as bar,
     ):
       pending, clock = None, time.monotonic()
-      for step in range(step + 1, config.steps + 1):
+      for step in range(done + 1, config.steps + 1):
         batch = learner.Examples(**next(iterator))
         state, metrics = update(state, sharding.shard_batch(batch, setup.mesh))
         # The device works on this step while the one before is written.
@@ -115,8 +115,8 @@ def fit(
           best = {'step': step, 'metrics': found}
           checkpoint.save_params(workdir / policy.PARAMS, state.params)
         _write(writer, *pending)
-        rate = config.eval_every / (time.monotonic() - clock)
-        pending, clock = None, time.monotonic()
+        rate = (step - done) / (time.monotonic() - clock)
+        pending, done, clock = None, step, time.monotonic()
         named = {f'validation/{k}': v for k, v in found.items()}
         writer.write(step, named | {'steps_per_second': rate})
         bar.set_postfix({choose: f'{found[choose]:.4f}'}, refresh=False)

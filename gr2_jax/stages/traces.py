@@ -32,7 +32,7 @@ def run(
 
   Returns:
     Counts, mean tries, and how often the teacher's own first choice is a
-    positive.
+    positive (None where it was shown one).
   """
   stage = config.traces
   if stage.kind not in KINDS:
@@ -69,6 +69,7 @@ def run(
       }
       (lost if trace.verdict == 'rejected' else kept).append(record)
       bar.update()
+  first = [r['tries'] == 1 for r in kept if stage.kind == 'rejection']
   records.write(workdir / REJECTED, lost)
   records.write(workdir / ACCEPTED, kept)
   return {
@@ -77,5 +78,5 @@ def run(
     'traces': len(kept),
     'rejected': len(lost),
     'tries': float(np.mean(tries)),
-    'first_try': float(np.mean(np.array(tries) == 1)) if lost or kept else 0.0,
+    'first_try': sum(first) / len(slates) if first else None,
   }

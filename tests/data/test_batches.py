@@ -1,0 +1,166 @@
+import json
+
+import grain
+import numpy as np
+import pytest
+
+from gr2_jax.data import batches
+
+from .. import tiny_data
+
+
+def render(record, rng):
+  return {'index': np.int32(record), 'draw': rng.random(2)}
+
+
+def take(iterator, n):
+  return [next(iterator) for _ in range(n)]
+
+
+def assert_same(one, two):
+  assert len(one) == len(two)
+  for a, b in zip(one, two, strict=True):
+    assert set(a) == set(b)
+    for name in a:
+      assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_a_restored_iterator_goes_on_bit_for_bit():
+  data = batches.dataset(range(10), render, 4, seed=3)
+  whole = take(batches.iterate(data), 9)
+  for stop in (1, 4):
+    first = batches.iterate(data)
+    assert_same(take(first, stop), whole[:stop])
+    state = json.loads(json.dumps(first.get_state()))
+    second = batches.iterate(data)
+    second.set_state(state)
+    assert_same(take(second, 9 - stop), whole[stop:])
+
+
+def test_grain_agrees_that_a_checkpoint_changes_nothing():
+  data = batches.dataset(range(10), render, 4, seed=3)[:6]
+  grain.experimental.assert_equal_output_after_checkpoint(
+    data.to_iter_dataset()
+  )
+
+
+def test_every_epoch_has_all_records_in_an_order_of_its_own():
+  data = batches.dataset(range(12), render, 4, seed=0)
+  rows = take(batches.iterate(data), 9)
+  epochs = [np.concatenate([r['index'] for r in rows[i : i + 3]])
+            for i in (0, 3, 6)]  # fmt: skip
+  for order in epochs:
+    assert sorted(order) == list(range(12))
+  assert len({tuple(order) for order in epochs}) == 3
+  draws = {
+    tuple(pair) for row in rows for pair in row['draw'].round(12).tolist()
+  }
+  assert len(draws) == 36  # Randomness differs by epoch too.
+
+
+def test_a_seed_decides_the_batches():
+  one, same, other = (
+    take(batches.iterate(batches.dataset(range(12), render, 4, seed)), 3)
+    for seed in (0, 0, 1)
+  )
+  assert_same(one, same)
+  assert any((a['index'] != b['index']).any()
+             for a, b in zip(one, other, strict=True))  # fmt: skip
+
+
+def test_hosts_share_every_batch(monkeypatch):
+  monkeypatch.setattr(batches.jax, 'process_count', lambda: 2)
+  parts = []
+  for host in range(2):
+    monkeypatch.setattr(batches.jax, 'process_index', lambda h=host: h)
+    data = batches.dataset(range(12), render, 4, seed=0)
+    parts.append(np.concatenate([data[i]['index'] for i in range(3)]))
+  assert [len(p) for p in parts] == [6, 6]
+  assert sorted(np.concatenate(parts)) == list(range(12))
+  with pytest.raises(ValueError, match='batch_size=5 does not split over 2'):
+    batches.dataset(range(12), render, 5, seed=0)
+
+
+def test_too_few_records_are_an_error_that_says_so():
+  with pytest.raises(
+    ValueError, match='3 examples are fewer than batch_size=4'
+  ):
+    batches.dataset(range(3), render, 4, seed=0)
+
+
+def test_first_batches_are_the_same_at_every_call():
+  one, two = (
+    batches.first_batches(range(10), render, 4, 5, seed=1) for _ in range(2)
+  )
+  assert len(one) == 2
+  assert_same(one, two)
+  seen = np.concatenate([row['index'] for row in one])
+  assert len(set(seen.tolist())) == 8
+  assert len(batches.first_batches(range(3), render, 4, 5, seed=1)) == 1
+
+
+def test_examples_pad_and_say_what_the_read_out_ranks():
+  prompt = {
+    'prompt': np.int32([1, 7]),
+    'slots': np.int32([1, 0]),
+    'grades': np.float32([1, 0]),
+    'count': np.int32(2),
+  }
+  rows = [
+    batches.Completion([5, 6, 2], [0.0, 0.5, 1.0], 1),
+    batches.Completion([5, 2], [0.0, 1.0]),
+    batches.Completion([6, 2], [1.0, 1.0], 0),
+  ]
+  found = batches.examples(prompt, rows, 4, 5)
+  assert found['prompt'].tolist() == [1, 7, 0, 0]
+  assert found['prompt_length'] == 2
+  assert found['completion'].tolist() == [
+    [5, 6, 2, 0, 0],
+    [5, 2, 0, 0, 0],
+    [6, 2, 0, 0, 0],
+  ]
+  assert found['weights'].tolist() == [
+    [0, 0.5, 1, 0, 0],
+    [0, 1, 0, 0, 0],
+    [1, 1, 0, 0, 0],
+  ]
+  assert found['answer_at'].tolist() == [1, 0, 0]
+  assert found['rank_by_readout'].tolist() == [True, False, True]
+  with pytest.raises(ValueError, match='completion: 3 tokens, room for 2'):
+    batches.examples(prompt, rows, 4, 2)
+
+
+def test_a_request_ends_in_its_control_token(tmp_path):
+  prompter = tiny_data.prompter(tmp_path)
+  slate = tiny_data.slate(count=4)
+  for control in ('<think>', '<answer>'):
+    row = batches.requests(prompter, control, True)(
+      slate, np.random.default_rng(0)
+    )
+    n = int(row['prompt_length'])
+    assert row['prompt'].shape == (prompter.prompt_tokens,)
+    assert row['prompt'][n - 1] == prompter.vocabulary.control[control]
+    assert (row['prompt'][n:] == prompter.vocabulary.pad).all()
+    assert (row['prompt'][: n - 1] != prompter.vocabulary.pad).all()
+    order = row['incoming'][:4]
+    assert order.tolist() != [0, 1, 2, 3]
+    np.testing.assert_array_equal(row['grades'][:4], slate['grades'][order])
+  plain = batches.requests(prompter, '<answer>', False)
+  row = plain(slate, np.random.default_rng(0))
+  assert row['incoming'].tolist() == list(range(6))
+
+
+def test_a_split_in_order_does_not_depend_on_the_batch_size():
+  slates = list(range(100, 107))
+  whole = {}
+  for size in (3, 7, 10):
+    parts = list(batches.in_order(slates, render, size, seed=5))
+    assert all(batch['index'].shape == (size,) for _, batch in parts)
+    assert sum(n for n, _ in parts) == 7
+    whole[size] = {
+      k: np.concatenate([batch[k][:n] for n, batch in parts])
+      for k in ('index', 'draw')
+    }
+  assert whole[3]['index'].tolist() == slates
+  for size in (7, 10):
+    assert_same([whole[size]], [whole[3]])

@@ -1,0 +1,233 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gr2_jax.data import prompts
+
+from .. import tiny_data
+
+K = tiny_data.K
+
+
+@pytest.fixture(scope='module')
+def prompter(tmp_path_factory):
+  return tiny_data.prompter(tmp_path_factory.mktemp('prompts'))
+
+
+def orders(count):
+  return st.permutations(range(count)).map(np.array)
+
+
+SLATES = st.builds(
+  tiny_data.slate,
+  seed=st.integers(0, 500),
+  count=st.integers(1, K),
+  length=st.integers(0, tiny_data.H),
+)
+
+
+def test_a_prompt_reads_as_it_is_configured(prompter):
+  slate = tiny_data.slate(count=2, length=5)
+  order = np.array([1, 0])
+  words, codes = prompter.vocabulary, tiny_data.codes()
+  found = prompter.prompt(slate, order)
+  binned = prompter.bins(slate['evidence'], 2)
+
+  def sid(item):
+    return ''.join(
+      f'<{letter}{code}>'
+      for letter, code in zip('abc', codes[item], strict=True)
+    )
+
+  text = '<history>' + ''.join(sid(i) for i in slate['history'][2:5])
+  text += '<candidates>'
+  for place, rank in enumerate(order):
+    item = slate['candidates'][rank]
+    text += sid(item) + ' ' + tiny_data.catalog().titles[item]
+    text += f'<rank={binned[rank, 0]}><fame:raw={binned[rank, 1]}>'
+    text += f'<slot{place}>'
+  assert found['prompt'][0] == words.bos
+  assert words.decode(found['prompt'][1:]) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(slate=SLATES, data=st.data())
+def test_slots_point_at_slot_tokens_and_labels_move_along(
+  prompter, slate, data
+):
+  count = int(slate['count'])
+  order = data.draw(orders(count))
+  found = prompter.prompt(slate, order)
+  assert found['count'] == count
+  assert len(found['prompt']) + 1 <= prompter.prompt_tokens
+  places = found['slots'][:count]
+  slots = prompter.vocabulary.slot_base + np.arange(count)
+  np.testing.assert_array_equal(found['prompt'][places], slots)
+  is_slot = prompter.vocabulary.is_slot(found['prompt'])
+  np.testing.assert_array_equal(np.flatnonzero(is_slot), places)
+  np.testing.assert_array_equal(found['incoming'][:count], order)
+  np.testing.assert_array_equal(found['grades'][:count], slate['grades'][order])
+  assert not found['slots'][count:].any()
+  assert not found['grades'][count:].any()
+  assert sorted(found['incoming']) == list(range(K))
+  # The line before each slot is the candidate's own.
+  binned = prompter.vocabulary.bins(prompter.bins(slate['evidence'], count))
+  for place, rank in enumerate(order):
+    end = places[place]
+    assert found['prompt'][end - 2 : end].tolist() == binned[rank].tolist()
+
+
+def test_the_longest_prompt_fits_exactly(prompter):
+  short = dataclasses.replace(prompter, fields=('sid', 'evidence'))
+  found = short.prompt(tiny_data.slate(), np.arange(K))
+  assert len(found['prompt']) + 1 == short.prompt_tokens
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, K), data=st.data())
+def test_an_answer_names_the_places_of_its_ranking(prompter, count, data):
+  order, ranking = data.draw(orders(count)), data.draw(orders(count))
+  *slots, end = prompter.answer(ranking, order)
+  assert end == prompter.vocabulary.eos
+  places = np.array(slots) - prompter.vocabulary.slot_base
+  np.testing.assert_array_equal(order[places], ranking)
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, K), data=st.data())
+def test_presented_reasoning_speaks_of_the_same_candidates(
+  prompter, count, data
+):
+  order = data.draw(orders(count))
+  words = prompter.vocabulary
+  named = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=5)))
+  ids = [*words.encode('so soap fits'), *(words.slot_base + named.astype(int))]
+  found = np.array(prompter.present(ids, order))
+  slot = words.is_slot(found)
+  assert slot.sum() == len(named)
+  np.testing.assert_array_equal(order[found[slot] - words.slot_base], named)
+  assert found[~slot].tolist() == words.encode('so soap fits')
+
+
+def test_long_reasoning_is_cut(prompter):
+  ids = np.full(50, prompter.vocabulary.encode('so')[0])
+  assert len(prompter.present(ids, np.arange(K))) == prompter.reasoning
+  assert prompter.thinking_tokens == prompter.reasoning + 1 + K + 1
+  assert prompter.answer_tokens == K + 1
+
+
+def test_ids_of_the_outside_world_never_reach_a_prompt(tmp_path):
+  found = [
+    tiny_data.prompter(
+      tmp_path,
+      tiny_data.catalog(prefix),
+      fields=('sid', 'title', 'categories', 'evidence'),
+    )
+    for prefix in ('item', 'secret')
+  ]
+  assert found[0].items == found[1].items
+  one, two = (p.prompt(tiny_data.slate(), np.arange(K)) for p in found)
+  for name, value in one.items():
+    np.testing.assert_array_equal(value, two[name], name)
+
+
+@pytest.mark.parametrize('layout', [('candidates', 'history'), ('candidates',)])
+def test_blocks_stand_in_the_configured_order(prompter, layout):
+  other = dataclasses.replace(prompter, layout=layout)
+  ids = other.prompt(tiny_data.slate(), np.arange(K))['prompt'].tolist()
+  control = prompter.vocabulary.control
+  at = [ids.index(control[f'<{block}>']) for block in layout]
+  assert at == sorted(at)
+  assert ('history' in layout) == (control['<history>'] in ids)
+  assert len(ids) + 1 <= other.prompt_tokens
+
+
+def test_no_history_is_shown_where_none_is_wanted(prompter):
+  other = dataclasses.replace(prompter, history=0)
+  ids = other.prompt(tiny_data.slate(), np.arange(K))['prompt'].tolist()
+  control = prompter.vocabulary.control
+  assert ids[1:3] == [control['<history>'], control['<candidates>']]
+
+
+def test_bins_are_quantiles_and_rise_with_the_evidence():
+  slates = tiny_data.many(400)
+  bins = prompts.EvidenceBins.fit(
+    slates, tiny_data.EVIDENCE, ('age:raw', 'rank'), 4
+  )
+  binned = [bins(slates.evidence[i], int(slates.count[i])) for i in range(400)]
+  real = np.arange(K) < slates.count[:, None]
+  binned = np.stack(binned)
+  assert (binned[~real] == 0).all()
+  for column in range(2):
+    share = np.bincount(binned[real][:, column], minlength=4) / real.sum()
+    np.testing.assert_allclose(share, 0.25, atol=0.02)
+  raw = slates.evidence[..., 2][real]
+  order = np.argsort(raw)
+  assert (np.diff(binned[real][order, 0]) >= 0).all()
+  for i in range(400):  # A centred column rises within its slate.
+    n = slates.count[i]
+    order = np.argsort(slates.evidence[i, :n, 0])
+    assert (np.diff(binned[i, :n, 1][order]) >= 0).all()
+
+
+def test_centred_bins_compare_candidates_and_raw_ones_slates():
+  bins = tiny_data.bins()  # rank is centred, fame is raw
+  evidence = tiny_data.slate(3)['evidence']
+  moved = evidence * 4.0 + 100.0
+  before, after = bins(evidence, K), bins(moved, K)
+  np.testing.assert_array_equal(before[:, 0], after[:, 0])
+  assert (after[:, 1] == 3).all()
+  assert len(set(before[:, 1])) > 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, K), seed=st.integers(0, 99))
+def test_padding_does_not_move_the_bins(count, seed):
+  bins = tiny_data.bins()
+  evidence = tiny_data.slate(seed, count)['evidence']
+  other = evidence.copy()
+  other[count:] = 1e6
+  found = bins(evidence, count)
+  np.testing.assert_array_equal(found, bins(other, count))
+  np.testing.assert_array_equal(found[:count], bins(evidence[:count], count))
+
+
+def test_a_constant_column_has_finite_edges():
+  slates = tiny_data.many()
+  slates.evidence[..., 0] = 3.0
+  bins = prompts.EvidenceBins.fit(slates, tiny_data.EVIDENCE, ('rank',), 4)
+  assert np.isfinite(bins.edges).all()
+  assert len(set(bins(slates.evidence[4], 6)[:, 0])) == 1
+
+
+def test_bins_come_back_from_disk(tmp_path):
+  bins = tiny_data.bins()
+  prompts.save_bins(tmp_path / 'bins.json', bins)
+  found = prompts.load_bins(tmp_path / 'bins.json')
+  assert found.columns == bins.columns
+  np.testing.assert_array_equal(found.index, bins.index)
+  np.testing.assert_array_equal(found.edges, bins.edges)
+  assert [p.name for p in tmp_path.iterdir()] == ['bins.json']
+
+
+def test_an_unknown_column_is_named():
+  with pytest.raises(ValueError, match="no column 'fane:raw'.*rank, fame, age"):
+    prompts.EvidenceBins.fit(
+      tiny_data.many(), tiny_data.EVIDENCE, ('fane:raw',), 4
+    )
+
+
+def test_padding_fills_up_and_never_cuts():
+  assert prompts.pad([5, 6], 4, 'prompt').tolist() == [5, 6, 0, 0]
+  with pytest.raises(ValueError, match='prompt: 3 tokens, room for 2'):
+    prompts.pad([5, 6, 7], 2, 'prompt')
+
+
+def test_presentation_is_a_permutation_or_the_incoming_order():
+  rng = np.random.default_rng(0)
+  assert prompts.presentation(5, False, rng).tolist() == [0, 1, 2, 3, 4]
+  drawn = {tuple(prompts.presentation(3, True, rng)) for _ in range(200)}
+  assert len(drawn) == 6

@@ -1,0 +1,191 @@
+"""Slates from outside: every bad line speaks, evidence is the data set's."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import slates as slates_config
+from gr2_jax.data import log as log_lib
+from gr2_jax.data import requests, slates
+from gr2_jax.data.sources import world
+
+CATALOG = log_lib.Catalog(
+  ('a', 'b', 'c', '7'), ('',) * 4, ((),) * 4, np.zeros(4, np.int32)
+)
+GOOD = {'history': ['c', 'gone', 7], 'candidates': ['b', 'a']}
+
+
+def write(path, *rows):
+  path = path / 'slates.jsonl'
+  lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
+  path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+  return path
+
+
+def read(path, most=3):
+  return list(requests.read(path, CATALOG, most))
+
+
+def test_fields_and_their_defaults(tmp_path):
+  full = GOOD | {'scores': [0.5, -1], 'time': 9.5, 'id': 'x', 'user': 3}
+  first, second = read(write(tmp_path, GOOD, '', full))
+  assert (first.id, second.id) == (1, 'x')
+  assert first.names == ('b', 'a')
+  assert first.candidates == (1, 0)
+  assert first.history == (2, 3)
+  assert first.unknown == 1
+  assert first.scores[0] > first.scores[1]
+  assert (first.time, second.time) == (None, 9)
+  assert second.scores == (0.5, -1.0)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('candidates', ['a', 'gone'], "'gone' is not in the catalog: remove it"),
+    ('candidates', ['a', 'b', 'a'], "'a' again: each item once"),
+    ('candidates', ['7', 7], '7 again: each item once'),
+    ('candidates', [], 'an empty list: give one candidate'),
+    ('candidates', list('abc7'), '4 of them, .* room for 3: cut the list'),
+    ('candidates', 'a', "'a': it must be a list"),
+    ('candidates', [['a']], 'an item id is text or a whole number'),
+    ('history', None, 'None: it must be a list'),
+    ('history', [1.5], '1.5: an item id is text or a whole number'),
+    ('history', [True], 'True: an item id is text or a whole number'),
+    ('scores', [1], '1 values for 2 candidates: give one per candidate'),
+    ('scores', 1, '1: it must be a list of numbers'),
+    ('scores', [1, float('nan')], 'nan: each must be a finite number'),
+    ('scores', [1, float('inf')], 'inf: each must be a finite number'),
+    ('scores', [1, 1e39], '1e\\+39: each must be a finite number'),
+    ('scores', [1, '2'], "'2': each must be a finite number"),
+    ('scores', [1, None], 'None: each must be a finite number'),
+    ('time', 'today', "'today': it must be a finite number"),
+    ('time', float('nan'), 'nan: it must be a finite number'),
+    ('time', 1e300, '1e\\+300: it must be a finite number'),
+    ('id', ['x'], 'it must be text or a whole number'),
+    ('user', {}, 'it must be text or a whole number'),
+  ],
+)
+def test_a_bad_field_names_file_line_field_and_cure(
+  tmp_path, field, value, message
+):
+  path = write(tmp_path, GOOD, GOOD | {field: value})
+  place = f"slates.jsonl, line 2, field '{field}': .*"
+  with pytest.raises(log_lib.DataError, match=place + message):
+    read(path)
+
+
+@pytest.mark.parametrize('field', ['history', 'candidates'])
+def test_a_missing_field_is_named(tmp_path, field):
+  row = {key: value for key, value in GOOD.items() if key != field}
+  message = f"line 1, field '{field}': missing: every slate needs it"
+  with pytest.raises(log_lib.DataError, match=message):
+    read(write(tmp_path, row))
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('{"history": [], "candi', 'not valid JSON .* cut off here'),
+    ('[1, 2]', 'not a JSON object'),
+    ('[' * 100_000, 'not valid JSON'),
+  ],
+)
+def test_a_malformed_or_torn_line_is_named(tmp_path, text, message):
+  path = write(tmp_path, GOOD, GOOD, text)
+  with pytest.raises(log_lib.DataError, match=f'line 3: {message}'):
+    read(path)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+  path = write(tmp_path, GOOD)
+  path.write_bytes(path.read_bytes() + b'{"id": "\xff\xfe"}\n')
+  with pytest.raises(log_lib.DataError, match='line 2: not valid JSON'):
+    read(path)
+
+
+def test_an_empty_and_a_missing_file_are_named(tmp_path):
+  with pytest.raises(log_lib.DataError, match='at least one slate'):
+    read(write(tmp_path, ''))
+  for path in (tmp_path / 'no.jsonl', tmp_path):
+    with pytest.raises(log_lib.DataError, match='no such file'):
+      read(path)
+
+
+def walks(config):
+  """A log whose slates the pre-ranker makes; many times are tied."""
+  rng = np.random.default_rng(0)
+  n_users, length, n_items = 40, 30, 60
+  catalog = log_lib.Catalog(
+    tuple(f'item-{i}' for i in range(n_items)),
+    tuple(f'word{i % 7} thing{i % 5}' for i in range(n_items)),
+    tuple((f'c{i % 4}',) for i in range(n_items)),
+    (1990 + np.arange(n_items) % 30).astype(np.int32),
+  )
+  walk = rng.integers(-3, 4, size=(n_users, length)).cumsum(axis=1)
+  items = (walk + rng.integers(n_items, size=(n_users, 1))) % n_items
+  times = np.sort(rng.integers(10, size=(n_users, length)), axis=1) * 10**7
+  return log_lib.make_log(
+    catalog,
+    tuple(map(str, range(n_users))),
+    np.repeat(np.arange(n_users), length),
+    items.ravel(),
+    times.ravel(),
+    np.ones(n_users * length),
+    config.split_seed,
+  )
+
+
+@pytest.fixture(scope='module', params=['impressions', 'user', 'time'])
+def data(request):
+  config = slates_config.section(test=True)
+  if request.param == 'impressions':
+    config.world.update(n_items=60, n_users=40, visits=4, clusters=4)
+    config.candidates = 6
+    return world.load(config), config
+  config.split = request.param
+  config.history = 7
+  return walks(config), config
+
+
+def test_exported_test_slates_have_the_stored_evidence(data, tmp_path):
+  log, config = data
+  stored = slates.build(log, config)['test']
+  facts = requests.fit(log, config)
+  path = tmp_path / 'requests.jsonl'
+  requests.write_test(path, log, config, facts.statistics)
+  width = stored.candidates.shape[1]
+  found = requests.to_slates(
+    list(requests.read(path, log.catalog, width)),
+    log,
+    facts,
+    width,
+    config.history,
+  )
+  np.testing.assert_allclose(
+    found.evidence, stored.evidence, rtol=1e-6, atol=1e-6
+  )
+  assert np.abs(stored.evidence).sum() > 0
+  for name in slates.NAMES:
+    ours, theirs = getattr(found, name), getattr(stored, name)
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+    if name not in ('user', 'grades', 'utility', 'evidence'):
+      np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_an_empty_history_has_finite_evidence(data, tmp_path):
+  log, config = data
+  names = log.catalog.item_ids
+  path = write(
+    tmp_path,
+    {'history': [], 'candidates': names[:3]},
+    {'history': ['gone'], 'candidates': names[3:4], 'time': 0},
+  )
+  asked = list(requests.read(path, log.catalog, 5))
+  found = requests.to_slates(asked, log, requests.fit(log, config), 5, 4)
+  assert np.isfinite(found.evidence).all()
+  assert found.count.tolist() == [3, 1]
+  assert found.time.tolist() == [log.times.max(), 0]
+  assert found.history_length.tolist() == [0, 0]
+  assert (found.history == -1).all()

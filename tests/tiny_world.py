@@ -1,0 +1,111 @@
+"""All artifacts of a world of sixty items, and what a stage left behind."""
+
+import pathlib
+
+import jax
+
+from configs import common
+from gr2_jax import artifacts, checkpoint, learner, policy, sharding
+
+SIZES = {
+  'data.world.n_items': 60,
+  'data.world.n_users': 40,
+  'data.world.clusters': 4,
+  'data.world.visits': 3,
+  'data.world.organic': 8,
+  'data.candidates': 5,
+  'data.history': 6,
+  'tokenizer.levels': 3,
+  'tokenizer.codebook_size': 8,
+  'tokenizer.text_dim': 16,
+  'tokenizer.latent': 8,
+  'tokenizer.hidden': (16,),
+  'tokenizer.pretrain_steps': 5,
+  'tokenizer.steps': 5,
+  'tokenizer.batch_size': 32,
+  'prompt.history': 2,
+  'prompt.evidence': ('incoming_rank', 'popularity:raw'),
+  'prompt.bins': 4,
+  'prompt.num_slots': 6,
+  'prompt.text_tokens': 40,
+  'prompt.reasoning_tokens': 6,
+  'model.d_model': 16,
+  'model.num_layers': 1,
+  'model.num_heads': 2,
+  'model.num_kv_heads': 2,
+  'model.head_dim': 8,
+  'model.d_ff': 24,
+  'midtrain.batch_size': 8,
+  'midtrain.sequence_items': 3,
+  'midtrain.caption_tokens': 12,
+  'midtrain.pointers': 2,
+  'sft.batch_size': 8,
+  'sft.eval_slates': 8,
+  'sft.eval_batch_size': 8,
+  'rl.batch_size': 8,
+  'rl.group_size': 4,
+  'rl.eval_slates': 8,
+  'rl.eval_batch_size': 8,
+} | {
+  f'{stage}.{name}': value
+  for stage in ('midtrain', 'sft', 'rl')
+  for name, value in (('steps', 6), ('eval_every', 2), ('warmup', 1))
+}  # fmt: skip
+OVERRIDES = [
+  f'--config.{name}={value!r}' if isinstance(value, tuple)
+  else f'--config.{name}={value}'
+  for name, value in SIZES.items()
+]  # fmt: skip
+NEEDS = {
+  'midtrain': ('slates', 'tokenizer'),
+  'traces': ('slates', 'tokenizer', 'midtrain'),
+  'sft': ('slates', 'tokenizer', 'midtrain', 'traces'),
+  'rl': ('slates', 'tokenizer', 'midtrain', 'sft'),
+}
+
+
+def config(**changes):
+  """The config of the world; keywords have `__` where fields have a dot."""
+  own = common.compose('rl', 'test,dataset=world')
+  own.update_from_flattened_dict(SIZES)
+  own.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in changes.items()}
+  )
+  return own.lock()
+
+
+def build(root: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Runs everything that RL needs, and RL; stage -> its directory."""
+  own = config()
+  with artifacts.lock(root):
+    artifacts.run_stage(own, 'rl', root, 0, say=lambda _: None)
+  return {
+    path.name.partition('-')[0]: path
+    for path in root.iterdir()
+    if path.is_dir()
+  }
+
+
+def inputs(world, stage):
+  return {name: world[name] for name in NEEDS[stage]}
+
+
+def setup(world, own=None) -> policy.Setup:
+  return policy.load(
+    own or config(), world['slates'], world['tokenizer'], world['midtrain']
+  )
+
+
+def left(world, stage, workdir, own=None):
+  """What a finished run has: chosen parameters and its last state, on host."""
+  own = own or config()
+  here = setup(world, own)
+  optimizer = learner.make_optimizer(own[stage])
+  with sharding.activate(here.mesh):
+    state, _ = learner.init_state(
+      here.model, optimizer, jax.random.key(0), here.mesh
+    )
+  with checkpoint.Checkpointer(workdir / 'checkpoints') as saved:
+    state, step, meta = saved.restore(state)
+  params = here.load_params(workdir)
+  return jax.device_get({'params': params, 'state': state}), step, meta
