@@ -15,7 +15,7 @@ def section(test: bool = False) -> ConfigDict:
   config = common.training(
     steps=6 if test else 100,
     batch_size=8 if test else 32,
-    learning_rate=1e-4,
+    learning_rate=5e-5,
     eval_every=3 if test else 50,
   )
   config.update(common.validation(test))

@@ -18,19 +18,23 @@ def setup(world):
   return tiny_world.setup(world)
 
 
-@functools.lru_cache
-def compiled(setup, constrained, gate):
-  stage = tiny_world.config(rl__gate=gate).rl
-  sampler = setup.sampling(4, False, 1.0, constrained)
-  return rl.make_act(setup, sampler, stage)
+@pytest.fixture(scope='module')
+def compiled(setup):
+  @functools.lru_cache
+  def make(constrained, gate):
+    stage = tiny_world.config(rl__gate=gate).rl
+    sampler = setup.sampling(4, False, 1.0, constrained)
+    return rl.make_act(setup, sampler, stage)
+
+  return make
 
 
-def acted(world, setup, seed=0, constrained=True, gate='v2'):
+def acted(world, setup, compiled, seed=0, constrained=True, gate='v2'):
   render = batches.requests(setup.prompter, '<answer>', True)
   slates = slates_lib.source(world['slates'], 'train')
   rows = [render(slates[i], np.random.default_rng((seed, i))) for i in range(8)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
-  act = compiled(setup, constrained, gate)
+  act = compiled(constrained, gate)
   with sharding.activate(setup.mesh):
     batch, watches = act(
       setup.load_params(world['sft']),
@@ -57,9 +61,11 @@ def parse(rows, batch, setup, p, g):
   ('constrained', 'gate'), [(True, 'v2'), (True, 'none'), (False, 'v2')]
 )
 def test_rewards_are_those_of_the_sampled_tokens(
-  world, setup, constrained, gate
+  world, setup, compiled, constrained, gate
 ):
-  rows, batch, watches = acted(world, setup, constrained=constrained, gate=gate)
+  rows, batch, watches = acted(
+    world, setup, compiled, constrained=constrained, gate=gate
+  )
   stage = tiny_world.config().rl
   total, rank, copies, valid = (np.zeros((8, 4)) for _ in range(4))
   for p, g in np.ndindex(8, 4):
@@ -108,8 +114,8 @@ def test_groups_of_equal_rewards_are_masked(world, setup):
   np.testing.assert_allclose(batch.advantage, 0.0, atol=1e-6)
 
 
-def test_watches_are_in_their_ranges(world, setup):
-  _, batch, watches = acted(world, setup)
+def test_watches_are_in_their_ranges(world, setup, compiled):
+  _, batch, watches = acted(world, setup, compiled)
   shares = {
     k: float(v) for k, v in watches.items()
     if k in ('n@5', 'r@1', 'copy_rate', 'top3_unchanged', 'flat_groups')
@@ -126,9 +132,9 @@ def test_watches_are_in_their_ranges(world, setup):
   assert 0 < float(watches['sampler_entropy']) <= np.log(5) + 1e-5
 
 
-def test_one_trace_serves_every_step(world, setup):
-  tokens = [acted(world, setup, seed)[1].tokens for seed in (1, 2, 3)]
-  assert compiled(setup, True, 'v2')._cache_size() == 1
+def test_one_trace_serves_every_step(world, setup, compiled):
+  tokens = [acted(world, setup, compiled, seed)[1].tokens for seed in (1, 2, 3)]
+  assert compiled(True, 'v2')._cache_size() == 1
   assert (tokens[0] != tokens[1]).any()
 
 
@@ -167,3 +173,21 @@ def test_a_resumed_policy_takes_its_parameters_along(world, tmp_path):
   assert step == 8
   assert result == meta
   assert found['params']['embedding'].shape[1] == 16
+
+
+def test_every_step_samples_with_a_key_of_its_own(world, tmp_path, monkeypatch):
+  make_act, keys = rl.make_act, []
+
+  def spying(*arguments):
+    act = make_act(*arguments)
+
+    def spy(params, rows, key):
+      keys.append(tuple(jax.random.key_data(key).tolist()))
+      return act(params, rows, key)
+
+    return spy
+
+  monkeypatch.setattr(rl, 'make_act', spying)
+  config = tiny_world.config(rl__steps=3)
+  rl.run(config, tiny_world.inputs(world, 'rl'), tmp_path)
+  assert len(set(keys)) == 3

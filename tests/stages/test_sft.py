@@ -22,6 +22,8 @@ def rows(world, setup, **changes):
   slates = slates_lib.source(world['slates'], 'train')
   for i in range(6):
     trace = kept[i]
+    named = trace['ranking'][:3] + setup.grammar.slot_base
+    trace = trace | {'reasoning': named}  # As long ones end; these are cut.
     slate = slates[int(trace['slate'])]
     rng = np.random.default_rng(i)
     yield trace, slate, render({'trace': trace, 'slate': slate}, rng)
@@ -44,6 +46,7 @@ def test_a_trace_is_learned_with_and_without_its_reasoning(
     answer = direct[1:6]
     assert direct[6] == words.eos
     assert thinking[n + 2 : n + 8] == [*answer, words.eos]
+    assert thinking[1 : n + 1] == answer[:3]
     slots = np.array(answer) - words.slot_base
     # The teacher's order, told by the labels of what it ranked.
     np.testing.assert_array_equal(

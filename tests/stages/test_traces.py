@@ -15,10 +15,10 @@ def run(world, workdir, **changes):
   )
   results = traces.run(config, tiny_world.inputs(world, 'traces'), workdir)
   kept, lost = (
-    list(records.Records(workdir / name))
+    records.Records(workdir / name)
     for name in (traces.ACCEPTED, traces.REJECTED)
   )
-  return results, kept, lost
+  return results, *([r[i] for i in range(len(r))] for r in (kept, lost))
 
 
 def test_every_slate_is_kept_or_rejected_and_counted(world, tmp_path):
