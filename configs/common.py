@@ -144,7 +144,10 @@ def prompt(dataset: str = 'movielens') -> ConfigDict:
   config = ConfigDict()
   config.layout = ('history', 'candidates')  # blocks of a prompt, in order
   config.history = 4  # most recent items shown, as semantic IDs
-  config.fields = ('sid', 'evidence')  # of a line: sid title categories evidence
+  config.fields = (
+    'sid',
+    'evidence',
+  )  # of a line: sid title categories evidence
   config.evidence = EVIDENCE[dataset]  # columns of a candidate's line
   config.bins = 8  # tokens of each column
   config.shuffle = True  # candidates in random, not in incoming order

@@ -10,6 +10,7 @@ Axes: P prompts, G group, T time, K candidates, V vocabulary, D model width.
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import flax
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,9 @@ def init_state(
     )
 
   shardings = sharding.param_shardings(mesh, jax.eval_shape(init, key))
-  state = jax.jit(lambda k: sharding.unbox(init(k)), out_shardings=shardings)(key)
+  state = jax.jit(lambda k: sharding.unbox(init(k)), out_shardings=shardings)(
+    key
+  )
   return state, shardings
 
 
@@ -137,9 +140,9 @@ def make_update(
     params = optax.apply_updates(state.params, updates)
     metrics = metrics | {
       'loss': loss,
-      'gradient_norm': optax.global_norm(gradients),
-      'update_norm': optax.global_norm(updates),
-      'param_norm': optax.global_norm(params),
+      'gradient_norm': optax.tree.norm(gradients),
+      'update_norm': optax.tree.norm(updates),
+      'param_norm': optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -188,8 +191,9 @@ def score_tokens(
   def split(x):
     padding = [(0, 0)] * x.ndim
     padding[2] = (0, n * chunk - T)
-    x = jnp.pad(x, padding).reshape(P, G, n, chunk, *x.shape[3:])
-    return jnp.moveaxis(x, 2, 0)
+    return einops.rearrange(
+      jnp.pad(x, padding), 'p g (n c) ... -> n p g c ...', n=n
+    )
 
   @jax.checkpoint
   def score(part):
@@ -208,8 +212,7 @@ def score_tokens(
     )
 
   def join(x):
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(P, G, n * chunk, *x.shape[4:])[:, :, :T]
+    return einops.rearrange(x, 'n p g c ... -> p g (n c) ...')[:, :, :T]
 
   return jax.tree.map(join, jax.lax.map(score, jax.tree.map(split, parts)))
 
@@ -256,7 +259,9 @@ def supervised_loss(
       targets = losses.teacher_targets(teacher, ranking, batch.count)
       completion = jnp.where(
         batch.rank_by_readout[..., None],
-        write_answer(completion, batch.answer_at, ranking, batch.count, grammar),
+        write_answer(
+          completion, batch.answer_at, ranking, batch.count, grammar
+        ),
         completion,
       )
     hidden = transformer.completion_hidden(

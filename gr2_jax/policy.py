@@ -65,8 +65,9 @@ class Setup:
     )
 
 
-def load(config, slates: pathlib.Path, tokenizer: pathlib.Path,
-         home: pathlib.Path) -> Setup:
+def load(
+  config, slates: pathlib.Path, tokenizer: pathlib.Path, home: pathlib.Path
+) -> Setup:
   """Reads a data set, its semantic IDs and a vocabulary.
 
   Args:
@@ -81,9 +82,7 @@ def load(config, slates: pathlib.Path, tokenizer: pathlib.Path,
   catalog = slates_lib.read_catalog(slates)
   sids = semantic_ids.load(tokenizer)
   bins = prompts.load_bins(home / BINS)
-  words = vocabulary.Vocabulary(
-    home / VOCABULARY, _layout(config.prompt, sids)
-  )
+  words = vocabulary.Vocabulary(home / VOCABULARY, _layout(config.prompt, sids))
   prompter = prompts.Prompter(
     vocabulary=words,
     bins=bins,
@@ -115,7 +114,10 @@ def load(config, slates: pathlib.Path, tokenizer: pathlib.Path,
 
 
 def found_vocabulary(
-  config, slates: pathlib.Path, tokenizer: pathlib.Path, home: pathlib.Path,
+  config,
+  slates: pathlib.Path,
+  tokenizer: pathlib.Path,
+  home: pathlib.Path,
   phrases: tuple[str, ...],
 ) -> None:
   """Trains the vocabulary on the catalog's text and fits the evidence bins.

@@ -19,7 +19,7 @@ from gr2_jax import policy, reporting, sampling, sharding
 from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import transformer
-from gr2_jax.ops import masking, metrics, parsing
+from gr2_jax.ops import masking, metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +61,8 @@ def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
     config,
   )
   tokens, length = rollouts.tokens[:, 0], rollouts.length[:, 0]
-  answer = parsing.parse_answer(
-    tokens,
-    length,
-    batch['count'],
-    batch['incoming'],
-    num_candidates=grammar.num_candidates,
-    slot_base=grammar.slot_base,
-    num_slots=grammar.num_slots,
-    eos=grammar.eos,
-    think_end=grammar.think_end,
-    thinking=config.thinking,
+  answer = sampling.parse(
+    grammar, config, tokens, length, batch['count'], batch['incoming']
   )
   hidden, _ = transformer.encode_prompt(
     model, params, batch['prompt'], batch['prompt_length']
@@ -128,19 +119,18 @@ def rank(
   config = setup.sampling(1, thinking, 0.0, constrained)
   answer = functools.partial(_answer, setup.model, setup.grammar, config)
   parts = []
-  with reporting.progress(
-    len(slates), desc or 'rank', unit='slate', quiet=not desc
-  ) as bar, sharding.activate(setup.mesh):
-    for n, batch in batches.in_order(
-      slates, render, batch_size, seed, first
-    ):
+  with (
+    reporting.progress(
+      len(slates), desc or 'rank', unit='slate', quiet=not desc
+    ) as bar,
+    sharding.activate(setup.mesh),
+  ):
+    for n, batch in batches.in_order(slates, render, batch_size, seed, first):
       batch.pop('grades')  # What the policy must not see.
       found = answer(params, sharding.shard_batch(batch, setup.mesh))
       parts.append({k: np.asarray(v)[:n] for k, v in found.items()})
       bar.update(n)
-  return Ranked(
-    **{k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-  )
+  return Ranked(**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 
 
 def watch(

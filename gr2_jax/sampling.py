@@ -226,7 +226,10 @@ def sample(
     done = s.progress.done
     token = jnp.where(done, grammar.pad, token.astype(jnp.int32))
     logp = jnp.take_along_axis(logps, token[..., None], -1)[..., 0]
-    keep = lambda x: jnp.where(done, 0.0, x)
+
+    def keep(x):
+      return jnp.where(done, 0.0, x)
+
     r = s.rollouts
     rollouts = Rollouts(
       tokens=r.tokens.at[:, :, s.t].set(token),
@@ -235,9 +238,7 @@ def sample(
       entropy=r.entropy.at[:, :, s.t].set(keep(entropy(logps))),
     )
     own = jnp.broadcast_to(jnp.arange(T) <= s.t, (P, G, 1, T))
-    position = jnp.broadcast_to(
-      prompt_length_P[:, None, None] + s.t, (P, G, 1)
-    )
+    position = jnp.broadcast_to(prompt_length_P[:, None, None] + s.t, (P, G, 1))
     hidden, cache = transformer.Transformer(model).apply(
       {'params': params}, token[..., None], position, own, prefix, s.cache, s.t
     )
@@ -266,3 +267,38 @@ def sample(
     ),
   )
   return loop.rollouts
+
+
+def parse(
+  grammar: Grammar,
+  config: SamplingConfig,
+  tokens: jax.Array,
+  length: jax.Array,
+  count: jax.Array,
+  incoming: jax.Array,
+) -> parsing.Answer:
+  """Reads answers from sampled ids, as this grammar writes them.
+
+  Args:
+    grammar: token ids.
+    config: whether completions reason first.
+    tokens: int32 [..., T].
+    length: int32 [...], with <eos>.
+    count: int32 [...].
+    incoming: int32 [..., K].
+
+  Returns:
+    Rankings [..., K] and verdicts [...], see `parsing.parse_answer`.
+  """
+  return parsing.parse_answer(
+    tokens,
+    length,
+    count,
+    incoming,
+    num_candidates=grammar.num_candidates,
+    slot_base=grammar.slot_base,
+    num_slots=grammar.num_slots,
+    eos=grammar.eos,
+    think_end=grammar.think_end,
+    thinking=config.thinking,
+  )

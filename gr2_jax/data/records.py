@@ -24,15 +24,14 @@ def write(
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + '.tmp')
-  writer = array_record_module.ArrayRecordWriter(
-    str(temporary), 'group_size:1'
-  )
-  n = 0
-  for n, example in enumerate(examples, 1):
+  writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
+  written = 0
+  for example in examples:
     writer.write(serialization.msgpack_serialize(example))
+    written += 1
   writer.close()
   os.replace(temporary, path)
-  return n
+  return written
 
 
 class Records:

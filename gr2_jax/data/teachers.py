@@ -78,7 +78,9 @@ class Heuristic:
     pattern = [name for name, _ in liked.most_common(2)]
     shown = history[-max(1, self.prompter.history) :]
     cited = [
-      item for item in shown if set(self.catalog.categories[item]) & set(pattern)
+      item
+      for item in shown
+      if set(self.catalog.categories[item]) & set(pattern)
     ][-1:]
     target = self.catalog.categories[slate['candidates'][ranking[0]]]
     follows = next((c for c in pattern if c in target), (*target, 'other')[0])

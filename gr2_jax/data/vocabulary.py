@@ -136,7 +136,7 @@ def train(
   symbols = layout.symbols()
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(sorted(set(s for s in sentences if s.strip()))),
+    sentence_iterator=iter(sorted({s for s in sentences if s.strip()})),
     model_writer=model,
     vocab_size=3 + 1 + 256 + len(symbols) + text_tokens,
     hard_vocab_limit=False,

@@ -150,7 +150,8 @@ class RMSNorm(nn.Module):
   axis: str = 'embed'
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises [..., D]; the result has the dtype of `x`."""
     scale = _param(
       self, 'scale', (x.shape[-1],), (self.axis,), nn.initializers.ones
     )
@@ -166,6 +167,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, positions, mask, prefix, prefix_mask, cache, index):
+    """See `Transformer`; the prefix and the cache are one layer's."""
     c = self.config
     init = nn.initializers.variance_scaling(
       1.0, 'fan_in', 'normal', in_axis=0, out_axis=(1, 2)
@@ -216,6 +218,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, prefix, cache, positions, mask, prefix_mask, index):
+    """Scanned over `prefix` and `cache`; the rest is the same everywhere."""
     c = self.config
     y = RMSNorm(c.norm_eps, name='attention_norm')(x)
     y, kv = Attention(c, name='attention')(
@@ -310,14 +313,14 @@ class Transformer(nn.Module):
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Any:
-  """Boxed parameters (logical axis names attached); `sharding.unbox` strips them."""
+  """Parameters with their axis names; `sharding.unbox` strips those."""
   tokens = jnp.zeros((1, 1, 2), jnp.int32)
   mask = jnp.ones((1, 1, 2, 2), bool)
   return Transformer(config).init(key, tokens, tokens, mask)['params']
 
 
 def output_embedding(params: Any) -> jax.Array:
-  """float [V, D]: `logits = hidden @ output_embedding(params).T`."""
+  """The rows that hidden states are multiplied with: float [V, D]."""
   return params.get('unembedding', params['embedding'])
 
 

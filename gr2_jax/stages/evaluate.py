@@ -90,9 +90,7 @@ def run(
     count = np.broadcast_to(slates.count, ranking.shape[:-1])
     per_slate[name] = ranker.watch(ranking, grades, count)
   means = {
-    name: {
-      m: float(per_slate[name][m].mean()) for m in metrics.RANKING_METRICS
-    }
+    name: {m: float(per_slate[name][m].mean()) for m in metrics.RANKING_METRICS}
     for name in RANKERS
   }
   share = counts['slates'] / counts['requests']
@@ -137,7 +135,9 @@ def run(
       np.mean([a['order_sensitivity'].mean() for a in answers['policy']])
     ),
     'valid_rate': float(
-      np.mean([(a['verdict'] == parsing.VALID).mean() for a in answers['policy']])
+      np.mean(
+        [(a['verdict'] == parsing.VALID).mean() for a in answers['policy']]
+      )
     ),
     'valid_rate_unmasked': float((free == parsing.VALID).mean()),
     'verdicts_unmasked': {
@@ -157,8 +157,11 @@ def run(
 
 
 def _ranked(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path,
-  source: str, seed: int,
+  config,
+  inputs: dict[str, pathlib.Path],
+  workdir: pathlib.Path,
+  source: str,
+  seed: int,
 ) -> dict[str, np.ndarray]:
   """A policy's answers to the test slates, from disk where it has them."""
   path = workdir / f'{source}-{seed}.npz'
@@ -194,9 +197,7 @@ def _ranked(
   if source == 'rl':
     again = answer(1, True)
     found['order_sensitivity'] = np.asarray(
-      metrics.order_sensitivity(
-        ranked.generated, again.generated, ranked.count
-      )
+      metrics.order_sensitivity(ranked.generated, again.generated, ranked.count)
     )
     found['free_verdict'] = answer(0, False).verdict
   temporary = path.with_suffix('.tmp.npz')

@@ -5,7 +5,6 @@ clipped policy-gradient step. Nothing leaves the device in between: rewards,
 gates and advantages are operations on the sampled ids.
 """
 
-import functools
 import pathlib
 import time
 from typing import Any
@@ -13,11 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gr2_jax import checkpoint, learner, policy, ranker, reporting
-from gr2_jax import sampling, sharding
+from gr2_jax import (
+  checkpoint,
+  learner,
+  policy,
+  ranker,
+  reporting,
+  sampling,
+  sharding,
+)
 from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.ops import advantages, masking, metrics, parsing, rewards
+from gr2_jax.ops import advantages, masking, metrics, rewards
 from gr2_jax.stages import supervised
 
 
@@ -75,7 +81,7 @@ def run(
     # State; randomness is a function of (seed, step).
     key = jax.random.key(config.seed)
     state, _ = learner.init_state(setup.model, optimizer, key, setup.mesh)
-    state, step, best = supervised.restore(
+    state, done, best = supervised.restore(
       stage, checkpoints, setup, state, iterator, inputs['sft']
     )
     if not best:  # The start itself is a candidate.
@@ -84,15 +90,15 @@ def run(
 
     # Loop.
     with (
-      reporting.MetricsWriter(workdir, step) as writer,
-      reporting.progress(stage.steps, 'rl', step) as bar,
+      reporting.MetricsWriter(workdir, done) as writer,
+      reporting.progress(stage.steps, 'rl', done) as bar,
     ):
-      if not step:
+      if not done:
         writer.write(
           0, {f'validation/{k}': v for k, v in best['metrics'].items()}
         )
       pending, clock = None, time.monotonic()
-      for step in range(step + 1, stage.steps + 1):
+      for step in range(done + 1, stage.steps + 1):
         rows = sharding.shard_batch(next(iterator), setup.mesh)
         batch, watches = act(state.params, rows, jax.random.fold_in(key, step))
         state, losses = update(state, batch)
@@ -109,8 +115,8 @@ def run(
           best = {'step': step, 'metrics': found}
           checkpoint.save_params(workdir / policy.PARAMS, state.params)
         _write(writer, *pending)
-        rate = stage.eval_every / (time.monotonic() - clock)
-        pending, clock = None, time.monotonic()
+        rate = (step - done) / (time.monotonic() - clock)
+        pending, done, clock = None, step, time.monotonic()
         named = {f'validation/{k}': v for k, v in found.items()}
         writer.write(step, named | {'steps_per_second': rate})
         bar.set_postfix(
@@ -120,9 +126,7 @@ def run(
   return best
 
 
-def make_act(
-  setup: policy.Setup, sampler: sampling.SamplingConfig, stage
-):
+def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
   """Compiles `(params, rows, key) -> (PolicyBatch, watches)`.
 
   Args:
@@ -131,15 +135,6 @@ def make_act(
     stage: section `rl`: reward, k, gate, format_weight, advantage.
   """
   grammar = setup.grammar
-  parse = functools.partial(
-    parsing.parse_answer,
-    num_candidates=grammar.num_candidates,
-    slot_base=grammar.slot_base,
-    num_slots=grammar.num_slots,
-    eos=grammar.eos,
-    think_end=grammar.think_end,
-    thinking=sampler.thinking,
-  )
 
   @jax.jit
   def act(params: Any, rows: dict[str, jax.Array], key: jax.Array):
@@ -155,11 +150,15 @@ def make_act(
     )
 
     def spread(x):
-      return jnp.broadcast_to(x[:, None], (*rollouts.length.shape, *x.shape[1:]))
+      return jnp.broadcast_to(
+        x[:, None], (*rollouts.length.shape, *x.shape[1:])
+      )
 
     count, incoming = spread(rows['count']), spread(rows['incoming'])
     grades = spread(rows['grades'])
-    answer = parse(rollouts.tokens, rollouts.length, count, incoming)
+    answer = sampling.parse(
+      grammar, sampler, rollouts.tokens, rollouts.length, count, incoming
+    )
     reward = rewards.reward(
       answer.ranking,
       answer.verdict,

@@ -62,7 +62,9 @@ def run(
       setup.model,
       setup.grammar,
       listwise_weight=stage.listwise_weight,
-      ranking_weight=stage.ranking_weight if stage.rank_by == 'readout' else 0.0,
+      ranking_weight=stage.ranking_weight
+      if stage.rank_by == 'readout'
+      else 0.0,
       sharpness=stage.sharpness,
     ),
     iterator=batches.iterate(data),
@@ -106,7 +108,9 @@ def renderer(setup: policy.Setup, config):
     return batches.examples(
       prompter.prompt(slate, order),
       [
-        completion([control['<think>'], *reasoning, control['</think>']], answer),
+        completion(
+          [control['<think>'], *reasoning, control['</think>']], answer
+        ),
         completion([control['<answer>']], answer),
       ],
       prompter.prompt_tokens,
