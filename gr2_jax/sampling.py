@@ -105,7 +105,7 @@ def allowed_tokens(
 ) -> jax.Array:
   """The permutation mask: which tokens keep the completion on its way.
 
-  While reasoning everything but the control tokens is allowed, until just
+  While reasoning everything but <eos> and padding is allowed, until just
   enough room is left to close it and to list every candidate; in the answer
   each candidate once, then <eos>.
 

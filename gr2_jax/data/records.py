@@ -44,5 +44,7 @@ class Records:
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    if not 0 <= index < len(self):
+      raise IndexError(f'record {index} of {len(self)}')
     (record,) = self._source.__getitems__([int(index)])
     return serialization.msgpack_restore(record)

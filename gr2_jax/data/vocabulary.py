@@ -17,6 +17,7 @@ import dataclasses
 import io
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -75,6 +76,7 @@ class Vocabulary:
     self.layout = layout
     self.pad, self.bos, self.eos = 0, 1, 2
     symbols = layout.symbols()
+    self._symbols = frozenset(symbols)
     first = self._model.piece_to_id(symbols[0])
     for offset, symbol in enumerate(symbols):
       if self._model.piece_to_id(symbol) != first + offset:
@@ -92,8 +94,17 @@ class Vocabulary:
     return self._model.vocab_size()
 
   def encode(self, text: str) -> list[int]:
-    """Ids of plain text; text that looks like a symbol becomes the symbol."""
-    return self._model.encode(text)
+    """Ids of plain text; what looks like a symbol in it stays text.
+
+    A title that spells `<slot3>` or `</think>` must not become that token, so
+    a space is put behind the `<` of such a word.
+    """
+
+    def part(match: re.Match) -> str:
+      word = match.group()
+      return f'< {word[1:]}' if word in self._symbols else word
+
+    return self._model.encode(re.sub('<[^<>]*>', part, text))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids, symbols shown as they are written, padding left out."""

@@ -14,6 +14,8 @@ from gr2_jax.data import batches, prompts, records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.stages import supervised, traces
 
+RANK_BY = ('readout', 'trace')
+
 
 class _Traced:
   """Random access to traces joined with their slates."""
@@ -41,8 +43,13 @@ def run(
 
   Returns:
     The chosen step and its validation numbers.
+
+  Raises:
+    ValueError: `rank_by` is neither.
   """
   stage = config.sft
+  if stage.rank_by not in RANK_BY:
+    raise ValueError(f'sft.rank_by={stage.rank_by!r}: must be one of {RANK_BY}')
   setup = policy.load(
     config, inputs['slates'], inputs['tokenizer'], inputs['midtrain']
   )

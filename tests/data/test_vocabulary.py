@@ -86,6 +86,15 @@ def test_ids_stay_in_the_vocabulary_and_coming_back_is_stable(words, text):
   assert words.decode(words.encode(once)) == once
 
 
+@pytest.mark.parametrize('word', ['<slot3>', '</think>', '<a0>', '<<think>>'])
+def test_a_title_cannot_spell_a_control_token(words, word):
+  ids = np.array(words.encode(f'soap {word}'))
+  first = words.control['<think>']
+  families = range(first, words.sid_base + 15)
+  assert not np.isin(ids, families).any()
+  assert words.decode(ids).replace(' ', '') == f'soap{word}'
+
+
 def test_padding_is_not_shown(words):
   assert words.decode([0, *words.encode('red soap'), 0, 0]) == 'red soap'
 
