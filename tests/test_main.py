@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -9,6 +10,7 @@ import ml_collections
 import pytest
 
 from gr2_jax import artifacts, main, stages
+from gr2_jax.stages import evaluate
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -80,14 +82,26 @@ def test_a_held_workdir_is_one_clean_line(tmp_path):
 
 
 def test_the_target_rl_ends_with_the_table(tmp_path, monkeypatch, capsys):
-  metrics = {'incoming': {'r@1': 0.25}, 'policy': {'r@1': 0.5, 'auc': 0.75}}
+  metrics = {name: {'r@1': 0.25} for name in evaluate.RANKERS}
+  metrics['policy'] = {'r@1': 0.5, 'auc': 0.75}
+  gain = {'n@5': {'delta': 0.125, 'ci': [0.0625, 0.25]}}
+  found = {
+    'metrics': metrics,
+    'paired': {f'{first}-{second}': gain for first, second in evaluate.PAIRS},
+    'n_slates': 7,
+    'n_users': 3,
+    'seeds': 2,
+  }
+  watches = ('copy_rate', 'top3_unchanged', 'valid_rate', 'order_sensitivity')
+  watches += ('valid_rate_unmasked', 'gap_closed')
+  found |= dict.fromkeys(watches, 0.5)
   seeds = []
 
   def rl(config, inputs, workdir):
     seeds.append(config.seed)
     return {}
 
-  runs = {'rl': rl, 'evaluate': lambda *_: {'metrics': metrics}}
+  runs = {'rl': rl, 'evaluate': lambda *_: found}
   graph = {
     'rl': stages.Stage((), ('rl',), seeded=True),
     'evaluate': stages.Stage(('rl@*',), ('seeds',)),
@@ -103,10 +117,14 @@ def test_the_target_rl_ends_with_the_table(tmp_path, monkeypatch, capsys):
   main.run(config, str(tmp_path))
   out = capsys.readouterr().out
   assert seeds == [1, 2]
-  assert '| incoming | 0.2500 |      - |' in out
-  assert '| policy   | 0.5000 | 0.7500 |' in out
+  rows = [re.sub(' +', ' ', line) for line in out.splitlines()]
+  assert '| incoming | 0.2500 | - | - | - | - | - | - |' in rows
+  assert '| policy | 0.5000 | - | - | - | - | - | 0.7500 |' in rows
+  gains = '| policy-incoming | - | - | +0.1250 [+0.0625, +0.2500] | - |'
+  assert gains in rows
+  assert '7 slates of 3 users, 2 seed(s)' in out
   results = list(tmp_path.glob('evaluate-*/results.json'))
-  assert json.loads(results[0].read_text()) == {'metrics': metrics}
+  assert json.loads(results[0].read_text()) == found
 
 
 def test_main_is_under_a_hundred_lines():
