@@ -15,7 +15,12 @@ import jax  # noqa: E402 (reads the environment)
 
 jax.config.update('jax_num_cpu_devices', 8)
 
-import pytest  # noqa: E402 (after the devices are set)
+import hypothesis  # noqa: E402 (after the devices are set)
+import pytest  # noqa: E402
+
+# The same examples in every run, and no limit on a loaded machine's time.
+hypothesis.settings.register_profile('fixed', derandomize=True, deadline=None)
+hypothesis.settings.load_profile('fixed')
 
 
 @pytest.fixture(scope='session')

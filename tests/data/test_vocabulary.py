@@ -4,7 +4,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gr2_jax.data import vocabulary
@@ -62,9 +62,9 @@ def normal(text):
   return re.sub(' +', ' ', text).strip(' ')
 
 
+# Every other kind of white space becomes a plain space in SentencePiece.
 PRINTED = st.text(
-  st.characters(exclude_categories=['Cc', 'Cf', 'Cs', 'Zl', 'Zp', 'Co', 'Cn']),
-  max_size=30,
+  st.characters(exclude_categories=['C', 'Z']) | st.just(' '), max_size=30
 )
 
 
@@ -72,8 +72,8 @@ PRINTED = st.text(
 @given(text=PRINTED)
 def test_text_comes_back(words, text):
   """Whatever the alphabet, in its compatibility form."""
-  text = normal(text).replace('\u2581', '')
-  text = normal(text)
+  text = normal(normal(text).replace('\u2581', ''))
+  assume(not re.search('<[^<>]*>', text))  # See the test of control tokens.
   assert words.decode(words.encode(text)) == text
 
 
