@@ -103,7 +103,7 @@ def run(
         batch, watches = act(state.params, rows, jax.random.fold_in(key, step))
         state, losses = update(state, batch)
         if pending:
-          _write(writer, *pending)
+          supervised.write_finite(writer, *pending)
         pending = (step, watches | losses)
         bar.update()
         if step % stage.eval_every and step != stage.steps:
@@ -114,7 +114,7 @@ def run(
         if found[stage.choose] > best['metrics'][stage.choose]:
           best = {'step': step, 'metrics': found}
           checkpoint.save_params(workdir / policy.PARAMS, state.params)
-        _write(writer, *pending)
+        supervised.write_finite(writer, *pending)
         rate = (step - done) / (time.monotonic() - clock)
         pending, done, clock = None, step, time.monotonic()
         named = {f'validation/{k}': v for k, v in found.items()}
@@ -209,8 +209,3 @@ def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
     return batch, watches
 
   return act
-
-
-def _write(writer: reporting.MetricsWriter, step: int, values) -> None:
-  reporting.check_finite(step, values)
-  writer.write(step, values)

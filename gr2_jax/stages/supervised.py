@@ -105,7 +105,7 @@ def fit(
         state, metrics = update(state, sharding.shard_batch(batch, setup.mesh))
         # The device works on this step while the one before is written.
         if pending:
-          _write(writer, *pending)
+          write_finite(writer, *pending)
         pending = (step, metrics)
         bar.update()
         if step % config.eval_every and step != config.steps:
@@ -114,7 +114,7 @@ def fit(
         if not best or found[choose] > best['metrics'][choose]:
           best = {'step': step, 'metrics': found}
           checkpoint.save_params(workdir / policy.PARAMS, state.params)
-        _write(writer, *pending)
+        write_finite(writer, *pending)
         rate = (step - done) / (time.monotonic() - clock)
         pending, done, clock = None, step, time.monotonic()
         named = {f'validation/{k}': v for k, v in found.items()}
@@ -124,6 +124,9 @@ def fit(
   return best
 
 
-def _write(writer: reporting.MetricsWriter, step: int, metrics) -> None:
+def write_finite(
+  writer: reporting.MetricsWriter, step: int, metrics: dict[str, jax.Array]
+) -> None:
+  """Writes a step's metrics, or stops the run at the first non-finite one."""
   reporting.check_finite(step, metrics)
   writer.write(step, metrics)
