@@ -6,7 +6,9 @@ which is `compose(<stage>, arg)`. `arg` is what follows the colon in
 
   test          small everything: each stage under a minute on two CPU cores
   dataset=NAME  where the logs come from: movielens (default), world, files
-  model=NAME    the language model's shape: tiny (default), small, base
+  model=NAME    the language model: tiny (default), small, base, from scratch;
+                smollm2_135m, pretrained; qwen3_0p6b .. qwen3_32b, pretrained
+                where --config.model.source names a folder of the weights
   seeds=N       seeds 0..N-1 for every seeded stage (default 1)
 """
 
@@ -29,6 +31,7 @@ SECTIONS = {
   'baselines': 'baselines',
   'evaluate': 'evaluate',
   'rerank': 'rerank',
+  'study_hacking': 'study_hacking',
 }
 
 # Evidence columns of a candidate's line; `:raw` is not centred in the slate.
@@ -92,7 +95,66 @@ MODELS = {
     head_dim=64,
     d_ff=2304,
   ),
+  'smollm2_135m': dict(
+    source='smollm2',
+    d_model=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    d_ff=1536,
+    rope_base=1e5,
+    norm_eps=1e-5,
+    qk_norm=False,
+    dtype='bfloat16',
+  ),
 }
+
+# Qwen3 dense (arXiv 2505.09388): preset -> width, layers, query heads,
+# feed-forward width, whether input and output share their embedding.
+QWEN3 = {
+  'qwen3_0p6b': (1024, 28, 16, 3072, True),
+  'qwen3_1p7b': (2048, 28, 16, 6144, True),
+  'qwen3_4b': (2560, 36, 32, 9728, True),
+  'qwen3_8b': (4096, 36, 32, 12288, False),
+  'qwen3_14b': (5120, 40, 40, 17408, False),
+  'qwen3_32b': (5120, 64, 64, 25600, False),
+}
+MODELS |= {
+  name: dict(
+    d_model=width,
+    num_layers=layers,
+    num_heads=heads,
+    num_kv_heads=8,
+    head_dim=128,
+    d_ff=d_ff,
+    tie_embeddings=tied,
+    rope_base=1e6,
+    dtype='bfloat16',
+    remat=True,
+  )
+  for name, (width, layers, heads, d_ff, tied) in QWEN3.items()
+}
+
+# What a pretrained model is trained with, in place of the sections' defaults:
+# it reads titles, and its parameters are worth keeping.
+PRETRAINED = {
+  'prompt.fields': ('sid', 'title', 'categories', 'evidence'),
+  'prompt.history_fields': ('sid', 'title'),
+  'prompt.title_tokens': 12,
+  'prompt.reasoning_tokens': 24,
+  'midtrain.learning_rate': 3e-4,
+  'sft.learning_rate': 2e-4,
+  'rl.learning_rate': 1e-5,
+}
+RECIPES = dict.fromkeys(('smollm2_135m', *QWEN3), PRETRAINED)
+
+SYSTEM = (
+  'You are an analyst of a catalog. You read the items that a user has engaged '
+  'with, then candidates with evidence beside each, and put the candidates in '
+  'order, most relevant first. You reason from patterns in the items and from '
+  'the evidence, briefly and without praise.'
+)
 
 
 class ConfigError(Exception):
@@ -122,11 +184,13 @@ def compose(stage: str, arg: str = '') -> ConfigDict:
   config.mesh = mesh()
   dataset = given.get('dataset', 'movielens')
   config.prompt = prompt(dataset)
-  config.model = model(given.get('model', 'tiny'))
+  preset = given.get('model', 'tiny')
+  config.model = model(preset)
   for name, section in SECTIONS.items():
     module = importlib.import_module(f'configs.{name}')
     config[section] = module.section(test=test)
   config.data.source = dataset
+  config.update_from_flattened_dict(RECIPES.get(preset, {}))
   return config
 
 
@@ -143,14 +207,16 @@ def prompt(dataset: str = 'movielens') -> ConfigDict:
   """What the policy reads about a slate."""
   config = ConfigDict()
   config.layout = ('history', 'candidates')  # blocks of a prompt, in order
-  config.history = 4  # most recent items shown, as semantic IDs
+  config.history = 4  # most recent items shown
   config.fields = (
     'sid',
     'evidence',
   )  # of a line: sid title categories evidence
+  config.history_fields = ('sid',)  # of a history's item: sid title categories
+  config.system = SYSTEM  # who a chat model is told to be; else unused
   config.evidence = EVIDENCE[dataset]  # columns of a candidate's line
   config.bins = 8  # tokens of each column
-  config.shuffle = True  # candidates in random, not in incoming order
+  config.order = 'shuffled'  # of candidates: shuffled, incoming, mixed
   config.num_slots = 20  # slot tokens: the longest slate there may be
   config.text_tokens = 500  # pieces of text in the vocabulary
   config.title_tokens = 8  # of a title or category path, at most
@@ -170,6 +236,8 @@ def training(
   config.weight_decay = 0.01  # of AdamW
   config.max_grad_norm = 1.0  # gradients are clipped to it
   config.eval_every = eval_every  # updates between validation and checkpoint
+  config.patience = 0  # stop after so many validations without a new best
+  config.divergence = 0  # ... in which the reward rose and ranking fell
   config.resume = ''  # checkpoints folder of another run to go on from
   config.init_from = ''  # artifact to take the parameters of
   return config
@@ -185,15 +253,34 @@ def validation(test: bool) -> ConfigDict:
 
 
 def model(preset: str = 'tiny') -> ConfigDict:
-  """The decoder's shape; fields are those of TransformerConfig."""
+  """Where the decoder comes from, its shape, and what of it is trained."""
   config = ConfigDict()
-  config.update(MODELS[preset])
+  config.source = ''  # Hugging Face folder, .gguf, smollm2; empty: from scratch
+  config.new_rows = 'text'  # added symbols' embeddings start: noise, mean, text
+  config.lora_rank = 0  # of adapters on a frozen model; 0: train everything
+  config.lora_targets = (
+    'query',
+    'key',
+    'value',
+    'out',
+    'gate',
+    'up',
+    'down',
+  )  # weights that get an adapter
+  # The rest are the fields of TransformerConfig.
   config.rope_base = 10_000.0  # wavelength base of the rotary positions
+  config.rope_scaling = ''  # how contexts were stretched: linear llama3 yarn
+  config.rope_factor = 1.0  # by how much
+  config.rope_length = 0  # positions before stretching; llama3 and yarn
+  config.rope_slow = 1.0  # turns in them at which a pair stretches whole
+  config.rope_fast = 4.0  # turns in them at which a pair does not stretch
+  config.rope_magnitude = 1.0  # of rotated queries and keys; yarn
   config.qk_norm = True  # RMSNorm on queries and keys
   config.tie_embeddings = True  # one matrix for input and output
   config.norm_eps = 1e-6  # in every RMSNorm
   config.dtype = 'float32'  # activations; parameters are float32
   config.remat = False  # recompute activations in the backward pass
+  config.update(MODELS[preset])
   return config
 
 

@@ -52,20 +52,6 @@ class Examples:
 
 
 @flax.struct.dataclass
-class PolicyBatch:
-  """Rollouts with their advantages."""
-
-  prompt: jax.Array  # int32 [P, Tp]
-  prompt_length: jax.Array  # int32 [P]
-  count: jax.Array  # int32 [P]
-  tokens: jax.Array  # int32 [P, G, Tc]
-  length: jax.Array  # int32 [P, G]
-  logp: jax.Array  # float32 [P, G, Tc], the sampler's
-  advantage: jax.Array  # float32 [P, G]
-  use: jax.Array  # bool [P], groups that count
-
-
-@flax.struct.dataclass
 class TokenScores:
   """What the vocabulary is needed for, at each completion token."""
 
@@ -74,18 +60,20 @@ class TokenScores:
   slot_logp: jax.Array  # float32 [P, G, T, K], of every slot token
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
+def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
   """AdamW, warm-up, then cosine decay to a tenth; gradients clipped by norm.
 
   Args:
     config: steps, learning_rate, warmup, weight_decay, max_grad_norm.
+    updates: of the parameters in one step.
   """
-  warmup = min(config.warmup, max(1, config.steps // 2))
+  steps = config.steps * updates
+  warmup = min(config.warmup * updates, max(1, steps // 2))
   schedule = optax.warmup_cosine_decay_schedule(
     0.0,
     config.learning_rate,
     warmup,
-    max(config.steps, warmup + 1),
+    max(steps, warmup + 1),
     0.1 * config.learning_rate,
   )
   return optax.chain(
@@ -312,83 +300,3 @@ def _at_answer(
   K, T = slot_logp_PxGxTxK.shape[-1], slot_logp_PxGxTxK.shape[-2]
   time = jnp.clip(answer_at_PxG[..., None] + jnp.arange(K), 0, T - 1)
   return jnp.take_along_axis(slot_logp_PxGxTxK, time[..., None], axis=2)
-
-
-def policy_logp(
-  model: transformer.TransformerConfig,
-  params: Any,
-  batch: PolicyBatch,
-  grammar: sampling.Grammar,
-  config: sampling.SamplingConfig,
-) -> TokenScores:
-  """Scores rollouts under the current parameters, as the sampler would.
-
-  Args:
-    model: the decoder.
-    params: unboxed parameters.
-    batch: rollouts.
-    grammar: token ids.
-    config: the sampler's: the same temperature and the same masks.
-
-  Returns:
-    TokenScores; entries beyond a rollout's length mean nothing.
-  """
-  hidden, prefix = transformer.encode_prompt(
-    model, params, batch.prompt, batch.prompt_length
-  )
-  hidden = transformer.completion_hidden(
-    model, params, hidden, prefix, batch.tokens
-  )
-  constraint = None
-  if config.constrained:
-    progress = sampling.replay(grammar, batch.tokens, config.thinking)
-    constraint = (progress, batch.count)
-  return score_tokens(
-    params,
-    hidden,
-    batch.tokens,
-    grammar,
-    temperature=config.temperature,
-    constraint=constraint,
-  )
-
-
-def policy_loss(
-  model: transformer.TransformerConfig,
-  grammar: sampling.Grammar,
-  config: sampling.SamplingConfig,
-  *,
-  clip_low: float,
-  clip_high: float,
-) -> Callable[[Any, PolicyBatch], tuple[jax.Array, dict[str, jax.Array]]]:
-  """DAPO's clipped token-level surrogate (Eq. 8-9).
-
-  The sum over tokens is divided by the batch's token count; groups with
-  `use == False` count in neither.
-
-  Returns:
-    `(params, batch) -> (loss, metrics)`; `sampler_gap` is the largest
-    difference between the sampler's log-probability of a token and ours.
-  """
-
-  def loss_fn(params, batch: PolicyBatch):
-    scores = policy_logp(model, params, batch, grammar, config)
-    written = masking.length_mask(batch.length, batch.tokens.shape[-1])
-    mask = written & batch.use[:, None, None]
-    loss, watches = losses.clipped_surrogate(
-      scores.logp,
-      batch.logp,
-      batch.advantage,
-      mask,
-      clip_low=clip_low,
-      clip_high=clip_high,
-    )
-    gap = jnp.abs(masking.keep(scores.logp - batch.logp, written))
-    metrics = {name: total.mean() for name, total in watches.items()}
-    metrics |= {
-      'entropy': masking.masked_mean(scores.entropy, written),
-      'sampler_gap': gap.max(),
-    }
-    return loss.mean(), metrics
-
-  return loss_fn

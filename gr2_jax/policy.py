@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 
-from gr2_jax import checkpoint, sampling, sharding
-from gr2_jax.data import prompts, vocabulary
+from gr2_jax import adapters, checkpoint, sampling, sharding
+from gr2_jax.data import chat, prompts, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
 from gr2_jax.models import semantic_ids, transformer
 
-VOCABULARY = 'vocabulary.model'
 BINS = 'evidence_bins.json'
 PARAMS = 'params'
 
@@ -27,6 +26,7 @@ class Setup:
   grammar: sampling.Grammar
   model: transformer.TransformerConfig
   mesh: jax.sharding.Mesh
+  adapters: adapters.Adapters
 
   @property
   def vocabulary(self) -> vocabulary.Vocabulary:
@@ -74,7 +74,7 @@ def load(
     config: sections `prompt`, `model`, `mesh`.
     slates: artifact of that stage.
     tokenizer: likewise.
-    home: where VOCABULARY and BINS lie: the mid-training artifact.
+    home: where vocabulary and BINS lie: the artifact of `backbone`.
 
   Returns:
     The setup.
@@ -82,18 +82,32 @@ def load(
   catalog = slates_lib.read_catalog(slates)
   sids = semantic_ids.load(tokenizer)
   bins = prompts.load_bins(home / BINS)
-  words = vocabulary.Vocabulary(home / VOCABULARY, _layout(config.prompt, sids))
+  words = vocabulary.Vocabulary(
+    vocabulary.find(home), _layout(config.prompt, sids)
+  )
+  turns = chat.turns(words, config.prompt.system)
   prompter = prompts.Prompter(
     vocabulary=words,
     bins=bins,
     items=prompts.item_tokens(
       words, catalog, sids.codes, config.prompt.title_tokens
     ),
+    opening=turns.opening,
+    closing=turns.closing,
+    asks=turns.asks,
     layout=tuple(config.prompt.layout),
     fields=tuple(config.prompt.fields),
     history=config.prompt.history,
+    history_fields=tuple(config.prompt.history_fields),
     num_candidates=slates_lib.read_meta(slates)['candidates'],
     reasoning=config.prompt.reasoning_tokens,
+  )
+  own = config.model.to_dict()
+  del own['source'], own['new_rows']  # What `backbone` alone reads.
+  trained = adapters.Adapters(
+    rank=own.pop('lora_rank'),
+    targets=tuple(own.pop('lora_targets')),
+    first_row=words.first_symbol,
   )
   return Setup(
     catalog=catalog,
@@ -106,10 +120,9 @@ def load(
       eos=words.eos,
       pad=words.pad,
     ),
-    model=transformer.TransformerConfig(
-      vocab_size=len(words), **config.model.to_dict()
-    ),
+    model=transformer.TransformerConfig(vocab_size=len(words), **own),
     mesh=sharding.make_mesh(**config.mesh.to_dict()),
+    adapters=trained,
   )
 
 
@@ -119,15 +132,20 @@ def found_vocabulary(
   tokenizer: pathlib.Path,
   home: pathlib.Path,
   phrases: tuple[str, ...],
+  backbone: Any = None,
 ) -> None:
-  """Trains the vocabulary on the catalog's text and fits the evidence bins.
+  """Makes the vocabulary and fits the evidence bins.
+
+  The vocabulary is trained on the catalog's text, or a pretrained model's with
+  our symbols added.
 
   Args:
     config: section `prompt`.
     slates: artifact of that stage.
     tokenizer: likewise.
-    home: where VOCABULARY and BINS go.
+    home: where vocabulary and BINS go.
     phrases: text beside the catalog's that is worth pieces of its own.
+    backbone: an `hf.Backbone`, or None.
   """
   meta = slates_lib.read_meta(slates)
   if meta['candidates'] > config.prompt.num_slots:
@@ -141,14 +159,24 @@ def found_vocabulary(
     train, meta['evidence'], tuple(config.prompt.evidence), config.prompt.bins
   )
   sids = semantic_ids.load(tokenizer)
-  sentences = [*phrases, *catalog.titles]
-  sentences += [' > '.join(path) for path in catalog.categories]
-  vocabulary.train(
-    home / VOCABULARY,
-    sentences,
-    _layout(config.prompt, sids),
-    config.prompt.text_tokens,
-  )
+  layout = _layout(config.prompt, sids)
+  if backbone:
+    vocabulary.extend(
+      home / vocabulary.EXTENDED,
+      backbone.tokenizer_json,
+      backbone.vocab_size,
+      layout,
+      source=str(backbone.source),
+      bos_token=backbone.bos_token,
+      eos_token=backbone.eos_token,
+      chat_template=backbone.chat_template,
+    )
+  else:
+    sentences = [*phrases, *catalog.titles]
+    sentences += [' > '.join(path) for path in catalog.categories]
+    vocabulary.train(
+      home / vocabulary.TRAINED, sentences, layout, config.prompt.text_tokens
+    )
   prompts.save_bins(home / BINS, bins)  # Last: it says that both are there.
 
 

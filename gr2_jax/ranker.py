@@ -22,6 +22,9 @@ from gr2_jax.models import transformer
 from gr2_jax.ops import masking, metrics
 
 
+SENSITIVITY_SLATES = 256  # Enough to see it, a fraction of a validation.
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranked:
   """Answers to a split; rankings are in incoming ranks, best first.
@@ -89,7 +92,7 @@ def rank(
   slates: Any,
   *,
   thinking: bool,
-  shuffle: bool,
+  order: str,
   batch_size: int,
   seed: int,
   constrained: bool = True,
@@ -103,7 +106,7 @@ def rank(
     params: of the policy.
     slates: random access to slate records.
     thinking: whether the policy reasons first.
-    shuffle: whether candidates are shown in random order.
+    order: in which candidates are shown, of `prompts.ORDERS`.
     batch_size: slates at a time; one trace for all.
     seed: of the presentation, a function of (seed, index).
     constrained: the permutation mask.
@@ -114,7 +117,7 @@ def rank(
     The answers, on the host.
   """
   render = batches.requests(
-    setup.prompter, '<think>' if thinking else '<answer>', shuffle
+    setup.prompter, '<think>' if thinking else '<answer>', order
   )
   config = setup.sampling(1, thinking, 0.0, constrained)
   answer = functools.partial(_answer, setup.model, setup.grammar, config)
@@ -170,33 +173,48 @@ def validator(config, setup: policy.Setup, slates: os.PathLike[str], stage):
     stage: eval_slates, eval_batch_size, thinking.
 
   Returns:
-    `params -> {name: mean}` for the generated order, and `readout_n@5`.
+    `params -> {name: mean}` for the generated order, `readout_n@5`, and
+    `order_sensitivity`: how much the answer to the first of the slates changes
+    with a shuffled presentation.
   """
   held_out = slates_lib.read(slates, 'validation')
   rng = np.random.default_rng(0)
   chosen = rng.permutation(len(held_out))[: stage.eval_slates]
-  source = _Chosen(slates_lib.source(slates, 'validation'), chosen)
+  source = Chosen(slates_lib.source(slates, 'validation'), chosen)
   grades, count = held_out.grades[chosen], held_out.count[chosen]
 
+  again = min(stage.eval_slates, SENSITIVITY_SLATES)
+
   def validate(params) -> dict[str, float]:
-    ranked = rank(
-      setup,
-      params,
-      source,
-      thinking=stage.thinking,
-      shuffle=config.prompt.shuffle,
-      batch_size=stage.eval_batch_size,
-      seed=0,
-    )
+    def ranked_in(order: str, slates: Chosen, seed: int) -> Ranked:
+      return rank(
+        setup,
+        params,
+        slates,
+        thinking=stage.thinking,
+        order=order,
+        batch_size=stage.eval_batch_size,
+        seed=seed,
+      )
+
+    ranked = ranked_in(config.prompt.order, source, 0)
+    few = Chosen(source, np.arange(min(again, len(chosen))))
+    shuffled = ranked_in('shuffled', few, 1)
     found = watch(ranked.generated, grades, count)
     readout = watch(ranked.readout, grades, count)
     means = {name: float(values.mean()) for name, values in found.items()}
-    return means | {'readout_n@5': float(readout['n@5'].mean())}
+    sensitivity = metrics.order_sensitivity(
+      ranked.generated[: len(few)], shuffled.generated, shuffled.count
+    )
+    return means | {
+      'readout_n@5': float(readout['n@5'].mean()),
+      'order_sensitivity': float(sensitivity.mean()),
+    }
 
   return validate
 
 
-class _Chosen:
+class Chosen:
   """Random access to some records of a source."""
 
   def __init__(self, source, index: np.ndarray):

@@ -302,3 +302,47 @@ def parse(
     think_end=grammar.think_end,
     thinking=config.thinking,
   )
+
+
+def generate(
+  model: transformer.TransformerConfig,
+  params: Any,
+  prompt_PxTp: jax.Array,
+  prompt_length_P: jax.Array,
+  max_tokens: int,
+  eos: int,
+  pad: int,
+) -> Rollouts:
+  """Continues prompts greedily, as free text: `sample` without a grammar.
+
+  Pure: jit with `model`, `max_tokens`, `eos` and `pad` static.
+
+  Args:
+    model: the decoder's shape.
+    params: unboxed parameters.
+    prompt_PxTp: int32 ids, right-padded.
+    prompt_length_P: int32.
+    max_tokens: T, the budget of each completion.
+    eos: id that ends a completion; -1 for none.
+    pad: id that follows it.
+
+  Returns:
+    Rollouts [P, 1, T].
+  """
+  return sample(
+    model,
+    params,
+    prompt_PxTp,
+    prompt_length_P,
+    jnp.zeros_like(prompt_length_P),
+    jax.random.key(0),
+    Grammar(
+      slot_base=0,
+      num_slots=0,
+      num_candidates=0,
+      think_end=-1,
+      eos=eos,
+      pad=pad,
+    ),
+    SamplingConfig(group=1, max_tokens=max_tokens, temperature=0.0),
+  )

@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from configs import common
@@ -14,7 +15,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_every_stage_has_a_config_file_and_back():
-  assert set(common.SECTIONS) == set(stages.STAGES)
+  assert set(common.SECTIONS) | {'backbone'} == set(stages.STAGES)
   files = {p.stem for p in (_ROOT / 'configs').glob('*.py')}
   assert files == set(stages.STAGES) | {'common'}
 
@@ -44,7 +45,58 @@ def test_the_defaults_are_one_seed_of_the_tiny_model():
 
 @pytest.mark.parametrize('preset', common.MODELS)
 def test_model_presets_are_transformer_configs(preset):
-  transformer.TransformerConfig(vocab_size=8, **common.model(preset).to_dict())
+  _decoder(common.model(preset), vocab_size=8)
+
+
+@pytest.mark.parametrize(
+  ('preset', 'rows', 'millions'),
+  [
+    ('smollm2_135m', 49_152, 134.515),
+    ('qwen3_0p6b', 151_936, 596.050),
+    ('qwen3_1p7b', 151_936, 1_720.575),
+    ('qwen3_4b', 151_936, 4_022.468),
+    ('qwen3_8b', 151_936, 8_190.735),
+    ('qwen3_14b', 151_936, 14_768.307),
+    ('qwen3_32b', 151_936, 32_762.123),
+  ],
+)
+def test_a_preset_has_the_parameters_that_were_published(
+  preset, rows, millions
+):
+  model = _decoder(common.model(preset), rows)
+  shapes = jax.eval_shape(
+    lambda key: transformer.init_params(model, key), jax.random.key(0)
+  )
+  count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  count -= model.d_model  # The read-out is ours.
+  assert count / 1e6 == pytest.approx(millions, abs=1e-3)
+
+
+@pytest.mark.parametrize('preset', common.RECIPES)
+def test_a_pretrained_model_reads_titles_and_is_trained_with_care(preset):
+  config = common.compose('rl', f'test,model={preset}')
+  plain = common.compose('rl', 'test')
+  assert 'title' in config.prompt.fields
+  assert 'title' in config.prompt.history_fields
+  assert 'title' not in plain.prompt.fields
+  for stage in ('midtrain', 'sft', 'rl'):
+    assert config[stage].learning_rate < plain[stage].learning_rate
+  assert config.model.dtype == 'bfloat16'
+
+
+def test_the_persona_is_an_analyst_and_not_a_salesman():
+  words = common.compose('rl').prompt.system.lower()
+  assert 'analyst' in words
+  for stem in ('buy', 'purchas', 'persua', 'convinc', 'sell', 'intent', 'want'):
+    assert stem not in words
+
+
+def _decoder(config, vocab_size):
+  """Of a section `model`, as policy.load has it."""
+  own = config.to_dict()
+  for name in ('source', 'new_rows', 'lora_rank', 'lora_targets'):
+    own.pop(name)
+  return transformer.TransformerConfig(vocab_size=vocab_size, **own)
 
 
 @pytest.mark.parametrize(

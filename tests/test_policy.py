@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -58,6 +59,20 @@ def test_a_prompt_config_of_another_vocabulary_is_refused(world):
   config = tiny_world.config(prompt__bins=5)
   with pytest.raises(ValueError, match='was trained with another prompt'):
     tiny_world.setup(world, config)
+
+
+@pytest.mark.parametrize('name', ['fields', 'history_fields'])
+def test_an_unknown_field_of_a_line_is_named(world, name):
+  config = tiny_world.config(**{f'prompt__{name}': ('sid', 'titel')})
+  message = rf"prompt\.{name}: no field 'titel'; known: sid, title"
+  with pytest.raises(ValueError, match=message):
+    tiny_world.setup(world, config)
+
+
+def test_a_home_without_a_vocabulary_is_named(world, tmp_path):
+  shutil.copy(world['backbone'] / policy.BINS, tmp_path)
+  with pytest.raises(FileNotFoundError, match='neither vocabulary.json nor'):
+    tiny_world.setup(world | {'backbone': tmp_path})
 
 
 def test_more_candidates_than_slots_are_refused(world, tmp_path):

@@ -36,7 +36,7 @@ def slates(world):
 
 @pytest.fixture(scope='module')
 def rank(setup, params):
-  settings = dict(thinking=False, shuffle=True, batch_size=8, seed=0)
+  settings = dict(thinking=False, order='shuffled', batch_size=8, seed=0)
   return lambda slates, **kwargs: ranker.rank(
     setup, params, slates, **(settings | kwargs)
   )
@@ -70,7 +70,7 @@ def test_rankings_are_in_incoming_ranks(ranked, setup):
 def test_the_read_out_is_the_order_of_the_slot_scores(
   ranked, setup, params, slates
 ):
-  render = batches.requests(setup.prompter, '<answer>', True)
+  render = batches.requests(setup.prompter, '<answer>', 'shuffled')
   score = jax.jit(functools.partial(transformer.encode_prompt, setup.model))
   for i, slate in enumerate(slates[:4]):
     row = render(slate, np.random.default_rng((0, i)))
@@ -92,7 +92,7 @@ def test_labels_change_no_answer(rank, ranked, slates):
 
 
 def test_unshuffled_candidates_stand_in_the_incoming_order(rank, slates):
-  found = rank(slates, shuffle=False)
+  found = rank(slates, order='incoming')
   assert (found.presented == np.arange(5)).all()
 
 

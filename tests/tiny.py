@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import learner, sampling, sharding
+from gr2_jax import learner, policy_gradient, sampling, sharding
 from gr2_jax.models import transformer
 
 MODEL = transformer.TransformerConfig(
@@ -21,6 +21,16 @@ MODEL = transformer.TransformerConfig(
 GRAMMAR = sampling.Grammar(
   slot_base=10, num_slots=7, num_candidates=5, think_end=4, eos=2, pad=0
 )
+
+
+def sampler(thinking=True, constrained=True, temperature=0.7, group=3):
+  return sampling.SamplingConfig(
+    group=group,
+    max_tokens=10,
+    temperature=temperature,
+    thinking=thinking,
+    constrained=constrained,
+  )
 
 
 def params(model=MODEL, seed=0):
@@ -54,6 +64,19 @@ def counts(size):
   return (1 + np.arange(size) % GRAMMAR.num_candidates).astype(np.int32)
 
 
+def plain_logp(params, prompt, length, completion, temperature=1.0):
+  """Log-probabilities float64 [P, G, T, V] of whole sequences."""
+  P, group, T = completion.shape
+  ids, first = whole_sequences(prompt, length, completion)
+  hidden = np.asarray(plain_hidden(MODEL, params, ids), np.float64)
+  at = (first - 1)[:, None] + np.arange(T)
+  hidden = np.take_along_axis(hidden, at[..., None], 1)
+  logits = hidden @ np.asarray(params['embedding'], np.float64).T / temperature
+  logits -= logits.max(-1, keepdims=True)
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  return logp.reshape(P, group, T, -1)
+
+
 def rollouts(config, size=5, seed=0, model=MODEL):
   ids, lengths = prompts(size, seed=seed)
   return (
@@ -79,7 +102,7 @@ def policy_batch(config, size=5, seed=0):
   """Rollouts of the tiny model, with advantages that say something."""
   ids, lengths, found = rollouts(config, size, seed)
   rng = np.random.default_rng(seed)
-  return learner.PolicyBatch(
+  return policy_gradient.PolicyBatch(
     prompt=ids,
     prompt_length=lengths,
     count=counts(size),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gr2_jax.data import log, prompts, slates, vocabulary
+from gr2_jax.data import chat, log, prompts, slates, vocabulary
 
 COLOURS = ('red', 'blue', 'green', 'pink')
 THINGS = ('soap', 'brush', 'cream')
@@ -81,13 +81,18 @@ def bins():
 
 def prompter(directory, own=None, **kwargs):
   vocabulary_ = words(directory)
+  turns = chat.turns(vocabulary_, '')
   fields = dict(
     vocabulary=vocabulary_,
     bins=bins(),
     items=prompts.item_tokens(vocabulary_, own or catalog(), codes(), 30),
+    opening=turns.opening,
+    closing=turns.closing,
+    asks=turns.asks,
     layout=('history', 'candidates'),
     fields=('sid', 'title', 'evidence'),
     history=3,
+    history_fields=('sid',),
     num_candidates=K,
     reasoning=20,
   )

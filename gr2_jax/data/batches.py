@@ -111,32 +111,48 @@ def examples(
 
 
 def requests(
-  prompter: prompts.Prompter, control: str, shuffle: bool
+  prompter: prompts.Prompter, control: str, order: str
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Rendering for sampling: the prompt ends in the control token.
 
   Args:
     prompter: of the data set.
     control: '<think>' or '<answer>'.
-    shuffle: whether candidates are shown in random order.
+    order: in which candidates are shown, of `prompts.ORDERS`.
 
   Returns:
     `(slate, rng) -> dict` with prompt [T], prompt_length, slots, grades,
     incoming [K], count.
   """
-  token = prompter.vocabulary.control[control]
+  asked = np.array(prompter.asks[control], np.int32)
   tokens = prompter.prompt_tokens
 
   def render(slate, rng):
-    order = prompts.presentation(int(slate['count']), shuffle, rng)
-    row = prompter.prompt(slate, order)
-    ids = np.append(row['prompt'], np.int32(token))
+    shown = prompts.presentation(int(slate['count']), order, rng)
+    row = prompter.prompt(slate, shown)
+    ids = np.concatenate([row['prompt'], asked])
     return row | {
       'prompt': prompts.pad(ids, tokens, 'prompt'),
       'prompt_length': np.int32(len(ids)),
     }
 
   return render
+
+
+def several(
+  render: Callable[..., dict[str, np.ndarray]], views: int
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Renders a record `views` times, each with randomness of its own.
+
+  Returns:
+    `(record, rng) -> dict` of arrays with a leading axis of `views`.
+  """
+
+  def render_views(record, rng):
+    rows = [render(record, rng) for _ in range(views)]
+    return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+
+  return render_views
 
 
 def in_order(

@@ -5,6 +5,10 @@ answer; nothing in it is an id of the outside world:
 
   <bos> <history> item item .. <candidates> line line .. | <think> or <answer>
 
+A chat model has its system turn and the opening of the user's in place of
+<bos>, and before the last control token the end of the user's turn and the
+opening of its own.
+
 A candidate's line is its fields in the configured order (semantic ID, title,
 category path, evidence) and, last, its slot token: the candidate's name in
 answers and the place of the listwise read-out. Candidates stand in a random
@@ -17,6 +21,7 @@ Axes: K candidates, E evidence columns, T tokens, H history.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -28,6 +33,7 @@ from gr2_jax.data import vocabulary as vocabulary_lib
 from gr2_jax.data.log import Catalog
 
 FIELDS = ('sid', 'title', 'categories', 'evidence')
+ORDERS = ('shuffled', 'incoming', 'mixed')
 RAW = ':raw'
 
 
@@ -97,31 +103,60 @@ class Prompter:
     vocabulary: token ids.
     bins: evidence to bins.
     items: token ids of each field of each item: field -> tuple of tuples.
+    opening: token ids before the blocks.
+    closing: token ids after the blocks.
+    asks: control token -> the ids that end in it and ask for an answer.
     layout: blocks in order, of 'history' and 'candidates'.
     fields: of a candidate's line, in order, before its slot.
     history: most recent items shown.
+    history_fields: of each of them, in order.
     num_candidates: K, candidates that a prompt has room for.
     reasoning: tokens of a reasoning span, at most; longer ones are cut.
+
+  Raises:
+    ValueError: a field that there is not.
   """
 
   vocabulary: vocabulary_lib.Vocabulary
   bins: EvidenceBins
   items: dict[str, tuple[tuple[int, ...], ...]]
+  opening: tuple[int, ...]
+  closing: tuple[int, ...]
+  asks: dict[str, tuple[int, ...]]
   layout: tuple[str, ...]
   fields: tuple[str, ...]
   history: int
+  history_fields: tuple[str, ...]
   num_candidates: int
   reasoning: int
 
-  @property
+  def __post_init__(self):
+    for name, known in (
+      ('fields', FIELDS),
+      ('history_fields', tuple(f for f in FIELDS if f != 'evidence')),
+    ):
+      for field in getattr(self, name):
+        if field not in known:
+          raise ValueError(
+            f'prompt.{name}: no field {field!r}; known: {", ".join(known)}'
+          )
+
+  @functools.cached_property
   def prompt_tokens(self) -> int:
     """Length that every prompt of this data set fits in."""
-    return 2 + sum(
-      1 + self.history * self._longest(('sid',))
+    blocks = sum(
+      1 + self.history * self._longest(self.history_fields)
       if block == 'history'
       else 1 + self.num_candidates * (1 + self._longest(self.fields))
       for block in self.layout
     )
+    ends = len(self.opening) + len(self.closing) + self.ask_tokens
+    return ends + blocks
+
+  @property
+  def ask_tokens(self) -> int:
+    """Length of what asks for an answer."""
+    return max(map(len, self.asks.values()))
 
   @property
   def answer_tokens(self) -> int:
@@ -134,12 +169,12 @@ class Prompter:
     return self.reasoning + 1 + self.answer_tokens
 
   def _longest(self, fields: tuple[str, ...]) -> int:
-    return sum(
-      len(self.bins.columns)
-      if field == 'evidence'
-      else max(map(len, self.items[field]))
-      for field in fields
+    """Tokens of the longest item's line."""
+    text = [self.items[field] for field in fields if field != 'evidence']
+    longest = max(
+      (sum(map(len, line)) for line in zip(*text, strict=True)), default=0
     )
+    return longest + len(self.bins.columns) * fields.count('evidence')
 
   def prompt(
     self, slate: dict[str, np.ndarray], order: np.ndarray
@@ -156,13 +191,14 @@ class Prompter:
       order of presentation; count int32.
     """
     count, K = int(slate['count']), self.num_candidates
-    ids, slots = [self.vocabulary.bos], np.zeros(K, np.int32)
+    ids, slots = list(self.opening), np.zeros(K, np.int32)
     for block in self.layout:
       ids.append(self.vocabulary.control[f'<{block}>'])
       if block == 'history':
         shown = slate['history'][: int(slate['history_length'])]
         for item in shown[len(shown) - min(self.history, len(shown)) :]:
-          ids.extend(self.items['sid'][item])
+          for field in self.history_fields:
+            ids.extend(self.items[field][item])
         continue
       bins = self.vocabulary.bins(self.bins(slate['evidence'], count))
       for place, rank in enumerate(order):
@@ -175,6 +211,7 @@ class Prompter:
           )
         slots[place] = len(ids)
         ids.append(self.vocabulary.slot_base + place)
+    ids.extend(self.closing)
     incoming = np.arange(K, dtype=np.int32)
     incoming[:count] = order
     grades = np.zeros(K, np.float32)
@@ -205,7 +242,7 @@ class Prompter:
 
 
 def pad(ids: list[int] | np.ndarray, length: int, what: str) -> np.ndarray:
-  """int32 [length], zeros (the padding token) at the end.
+  """int32 [length], zeros at the end: lengths and weights say where it is.
 
   Raises:
     ValueError: the ids are longer than that.
@@ -218,10 +255,25 @@ def pad(ids: list[int] | np.ndarray, length: int, what: str) -> np.ndarray:
 
 
 def presentation(
-  count: int, shuffle: bool, rng: np.random.Generator
+  count: int, order: str, rng: np.random.Generator
 ) -> np.ndarray:
-  """Incoming ranks in the order in which candidates are shown: int [count]."""
-  return rng.permutation(count) if shuffle else np.arange(count)
+  """Incoming ranks in the order in which candidates are shown: int [count].
+
+  Args:
+    count: candidates.
+    order: of ORDERS; `mixed` is either of the others, by a coin.
+    rng: of the coin and of the order.
+
+  Raises:
+    ValueError: no such order.
+  """
+  if order not in ORDERS:
+    raise ValueError(
+      f'prompt.order={order!r}: must be one of {", ".join(ORDERS)}'
+    )
+  if order == 'incoming' or (order == 'mixed' and rng.random() < 0.5):
+    return np.arange(count)
+  return rng.permutation(count)
 
 
 def item_tokens(

@@ -1,20 +1,27 @@
-"""Token ids: SentencePiece text beside control, slot, evidence and SID tokens.
+"""Token ids: text beside control, slot, evidence and SID tokens.
 
-Everything that is not text is a user-defined symbol of the SentencePiece
-model, so one file is the whole vocabulary and decoding shows every token. The
-symbols of a family stand next to each other in id space:
+The text is a SentencePiece model's of our own (`train`), or a pretrained
+model's, in the form of Hugging Face's `tokenizers` (`extend`). Everything that
+is not text is a symbol of that model, so one file is the whole vocabulary and
+decoding shows every token. The symbols of a family stand next to each other in
+id space:
 
   <think> </think> <answer> ...  control tokens
   <by:COLUMN>                    asks for the candidates sorted by a column
-  <c0> <c1> ...                  slots: a candidate's name within its slate
+  <slot0> <slot1> ...            slots: a candidate's name within its slate
   <COLUMN=0> <COLUMN=1> ...      evidence, in bins
-  <a0> .. <b0> .. <c_0> ..       semantic-ID codes, one letter a level
+  <a0> .. <b0> .. <c0> ..        semantic-ID codes, one letter a level
+
+A pretrained model's symbols come after the last row of its embedding. Control
+tokens are found by name, not by arithmetic: one that the model already has, as
+Qwen3 has <think> and </think>, keeps its id and what it means to the model.
 
 Axes: I items, L levels, K candidates, E evidence columns.
 """
 
 import dataclasses
 import io
+import json
 import os
 import pathlib
 import re
@@ -22,6 +29,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
+
+TRAINED = 'vocabulary.model'  # what `train` writes
+EXTENDED = 'vocabulary.json'  # what `extend` writes
+PAD = '<pad>'  # of an extended vocabulary; never its <eos>
+
+# Embeddings are padded to a round number of rows; more is another tokenizer.
+_MOST_UNUSED = 1024
 
 CONTROLS = (
   '<think>',  # the answer opens with a reasoning span
@@ -60,45 +74,31 @@ class Layout:
     return names
 
 
-class Vocabulary:
-  """Text <-> ids, and the ids of every family of symbols.
+class SentencePieces:
+  """Text by a SentencePiece model with symbols of its own.
 
   Args:
-    path: a model file that `train` wrote.
-    layout: the layout it was trained with.
-
-  Raises:
-    ValueError: the file lacks one of the layout's symbols.
+    path: what `train` wrote.
+    symbols: strings that are tokens.
   """
 
-  def __init__(self, path: os.PathLike[str] | str, layout: Layout):
+  chat_template = ''
+  pad, bos, eos = 0, 1, 2
+
+  def __init__(self, path: pathlib.Path, symbols: Iterable[str]):
     self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    self.layout = layout
-    self.pad, self.bos, self.eos = 0, 1, 2
-    symbols = layout.symbols()
     self._symbols = frozenset(symbols)
-    first = self._model.piece_to_id(symbols[0])
-    for offset, symbol in enumerate(symbols):
-      if self._model.piece_to_id(symbol) != first + offset:
-        raise ValueError(
-          f'{path}: symbol {symbol!r} is not token {first + offset}; the '
-          'file was trained with another prompt or tokenizer config'
-        )
-    self.control = {name: first + i for i, name in enumerate(CONTROLS)}
-    self.by_base = first + len(CONTROLS)
-    self.slot_base = self.by_base + len(layout.evidence)
-    self.bin_base = self.slot_base + layout.num_slots
-    self.sid_base = self.bin_base + len(layout.evidence) * layout.bins
 
   def __len__(self) -> int:
     return self._model.vocab_size()
 
-  def encode(self, text: str) -> list[int]:
-    """Ids of plain text; what looks like a symbol in it stays text.
+  def id(self, symbol: str) -> int | None:
+    """Id of a token, None where there is none of that name."""
+    found = self._model.piece_to_id(symbol)
+    return None if found == self._model.unk_id() else found
 
-    A title that spells `<slot3>` or `</think>` must not become that token, so
-    a space is put behind the `<` of such a word.
-    """
+  def encode(self, text: str) -> list[int]:
+    """Ids of plain text; a space is put behind the `<` of a symbol in it."""
 
     def part(match: re.Match) -> str:
       word = match.group()
@@ -106,9 +106,132 @@ class Vocabulary:
 
     return self._model.encode(re.sub('<[^<>]*>', part, text))
 
+  def decode(self, ids: list[int]) -> str:
+    """Text of ids."""
+    return self._model.decode(ids)
+
+
+class PretrainedPieces:
+  """Text by a pretrained model's tokenizer, its symbols added.
+
+  Args:
+    path: what `extend` wrote.
+
+  Attributes:
+    json: the serialised tokenizer, symbols included.
+    chat_template: Jinja, empty for a model that does not chat.
+    names: `bos_token`, `eos_token`, `pad_token` -> str, or None.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    import tokenizers  # Of the extra `hf`.
+
+    found = json.loads(path.read_text(encoding='utf-8'))
+    self.json: str = found.pop('tokenizer')
+    self.chat_template: str = found.pop('chat_template')
+    self.names: dict[str, str | None] = found
+    self._marked = tokenizers.Tokenizer.from_str(self.json)
+    plain = json.loads(self.json)
+    for token in plain['added_tokens']:
+      token['special'] = True
+    self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+    self._plain.encode_special_tokens = True  # As text, that is.
+    # Words follow others, and begin with a space, as SentencePiece has it.
+    first = self._plain.encode('a', add_special_tokens=False).tokens[0]
+    self._space = ' ' if first == 'a' else ''
+    shown = self._show(self.encode('a'))
+    self._shown_space = shown[: len(shown) - 1]
+    eos, pad = found['eos_token'], found['pad_token']
+    self.eos, self.pad = self.id(eos), self.id(pad)
+    self.bos = self.id(found['bos_token'] or eos)
+
+  def __len__(self) -> int:
+    return self._marked.get_vocab_size()
+
+  def id(self, symbol: str) -> int | None:
+    """Id of a token, None where there is none of that name."""
+    return self._marked.token_to_id(symbol)
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of plain text; no symbol and no special token is read in it."""
+    text = self._space + text
+    return self._plain.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: list[int]) -> str:
+    """Text of ids."""
+    return self._show(ids).removeprefix(self._shown_space)
+
+  def markup(self, text: str) -> list[int]:
+    """Ids of text that is ours or the model's: special tokens are read."""
+    return self._marked.encode(text, add_special_tokens=False).ids
+
+  def _show(self, ids: list[int]) -> str:
+    return self._marked.decode(ids, skip_special_tokens=False)
+
+
+class Vocabulary:
+  """Text <-> ids, and the ids of every family of symbols.
+
+  Args:
+    path: a file that `train` or `extend` wrote.
+    layout: the layout it was made with.
+
+  Attributes:
+    pieces: the model of the text.
+    pad: id that fills up; masks come from lengths, not from it.
+    bos: id that a text without a prompt begins with.
+    eos: id that ends an answer.
+    control: name -> id.
+    first_symbol: all ids from here on are symbols of ours.
+
+  Raises:
+    ValueError: the file lacks one of the layout's symbols.
+  """
+
+  def __init__(self, path: os.PathLike[str] | str, layout: Layout):
+    path = pathlib.Path(path)
+    symbols = layout.symbols()
+    self.layout = layout
+    self.pieces = (
+      PretrainedPieces(path)
+      if path.suffix == '.json'
+      else SentencePieces(path, symbols)
+    )
+    self.pad, self.bos = self.pieces.pad, self.pieces.bos
+    self.eos = self.pieces.eos
+    self.control = {name: self.pieces.id(name) for name in CONTROLS}
+    first = self.pieces.id(symbols[len(CONTROLS)])
+    for place, symbol in enumerate(symbols, -len(CONTROLS)):
+      found = self.pieces.id(symbol)
+      if found is None or (place >= 0 and found != first + place):
+        raise ValueError(
+          f'{path}: symbol {symbol!r} is not where it should be, but '
+          f'{"nowhere" if found is None else f"token {found}"}; the file '
+          'was trained with another prompt or tokenizer config'
+        )
+    self.first_symbol = self.by_base = first
+    while self.first_symbol - 1 in (
+      self.pieces.id(PAD),
+      *self.control.values(),
+    ):
+      self.first_symbol -= 1
+    self.slot_base = self.by_base + len(layout.evidence)
+    self.bin_base = self.slot_base + layout.num_slots
+    self.sid_base = self.bin_base + len(layout.evidence) * layout.bins
+
+  def __len__(self) -> int:
+    return len(self.pieces)
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of plain text; what looks like a symbol in it stays text.
+
+    A title that spells `<slot3>` or `</think>` must not become that token.
+    """
+    return self.pieces.encode(text)
+
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids, symbols shown as they are written, padding left out."""
-    return self._model.decode([int(i) for i in ids if i != self.pad])
+    return self.pieces.decode([int(i) for i in ids if i != self.pad])
 
   def sid(self, codes: np.ndarray) -> np.ndarray:
     """Ids of semantic-ID codes: int32 [..., L] -> int32 [..., L]."""
@@ -162,7 +285,97 @@ def train(
     minloglevel=2,
   )
   path = pathlib.Path(path)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_bytes(model.getvalue())
-  os.replace(temporary, path)
+  _write(path, model.getvalue())
   return Vocabulary(path, layout)
+
+
+def extend(
+  path: os.PathLike[str] | str,
+  tokenizer: str,
+  rows: int,
+  layout: Layout,
+  *,
+  source: str,
+  eos_token: str | None,
+  bos_token: str | None = None,
+  chat_template: str = '',
+) -> Vocabulary:
+  """Adds the symbols to a pretrained model's tokenizer and writes it.
+
+  Rows of the embedding that have no token get a name each, so that the first
+  symbol's id is the number of rows. Where the model is a policy that left here
+  with this very layout, it has all the symbols, and none is added.
+
+  Args:
+    path: where to, of suffix `.json`; appears whole or not at all.
+    tokenizer: as Hugging Face's `tokenizers` serialises it.
+    rows: of the model's embedding.
+    layout: the symbol families.
+    source: where the model came from, for errors.
+    eos_token: ends a turn.
+    bos_token: begins a text; None where the model has none.
+    chat_template: Jinja.
+
+  Returns:
+    The vocabulary. Its padding token is its own, whatever the model's is.
+
+  Raises:
+    ValueError: tokenizer and embedding differ in size, there is no token to
+      end an answer with, or the tokenizer has some of our symbols.
+  """
+  import tokenizers  # Of the extra `hf`.
+
+  model = tokenizers.Tokenizer.from_str(tokenizer)
+  size = max(model.get_vocab().values()) + 1
+  if not 0 <= rows - size <= _MOST_UNUSED:
+    raise ValueError(
+      f'{source}: the tokenizer has {size} tokens, the embedding of the '
+      f'weights {rows} rows: they are of different models'
+    )
+  if eos_token is None or model.token_to_id(eos_token) is None:
+    raise ValueError(
+      f'{source}: the tokenizer has no token {eos_token!r} to end an answer '
+      'with: name one as eos_token in its tokenizer_config.json'
+    )
+  families = layout.symbols()[len(CONTROLS) :]
+  known = [s for s in families if model.token_to_id(s) is not None]
+  if known and len(known) < len(families):
+    raise ValueError(
+      f'{source}: the tokenizer has a token {known[0]!r}, but not all of our '
+      'symbols; take the prompt and tokenizer config that this policy was '
+      'trained with, or a model that was none'
+    )
+  unused = [f'<|row{row}|>' for row in range(size, rows)]
+  model.add_tokens(
+    [
+      tokenizers.AddedToken(symbol, normalized=False, special=symbol == PAD)
+      for symbol in (*unused, PAD, *layout.symbols())
+      if model.token_to_id(symbol) is None
+    ]
+  )
+  names = dict(bos_token=bos_token, eos_token=eos_token, pad_token=PAD)
+  found = {'tokenizer': model.to_str(), 'chat_template': chat_template}
+  path = pathlib.Path(path)
+  _write(path, json.dumps(found | names).encode())
+  return Vocabulary(path, layout)
+
+
+def find(directory: os.PathLike[str] | str) -> pathlib.Path:
+  """The vocabulary's file in an artifact.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  for name in (EXTENDED, TRAINED):
+    if (path := pathlib.Path(directory) / name).exists():
+      return path
+  raise FileNotFoundError(
+    f'{directory}: neither {EXTENDED} nor {TRAINED} is there; delete the '
+    'folder to have it made again'
+  )
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_bytes(content)
+  os.replace(temporary, path)

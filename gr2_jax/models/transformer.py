@@ -21,12 +21,15 @@ width, L layers.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+ROPE_SCALINGS = ('', 'linear', 'llama3', 'yarn')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,12 @@ class TransformerConfig:
   head_dim: int = 16
   d_ff: int = 192
   rope_base: float = 10_000.0
+  rope_scaling: str = ''  # how contexts were stretched: linear llama3 yarn
+  rope_factor: float = 1.0  # by how much
+  rope_length: int = 0  # positions before stretching; llama3 and yarn
+  rope_slow: float = 1.0  # turns in rope_length at which a pair stretches whole
+  rope_fast: float = 4.0  # and at which it does not; between: a blend
+  rope_magnitude: float = 1.0  # of rotated queries and keys; yarn
   qk_norm: bool = True
   tie_embeddings: bool = True
   norm_eps: float = 1e-6
@@ -57,6 +66,21 @@ class TransformerConfig:
     if self.head_dim % 2:
       raise ValueError(
         f'model.head_dim={self.head_dim} is odd: rotary positions turn pairs.'
+      )
+    if self.rope_scaling not in ROPE_SCALINGS:
+      raise ValueError(
+        f'model.rope_scaling={self.rope_scaling!r} is unknown; known: '
+        f'{", ".join(map(repr, ROPE_SCALINGS))}.'
+      )
+    if self.rope_scaling in ('llama3', 'yarn') and self.rope_length < 1:
+      raise ValueError(
+        f'model.rope_length={self.rope_length}: rope_scaling='
+        f'{self.rope_scaling!r} needs the positions the model had before.'
+      )
+    if self.rope_scaling and not self.rope_slow < self.rope_fast:
+      raise ValueError(
+        f'model.rope_slow={self.rope_slow} is not below '
+        f'model.rope_fast={self.rope_fast}.'
       )
 
 
@@ -77,21 +101,61 @@ class Prefix:
   length: jax.Array  # int32 [P], prompt tokens = position of the next token
 
 
-def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+def rope_frequencies(config: TransformerConfig) -> jax.Array:
+  """How far each pair of a head turns from one position to the next.
+
+  Unscaled, pair i turns by `base ** (-i / (H/2))` (Su et al., arXiv
+  2104.09864). A stretched context divides that by `rope_factor`: for all pairs
+  ('linear', arXiv 2306.15595), or for slow pairs only, blended by the number of
+  turns within `rope_length` ('llama3', arXiv 2407.21783) or by pair index
+  between the pairs of `rope_fast` and `rope_slow` turns ('yarn', arXiv
+  2309.00071, NTK by parts).
+
+  Returns:
+    float32 [H/2], radians.
+  """
+  c, half = config, config.head_dim // 2
+  frequency = c.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if not c.rope_scaling:
+    return frequency
+  stretched = frequency / c.rope_factor
+  if c.rope_scaling == 'linear':
+    return stretched
+  if c.rope_scaling == 'llama3':
+    turns = frequency * (c.rope_length / (2 * math.pi))
+    keep = (turns - c.rope_slow) / (c.rope_fast - c.rope_slow)
+  else:
+
+    def pair(turns):
+      wavelength = c.rope_length / (turns * 2 * math.pi)
+      return half * math.log(wavelength) / math.log(c.rope_base)
+
+    low = max(math.floor(pair(c.rope_fast)), 0)
+    high = min(math.ceil(pair(c.rope_slow)), c.head_dim - 1)
+    keep = (high - jnp.arange(half, dtype=jnp.float32)) / max(high - low, 1e-3)
+  keep = jnp.clip(keep, 0.0, 1.0)
+  return keep * frequency + (1.0 - keep) * stretched
+
+
+def rotate(
+  x: jax.Array,
+  positions: jax.Array,
+  frequency: jax.Array,
+  magnitude: float = 1.0,
+) -> jax.Array:
   """Rotary position embedding (Su et al., arXiv 2104.09864), half-split pairs.
 
   Args:
     x: float [..., T, heads, H].
     positions: int [..., T].
-    base: wavelength base.
+    frequency: float32 [H/2], of `rope_frequencies`.
+    magnitude: factor on the result.
 
   Returns:
     float [..., T, heads, H], computed in float32, in the dtype of `x`.
   """
-  half = x.shape[-1] // 2
-  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[..., None, None].astype(jnp.float32) * frequency
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  sin, cos = jnp.sin(angle) * magnitude, jnp.cos(angle) * magnitude
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(
     x.dtype
@@ -189,8 +253,9 @@ class Attention(nn.Module):
     if c.qk_norm:
       q = RMSNorm(c.norm_eps, 'head_dim', name='query_norm')(q)
       k = RMSNorm(c.norm_eps, 'head_dim', name='key_norm')(k)
-    q = rotate(q, positions, c.rope_base)
-    k = rotate(k, positions, c.rope_base)
+    frequency = rope_frequencies(c)
+    q = rotate(q, positions, frequency, c.rope_magnitude)
+    k = rotate(k, positions, frequency, c.rope_magnitude)
     if cache is not None:
       write = jax.lax.dynamic_update_slice_in_dim
       k = write(cache.k, k.astype(cache.k.dtype), index, axis=2)

@@ -5,12 +5,16 @@ after accumulation and sharding. Axis letters: T time, K candidates (in
 `[..., K, K]` the first is the rank, the second the presented index).
 """
 
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from gr2_jax.ops import masking
 
+Average = Literal['token', 'sequence', 'fixed']
+AVERAGES = ('token', 'sequence', 'fixed')
 LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32 and far beyond any clip.
 EXCLUDED = (
   -1e30
@@ -25,37 +29,47 @@ def clipped_surrogate(
   *,
   clip_low: float = 0.2,
   clip_high: float = 0.28,
+  importance: chex.Array | None = None,
+  average: Average = 'token',
 ) -> tuple[masking.Total, dict[str, masking.Total]]:
-  """The token-level clipped objective of DAPO, negated (Eq. 9).
+  """The clipped objective of DAPO, negated (Eq. 9), and its variations.
 
-  - sum_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A), with r_t =
-  exp(logp_t - old_logp_t). The log-ratio is held within 20 of 0, so a stray
-  token is large but finite.
+  - w_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A), averaged over
+  tokens, with r_t = exp(logp_t - old_logp_t). The log-ratio is held within 20
+  of 0, so a stray token is large but finite.
 
   Args:
     logp: [..., T], log-probability of the sampled tokens now.
     old_logp: [..., T], when they were sampled; no gradient flows into it.
-    advantages: [...], one per rollout.
+    advantages: [...], one per rollout, or [..., T], one per token.
     mask: bool [..., T], the tokens that count.
     clip_low: how far a ratio may fall.
     clip_high: how far a ratio may rise.
+    importance: [..., T], weights w of the tokens, of `importance_weights`;
+      None is 1 everywhere. No gradient flows into it.
+    average: of the tokens' losses, see `average_tokens`.
 
   Returns:
-    (loss, diagnostics), all Totals over the same tokens: `clip_fraction`,
-    tokens at which the clip took the gradient away; `ratio`; and
-    `approx_kl`, k3 of KL(old || now).
+    (loss, diagnostics). The diagnostics are Totals over tokens:
+    `clip_fraction`, tokens at which the clip took the gradient away; `ratio`;
+    and `approx_kl`, k3 of KL(old || now).
   """
   chex.assert_equal_shape([logp, old_logp, mask])
-  chex.assert_shape(advantages, jnp.shape(logp)[:-1])
+  gain = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
+  if gain.ndim == jnp.ndim(logp) - 1:
+    gain = gain[..., None]
+  chex.assert_is_broadcastable(gain.shape, jnp.shape(logp))
   gap = masking.keep(logp, mask) - jax.lax.stop_gradient(
     masking.keep(old_logp, mask)
   )
   gap = jnp.clip(gap, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
   ratio = jnp.exp(gap)
-  gain = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))[..., None]
   gain = jnp.where(mask, gain, 0.0)
   bounded = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
   objective = jnp.minimum(ratio * gain, bounded * gain)
+  if importance is not None:
+    chex.assert_equal_shape([logp, importance])
+    objective *= jax.lax.stop_gradient(masking.keep(importance, mask))
   clipped = ((gain > 0) & (ratio > 1.0 + clip_high)) | (
     (gain < 0) & (ratio < 1.0 - clip_low)
   )
@@ -65,7 +79,71 @@ def clipped_surrogate(
     'approx_kl': masking.masked_sum(ratio - 1.0 - gap, mask),
   }
   diagnostics = jax.lax.stop_gradient(diagnostics)
-  return masking.masked_sum(-objective, mask), diagnostics
+  return average_tokens(-objective, mask, average), diagnostics
+
+
+def average_tokens(
+  values: chex.Array, mask: chex.Array, kind: Average = 'token'
+) -> masking.Total:
+  """What the sum over a batch's tokens is divided by.
+
+  * `token` (DAPO): the batch's tokens, so that long rollouts weigh more;
+  * `sequence` (GRPO, RLOO): each rollout's own tokens, then the rollouts;
+  * `fixed` (Dr. GRPO): rollouts times their budget T, so that a token weighs
+    the same however long its rollout is.
+
+  Example: rollouts of tokens (3) and (0, 1, 2), T = 3. Token: 6 / 4;
+  sequence: (3 + 1) / 2; fixed: 6 / (2 * 3).
+
+  Args:
+    values: [..., T].
+    mask: bool [..., T]; a rollout without a True counts nowhere.
+    kind: one of `AVERAGES`.
+
+  Returns:
+    Total over all axes.
+
+  Raises:
+    ValueError: if the kind has no such name.
+  """
+  if kind == 'token':
+    return masking.masked_sum(values, mask)
+  rollouts = jnp.any(mask, axis=-1)
+  own = masking.masked_sum(values, mask, axis=-1)
+  match kind:
+    case 'sequence':
+      return masking.masked_sum(own.mean(), rollouts)
+    case 'fixed':
+      return masking.masked_sum(own.sum / jnp.shape(values)[-1], rollouts)
+  raise ValueError(f'average is {kind!r}; it must be one of {AVERAGES}')
+
+
+def importance_weights(
+  logp: chex.Array, sampler_logp: chex.Array, mask: chex.Array, *, cap: float
+) -> jax.Array:
+  """Truncated importance weights: min(p_learner / p_sampler, cap).
+
+  They mend the bias of a sampler whose numerics (or weights) differ from the
+  learner's. Example: log-probabilities -1 and -1.5, cap 2: exp(0.5) = 1.6487;
+  -1 and -2: e = 2.7183, truncated to 2.
+
+  Args:
+    logp: [..., T], the learner's, with the parameters that sampled.
+    sampler_logp: [..., T], the sampler's.
+    mask: bool [..., T].
+    cap: the largest weight.
+
+  Returns:
+    float32 [..., T], 0 where masked; no gradient flows through it.
+
+  Raises:
+    ValueError: unless cap >= 1.
+  """
+  if cap < 1:
+    raise ValueError(f'importance cap is {cap}: it must be 1 or more')
+  gap = masking.keep(logp, mask) - masking.keep(sampler_logp, mask)
+  ratio = jnp.exp(jnp.clip(gap, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+  return jax.lax.stop_gradient(masking.keep(jnp.minimum(ratio, cap), mask))
 
 
 def token_cross_entropy(logp: chex.Array, weights: chex.Array) -> masking.Total:

@@ -1,10 +1,15 @@
 """Rewards of a ranking and the gates against copying (GR2, Eq. 5-7).
 
-Every function maps arrays to one float32 per slate. Axis letters: K candidates.
-The worked examples share one slate of four candidates A B C D, presented in
-incoming order, with grades 0 2 0 1.
+Every function maps arrays to one float32 per slate. A total is
+
+  gate(R_rank + extras above 0) + a R_fmt + extras below 0
+
+where the gates differ in what they hold back from an answer that repeats the
+incoming order. Axis letters: K candidates. The worked examples share one slate
+of four candidates A B C D, presented in incoming order, with grades 0 2 0 1.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import chex
@@ -28,12 +33,14 @@ class Reward(NamedTuple):
       the answer was invalid.
     format: 1 where the answer is a permutation of the candidates, else 0.
     copied: 1 where a valid answer repeats the incoming order, else 0.
+    extra: the extras in the total, after the gate.
   """
 
   total: jax.Array
   rank: jax.Array
   format: jax.Array
   copied: jax.Array
+  extra: jax.Array
 
 
 def _by_rank(ranking, values, count):
@@ -52,6 +59,8 @@ def positives_by_rank(
 ) -> jax.Array:
   """1 where the candidate at a rank has a positive grade.
 
+  Example: the order D B A C: 1 1 0 0.
+
   Args:
     ranking: int [..., K].
     grades: [..., K]; what stands at padding is not read.
@@ -68,6 +77,8 @@ def misordered_pairs(
   ranking: chex.Array, grades: chex.Array, count: chex.Array
 ) -> masking.Total:
   """Pairs of a positive and a negative in the wrong order.
+
+  Example: the order B A C D has 2 wrong pairs, (D, A) and (D, C), of 4.
 
   Args:
     ranking: int [..., K].
@@ -157,6 +168,8 @@ def target_rank(
 
   The target is the candidate of the highest grade; among several, the one
   that the incoming order puts first.
+
+  Example: the order D A B C moves the target, B, from rank 1 to rank 2.
 
   Args:
     ranking: int [..., K].
@@ -276,12 +289,52 @@ def copied(
   return jnp.all(same | ~real, axis=-1)
 
 
-def apply_gate(
-  rank_reward: chex.Array,
+def gate_open(
   valid: chex.Array,
   *,
   copied_suboptimal: chex.Array,
   improved: chex.Array,
+  kind: Gate = 'v2',
+) -> jax.Array:
+  """Where a gate pays an answer everything it can earn.
+
+  * `none`: the answer is valid;
+  * `v1`: it is valid, and the target rose or stood first already;
+  * `v2`: it is valid, and no copy of an incoming order that could be better.
+
+  Example: a valid answer that repeats a suboptimal incoming order, the target
+  neither raised nor first: none open, v1 and v2 closed.
+
+  Args:
+    valid: bool [...].
+    copied_suboptimal: bool [...], the answer repeats the incoming order and
+      that order has a misordered pair, AUC(incoming) < 1; read by v2.
+    improved: bool [...], the target rose or stood first; read by v1.
+    kind: 'none', 'v1' or 'v2'.
+
+  Returns:
+    bool [...].
+
+  Raises:
+    ValueError: if the kind is none of these.
+  """
+  chex.assert_equal_shape([valid, copied_suboptimal, improved])
+  valid = jnp.asarray(valid, bool)
+  match kind:
+    case 'none':
+      return valid
+    case 'v1':
+      return valid & improved
+    case 'v2':
+      return valid & jnp.logical_not(copied_suboptimal)
+  raise ValueError(f'gate is {kind!r}; it must be one of {GATES}')
+
+
+def apply_gate(
+  rank_reward: chex.Array,
+  valid: chex.Array,
+  opened: chex.Array,
+  *,
   kind: Gate = 'v2',
   format_weight: float = 0.2,
 ) -> jax.Array:
@@ -290,19 +343,16 @@ def apply_gate(
   With a = `format_weight` and R_fmt = 1 where valid:
 
   * `none`: R_rank + a R_fmt, which repeating the incoming order can farm;
-  * `v1`: R_rank + a R_fmt only where the target rose or stood first already;
-  * `v2` (Eq. 7): R_rank only where the answer is valid and does not repeat an
-    incoming order that could be better, + a R_fmt.
+  * `v1`: R_rank + a R_fmt only where open;
+  * `v2` (Eq. 7): R_rank only where open, + a R_fmt.
 
-  Example: R_rank 0.5, a valid answer that repeats a suboptimal incoming order,
-  the target neither raised nor first: none 0.7, v1 0.5, v2 0.2.
+  Example: R_rank 0.5, the answer of the example of `gate_open`: none 0.7, v1
+  0.5, v2 0.2. Where all three are open, each is 0.7.
 
   Args:
     rank_reward: float32 [...].
     valid: bool [...].
-    copied_suboptimal: bool [...], the answer repeats the incoming order and
-      that order has a misordered pair, AUC(incoming) < 1; read by v2.
-    improved: bool [...], the target rose or stood first; read by v1.
+    opened: bool [...], from `gate_open` of the same kind.
     kind: 'none', 'v1' or 'v2'.
     format_weight: a.
 
@@ -312,17 +362,41 @@ def apply_gate(
   Raises:
     ValueError: if the kind is none of these.
   """
-  chex.assert_equal_shape([rank_reward, valid, copied_suboptimal, improved])
+  chex.assert_equal_shape([rank_reward, valid, opened])
   form = format_weight * jnp.asarray(valid, jnp.float32)
   match kind:
     case 'none':
       return rank_reward + form
     case 'v1':
-      return rank_reward + jnp.where(improved, form, 0.0)
+      return rank_reward + jnp.where(opened, form, 0.0)
     case 'v2':
-      earned = jnp.logical_and(valid, jnp.logical_not(copied_suboptimal))
-      return jnp.where(earned, rank_reward, 0.0) + form
+      return jnp.where(opened, rank_reward, 0.0) + form
   raise ValueError(f'gate is {kind!r}; it must be one of {GATES}')
+
+
+def gated_extras(extras: Sequence[chex.Array], opened: chex.Array) -> jax.Array:
+  """The sum of what is paid or charged beside ranking and format.
+
+  A term above 0, a bonus, is paid only where the gate is open: it cannot buy
+  back what a copy or a fault lost. A term below 0, a cost, is always charged.
+  The rule is applied to each term by itself, so that a bonus which is held
+  back takes no cost with it.
+
+  Example: a judge pays 0.1 and the order costs 0.05. Open: 0.1 - 0.05 = 0.05;
+  closed: -0.05.
+
+  Args:
+    extras: terms float32 [...], already weighted.
+    opened: bool [...], from `gate_open`.
+
+  Returns:
+    float32 [...]; 0 without terms, never above 0 where the gate is closed.
+  """
+  total = jnp.zeros(jnp.shape(opened), jnp.float32)
+  for term in extras:
+    chex.assert_equal_shape([term, opened])
+    total += jnp.where(opened, term, jnp.minimum(term, 0.0))
+  return total
 
 
 def rank_reward(
@@ -381,12 +455,22 @@ def reward(
   k: int,
   gate: Gate = 'v2',
   format_weight: float = 0.2,
+  extras: Sequence[chex.Array] = (),
 ) -> Reward:
   """The whole reward of parsed answers.
 
+  Under 'v2' no invalid answer and no copy of a suboptimal incoming order earns
+  more than a = `format_weight`, whatever the extras; an invalid one earns 0 at
+  most. Extras are, for instance, `w * judge.judge(...).total`,
+  `losses.overlong_penalty(...)`, and `-c * metrics.order_disagreement(...)`.
+  The last charges valid answers alone: with c <= a, and a ranking reward that
+  is never negative, a valid answer still earns at least as much as an invalid
+  one; with more, giving no answer becomes the cheaper one.
+
   Example: the order D B A C, valid, kind 'ndcg', k 4, gate 'v2': rank 0.7967,
   format 1, copied 0, total 0.9967. The copy A B C D has rank 0.6399 and total
-  0.2; an invalid answer, which falls back to A B C D, has total 0.
+  0.2; an invalid answer, which falls back to A B C D, has total 0. With a
+  judge's 0.1 and an order cost of 0.05 as extras they are 1.0467, 0.15, -0.05.
 
   Args:
     ranking: int [..., K], from `parsing.parse_answer`.
@@ -398,6 +482,7 @@ def reward(
     k: cut-off of ndcg and recall.
     gate: one of `GATES`.
     format_weight: weight a of the format reward.
+    extras: weighted terms float32 [...] beside them, see `gated_extras`.
 
   Returns:
     Reward of float32 [...].
@@ -412,16 +497,22 @@ def reward(
     parsing.incoming_ranking(incoming, count), grades, count
   )
   old, new, _ = target_rank(ranking, grades, count, incoming)
-  total = apply_gate(
-    earned,
+  opened = gate_open(
     valid,
     copied_suboptimal=copy & (wrong > 0),
     improved=(new < old) | (old == 0),
     kind=gate,
-    format_weight=format_weight,
   )
+  total = apply_gate(
+    earned, valid, opened, kind=gate, format_weight=format_weight
+  )
+  extra = gated_extras(extras, opened)
   return Reward(
-    total, earned, valid.astype(jnp.float32), copy.astype(jnp.float32)
+    total=total + extra,
+    rank=earned,
+    format=valid.astype(jnp.float32),
+    copied=copy.astype(jnp.float32),
+    extra=extra,
   )
 
 

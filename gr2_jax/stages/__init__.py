@@ -33,35 +33,57 @@ class Stage:
 STAGES: dict[str, Stage] = {
   'slates': Stage((), ('data',), files=('data.path',)),
   'tokenizer': Stage(('slates',), ('tokenizer',)),
-  'midtrain': Stage(
+  'backbone': Stage(
     ('slates', 'tokenizer'),
+    ('prompt', 'model', 'mesh'),
+    files=('model.source',),
+  ),
+  'midtrain': Stage(
+    ('slates', 'tokenizer', 'backbone'),
     ('data', 'prompt', 'model', 'mesh', 'midtrain'),
     seeded=True,
   ),
   'traces': Stage(
-    ('slates', 'tokenizer', 'midtrain'),
+    ('slates', 'tokenizer', 'backbone'),
     ('data', 'prompt', 'model', 'mesh', 'traces'),
     seeded=True,
   ),
   'sft': Stage(
-    ('slates', 'tokenizer', 'midtrain', 'traces'),
+    ('slates', 'tokenizer', 'backbone', 'midtrain', 'traces'),
     ('data', 'prompt', 'model', 'mesh', 'sft'),
     seeded=True,
   ),
   'rl': Stage(
-    ('slates', 'tokenizer', 'midtrain', 'sft'),
+    ('slates', 'tokenizer', 'backbone', 'sft'),
     ('data', 'prompt', 'model', 'mesh', 'rl'),
     seeded=True,
   ),
   'baselines': Stage(('slates',), ('data', 'baselines')),
   'evaluate': Stage(
-    ('slates', 'tokenizer', 'midtrain@*', 'baselines', 'sft@*', 'rl@*'),
+    ('slates', 'tokenizer', 'backbone', 'baselines', 'sft@*', 'rl@*'),
     ('data', 'prompt', 'model', 'mesh', 'evaluate', 'seeds'),
   ),
   'rerank': Stage(
-    ('slates', 'tokenizer', 'midtrain', 'rl'),
+    ('slates', 'tokenizer', 'backbone', 'rl'),
     ('data', 'prompt', 'model', 'mesh', 'rerank'),
     seeded=True,
     files=('rerank.input',),
+  ),
+  'study_hacking': Stage(
+    (),  # It makes its own runs: what `rl` needs, in many variants.
+    (
+      'data',
+      'tokenizer',
+      'prompt',
+      'model',
+      'mesh',
+      'midtrain',
+      'traces',
+      'sft',
+      'rl',
+      'study_hacking',
+      'seeds',
+    ),
+    files=('data.path', 'model.source'),
   ),
 }

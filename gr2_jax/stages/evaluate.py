@@ -2,12 +2,14 @@
 
 Every policy is read twice: in the order it generates, and by the listwise
 read-out of the same prompt (`policy_readout`). Intervals resample users, whose
-neighbouring slates share positives, and training seeds.
+neighbouring slates share positives, and training seeds. A pretrained model has
+one more row, `policy_start`: it itself, before any training.
 
 Axes: S seeds, n slates, K candidates.
 """
 
 import pathlib
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics, parsing, statistics
 from gr2_jax.stages import baselines
 
-# Rows of the table, in order.
+# Rows of the table, in order; of what a run does not have there is no row.
 RANKERS = (
   'incoming',
+  'policy_start',
   'policy',
   'policy_readout',
   'policy_sft',
@@ -30,9 +33,11 @@ RANKERS = (
   'best',
 )
 
-# Which gains get an interval: a ranker and what it is compared with.
+# Which gains get an interval: a ranker and what it is compared with, where a
+# run has both.
 PAIRS = (
   ('policy', 'incoming'),
+  ('policy', 'policy_start'),
   ('policy', 'policy_sft'),
   ('policy', 'policy_readout'),
   ('policy', 'legacy'),
@@ -51,7 +56,7 @@ def run(
 
   Args:
     config: sections prompt, model, mesh, evaluate; seeds.
-    inputs: slates, tokenizer, baselines, and midtrain, sft, rl of every seed.
+    inputs: slates, tokenizer, backbone, baselines, and sft, rl of every seed.
     workdir: of this stage; gets each policy's rankings, which a run that was
       killed does not make again.
 
@@ -68,7 +73,8 @@ def run(
   # Policies.
   answers = {
     name: [
-      _ranked(config, inputs, workdir, source, seed) for seed in config.seeds
+      _ranked(config, inputs, workdir, f'{source}@{seed}')
+      for seed in config.seeds
     ]
     for name, source in (('policy', 'rl'), ('policy_sft', 'sft'))
   }
@@ -76,6 +82,9 @@ def run(
   for name, seeds in answers.items():
     rankings[name] = np.stack([a['generated'] for a in seeds])
     rankings[f'{name}_readout'] = np.stack([a['readout'] for a in seeds])
+  if (inputs['backbone'] / policy.PARAMS).is_dir():  # It has no read-out yet.
+    start = _ranked(config, inputs, workdir, 'backbone')
+    rankings['policy_start'] = start['generated']
 
   # Baselines.
   scores = baselines.read_scores(inputs['baselines'], 'test')
@@ -92,12 +101,13 @@ def run(
   means = {
     name: {m: float(per_slate[name][m].mean()) for m in metrics.RANKING_METRICS}
     for name in RANKERS
+    if name in per_slate
   }
   share = counts['slates'] / counts['requests']
 
   # Gains.
   paired = {}
-  for first, second in PAIRS:
+  for first, second in _pairs(means):
     paired[f'{first}-{second}'] = {
       m: _gain(
         per_slate[first][m], per_slate[second][m], slates.user, stage.resamples
@@ -161,18 +171,17 @@ def _ranked(
   inputs: dict[str, pathlib.Path],
   workdir: pathlib.Path,
   source: str,
-  seed: int,
 ) -> dict[str, np.ndarray]:
   """A policy's answers to the test slates, from disk where it has them."""
-  path = workdir / f'{source}-{seed}.npz'
+  path = workdir / f'{source}.npz'
   if path.exists():
     with np.load(path) as found:
       return dict(found)
   stage = config.evaluate
   setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs[f'midtrain@{seed}']
+    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
   )
-  params = setup.load_params(inputs[f'{source}@{seed}'])
+  params = setup.load_params(inputs[source])
   slates = slates_lib.source(inputs['slates'], 'test')
 
   def answer(presentation: int, constrained: bool) -> ranker.Ranked:
@@ -181,11 +190,11 @@ def _ranked(
       params,
       slates,
       thinking=stage.thinking,
-      shuffle=config.prompt.shuffle,
+      order=config.prompt.order,
       batch_size=stage.batch_size,
       seed=stage.presentation_seed + presentation,
       constrained=constrained,
-      desc=f'test {source} {seed}',
+      desc=f'test {source}',
     )
 
   ranked = answer(0, True)
@@ -194,7 +203,7 @@ def _ranked(
     'readout': ranked.readout,
     'verdict': ranked.verdict,
   }
-  if source == 'rl':
+  if source.startswith('rl@'):
     again = answer(1, True)
     found['order_sensitivity'] = np.asarray(
       metrics.order_sensitivity(ranked.generated, again.generated, ranked.count)
@@ -204,6 +213,11 @@ def _ranked(
   np.savez(temporary, **found)
   temporary.replace(path)
   return found
+
+
+def _pairs(rankers: Container[str]) -> list[tuple[str, str]]:
+  """PAIRS that a run has both of."""
+  return [p for p in PAIRS if p[0] in rankers and p[1] in rankers]
 
 
 def _gain(
@@ -222,7 +236,8 @@ def _gain(
 
 def summary(results: dict[str, Any]) -> str:
   """The results as two tables and a line, for people."""
-  rows = [{'ranker': k} | results['metrics'][k] for k in RANKERS]
+  means = results['metrics']
+  rows = [{'ranker': k} | means[k] for k in RANKERS if k in means]
   quality = reporting.table(rows, ['ranker', *metrics.RANKING_METRICS])
   gains = [
     {'gain': f'{first}-{second}'}
@@ -230,7 +245,7 @@ def summary(results: dict[str, Any]) -> str:
       m: '{:+.4f} [{:+.4f}, {:+.4f}]'.format(v['delta'], *v['ci'])
       for m, v in results['paired'][f'{first}-{second}'].items()
     }
-    for first, second in PAIRS
+    for first, second in _pairs(means)
   ]
   shown = reporting.table(gains, ['gain', 'r@1', 'r@3', 'n@5', 'auc'])
   line = (

@@ -17,32 +17,29 @@ import jax
 import numpy as np
 
 from gr2_jax import learner, policy, sharding
-from gr2_jax.data import batches, prompts, teachers
+from gr2_jax.data import batches, prompts
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.stages import supervised
+from gr2_jax.stages import training
 
 
 def run(
   config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Founds the vocabulary and trains the first parameters.
+  """Trains the backbone's parameters, or random ones where it has none.
 
   Args:
     config: sections prompt, model, mesh, midtrain; seed.
-    inputs: slates, tokenizer.
+    inputs: slates, tokenizer, backbone.
     workdir: of this stage.
 
   Returns:
     Held-out loss per task and the chosen step.
   """
   stage = config.midtrain
-
-  # Vocabulary and evidence bins.
-  if not (workdir / policy.BINS).exists():
-    policy.found_vocabulary(
-      config, inputs['slates'], inputs['tokenizer'], workdir, teachers.PHRASES
-    )
-  setup = policy.load(config, inputs['slates'], inputs['tokenizer'], workdir)
+  setup = policy.load(
+    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
+  )
+  pretrained = (inputs['backbone'] / policy.PARAMS).is_dir()
 
   # Input: one pipeline a task, mixed in whole batches of one shape each.
   train = slates_lib.source(inputs['slates'], 'train')
@@ -92,15 +89,18 @@ def run(
     mean = np.average(list(found.values()), weights=list(shares.values()))
     return found | {'score': -float(mean)}
 
-  return supervised.fit(
+  optimizer = learner.make_optimizer(stage)
+  return training.fit(
     stage,
     setup=setup,
     workdir=workdir,
     seed=config.seed,
-    loss_fn=loss_fn,
+    optimizer=optimizer,
+    take_step=training.supervised_step(setup, loss_fn, optimizer, iterator),
     iterator=iterator,
     validate=validate,
     choose='score',
+    inherited=inputs['backbone'] if pretrained else None,
     desc='midtrain',
   )
 
@@ -151,7 +151,7 @@ def renderers(setup: policy.Setup, stage) -> dict[str, Any]:
 
   def pointing(slate, rng):
     count = int(slate['count'])
-    order = prompts.presentation(count, True, rng)
+    order = prompts.presentation(count, 'shuffled', rng)
     bins = prompter.bins(slate['evidence'], count)[order]
     columns = rng.choice(
       bins.shape[1], stage.pointers, replace=bins.shape[1] < stage.pointers

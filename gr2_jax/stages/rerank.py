@@ -46,7 +46,7 @@ def run(
 
   Args:
     config: sections data, prompt, model, mesh, rerank; seed.
-    inputs: slates, tokenizer, midtrain, rl.
+    inputs: slates, tokenizer, backbone, rl.
     workdir: of this stage; gets OUTPUT, and REQUESTS where the test slates
       are ranked.
 
@@ -71,7 +71,7 @@ def _rank(
   if stage.chunk < 1:
     raise ValueError(f'rerank.chunk={stage.chunk}: it must be at least 1')
   setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['midtrain']
+    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
   )
   source = pathlib.Path(stage.input or workdir / REQUESTS)
   width = setup.prompter.num_candidates
@@ -115,7 +115,7 @@ def _rank(
         params,
         _records(slates),
         thinking=stage.thinking,
-        shuffle=config.prompt.shuffle,
+        order=config.prompt.order,
         batch_size=stage.batch_size,
         seed=stage.presentation_seed,
         first=done,

@@ -12,7 +12,7 @@ from typing import Any
 from gr2_jax import learner, policy, ranker
 from gr2_jax.data import batches, prompts, records
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.stages import supervised, traces
+from gr2_jax.stages import traces, training
 
 RANK_BY = ('readout', 'trace')
 
@@ -38,7 +38,7 @@ def run(
 
   Args:
     config: sections prompt, model, mesh, sft; seed.
-    inputs: slates, tokenizer, midtrain, traces.
+    inputs: slates, tokenizer, backbone, midtrain, traces.
     workdir: of this stage.
 
   Returns:
@@ -51,7 +51,7 @@ def run(
   if stage.rank_by not in RANK_BY:
     raise ValueError(f'sft.rank_by={stage.rank_by!r}: must be one of {RANK_BY}')
   setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['midtrain']
+    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
   )
   source = _Traced(
     records.Records(inputs['traces'] / traces.ACCEPTED),
@@ -60,21 +60,23 @@ def run(
   data = batches.dataset(
     source, renderer(setup, config), stage.batch_size, config.seed
   )
-  return supervised.fit(
+  iterator = batches.iterate(data)
+  optimizer = learner.make_optimizer(stage)
+  loss_fn = learner.supervised_loss(
+    setup.model,
+    setup.grammar,
+    listwise_weight=stage.listwise_weight,
+    ranking_weight=stage.ranking_weight if stage.rank_by == 'readout' else 0.0,
+    sharpness=stage.sharpness,
+  )
+  return training.fit(
     stage,
     setup=setup,
     workdir=workdir,
     seed=config.seed,
-    loss_fn=learner.supervised_loss(
-      setup.model,
-      setup.grammar,
-      listwise_weight=stage.listwise_weight,
-      ranking_weight=stage.ranking_weight
-      if stage.rank_by == 'readout'
-      else 0.0,
-      sharpness=stage.sharpness,
-    ),
-    iterator=batches.iterate(data),
+    optimizer=optimizer,
+    take_step=training.supervised_step(setup, loss_fn, optimizer, iterator),
+    iterator=iterator,
     validate=ranker.validator(config, setup, inputs['slates'], stage),
     choose='n@5',
     inherited=inputs['midtrain'],
@@ -107,7 +109,7 @@ def renderer(setup: policy.Setup, config):
   def render(record, rng):
     slate, trace = record['slate'], record['trace']
     order = prompts.presentation(
-      int(slate['count']), config.prompt.shuffle, rng
+      int(slate['count']), config.prompt.order, rng
     )
     answer = prompter.answer(trace['ranking'], order)
     reasoning = prompter.present(trace['reasoning'], order)

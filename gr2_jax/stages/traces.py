@@ -26,7 +26,7 @@ def run(
 
   Args:
     config: sections prompt, model, mesh, traces; seed.
-    inputs: slates, tokenizer, midtrain.
+    inputs: slates, tokenizer, backbone.
     workdir: of this stage. Both files appear whole or not at all, and each
       trace is a function of (seed, slate): a killed run starts again.
 
@@ -40,7 +40,7 @@ def run(
       f'traces.kind is {stage.kind!r}; it must be one of {KINDS}'
     )
   setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['midtrain']
+    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
   )
   names = slates_lib.read_meta(inputs['slates'])['evidence']
   slates = slates_lib.source(inputs['slates'], 'train')

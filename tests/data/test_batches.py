@@ -134,7 +134,7 @@ def test_a_request_ends_in_its_control_token(tmp_path):
   prompter = tiny_data.prompter(tmp_path)
   slate = tiny_data.slate(count=4)
   for control in ('<think>', '<answer>'):
-    row = batches.requests(prompter, control, True)(
+    row = batches.requests(prompter, control, 'shuffled')(
       slate, np.random.default_rng(0)
     )
     n = int(row['prompt_length'])
@@ -145,9 +145,46 @@ def test_a_request_ends_in_its_control_token(tmp_path):
     order = row['incoming'][:4]
     assert order.tolist() != [0, 1, 2, 3]
     np.testing.assert_array_equal(row['grades'][:4], slate['grades'][order])
-  plain = batches.requests(prompter, '<answer>', False)
+  plain = batches.requests(prompter, '<answer>', 'incoming')
   row = plain(slate, np.random.default_rng(0))
   assert row['incoming'].tolist() == list(range(6))
+
+
+def test_the_order_of_presentation_is_a_choice(tmp_path):
+  prompter = tiny_data.prompter(tmp_path)
+  slate = tiny_data.slate(count=4)
+  kept = {}
+  for order in ('shuffled', 'incoming', 'mixed'):
+    render = batches.requests(prompter, '<answer>', order)
+    rows = [render(slate, np.random.default_rng(i)) for i in range(200)]
+    shown = np.stack([row['incoming'] for row in rows])
+    assert (np.sort(shown) == np.arange(6)).all()
+    kept[order] = (shown == np.arange(6)).all(axis=1).mean()
+  assert kept['incoming'] == 1.0
+  assert kept['shuffled'] < 0.12  # One order of 24.
+  assert 0.4 < kept['mixed'] < 0.65  # The coin's half, and half of the 24th.
+  render = batches.requests(prompter, '<answer>', 'random')
+  with pytest.raises(ValueError, match="prompt.order='random'.*mixed"):
+    render(slate, np.random.default_rng(0))
+
+
+def test_several_views_of_a_record_have_randomness_of_their_own(tmp_path):
+  prompter = tiny_data.prompter(tmp_path)
+  slate = tiny_data.slate(count=4)
+  once = batches.requests(prompter, '<answer>', 'shuffled')
+  twice = batches.several(once, 2)
+  orders = set()
+  for seed in range(8):
+    row = twice(slate, np.random.default_rng(seed))
+    assert row['prompt'].shape == (2, prompter.prompt_tokens)
+    assert row['prompt_length'].shape == row['count'].shape == (2,)
+    for shown, grades in zip(row['incoming'], row['grades'], strict=True):
+      np.testing.assert_array_equal(grades[:4], slate['grades'][shown[:4]])
+    orders.add(tuple(map(tuple, row['incoming'].tolist())))
+  assert any(first != second for first, second in orders)
+  whole = batches.several(once, 1)(slate, np.random.default_rng(3))
+  alone = once(slate, np.random.default_rng(3))
+  assert_same([{k: v[0] for k, v in whole.items()}], [alone])
 
 
 def test_a_split_in_order_does_not_depend_on_the_batch_size():

@@ -228,6 +228,6 @@ def test_padding_fills_up_and_never_cuts():
 
 def test_presentation_is_a_permutation_or_the_incoming_order():
   rng = np.random.default_rng(0)
-  assert prompts.presentation(5, False, rng).tolist() == [0, 1, 2, 3, 4]
-  drawn = {tuple(prompts.presentation(3, True, rng)) for _ in range(200)}
+  assert prompts.presentation(5, 'incoming', rng).tolist() == [0, 1, 2, 3, 4]
+  drawn = {tuple(prompts.presentation(3, 'shuffled', rng)) for _ in range(200)}
   assert len(drawn) == 6

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gr2_jax.data import vocabulary
 
-from .. import tiny_data
+from .. import tiny_data, tiny_pretrained
 
 
 @pytest.fixture(scope='module')
@@ -17,40 +17,97 @@ def words(tmp_path_factory):
   return tiny_data.words(tmp_path_factory.mktemp('vocabulary'))
 
 
-def test_every_family_of_symbols_stands_together(words):
+def extended(directory, thinks=False, spare=tiny_pretrained.SPARE, **changes):
+  """A pretrained model's vocabulary with our symbols."""
+  model = tiny_pretrained.tokenizer(thinks)
+  fields = dict(
+    tokenizer=model.to_str(),
+    rows=model.get_vocab_size() + spare,
+    layout=tiny_data.LAYOUT,
+    source='weights',
+    eos_token='<|im_end|>',
+  )
+  path = directory / vocabulary.EXTENDED
+  return vocabulary.extend(path, **(fields | changes))
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+  return extended(tmp_path_factory.mktemp('pretrained'))
+
+
+@pytest.fixture(scope='module', params=['words', 'pretrained'])
+def either(request):
+  return request.getfixturevalue(request.param)
+
+
+def test_every_family_of_symbols_stands_together(either):
   layout = tiny_data.LAYOUT
   families = {
-    '<think>': (words.control['<think>'], len(vocabulary.CONTROLS)),
-    '<by:rank>': (words.by_base, 2),
-    '<slot0>': (words.slot_base, 8),
-    '<rank=0>': (words.bin_base, 8),
-    '<a0>': (words.sid_base, 15),
+    '<think>': (either.control['<think>'], len(vocabulary.CONTROLS)),
+    '<by:rank>': (either.by_base, 2),
+    '<slot0>': (either.slot_base, 8),
+    '<rank=0>': (either.bin_base, 8),
+    '<a0>': (either.sid_base, 15),
   }
   symbols, at = layout.symbols(), 0
   for first, (base, size) in families.items():
     assert symbols[at] == first
-    shown = [words.decode([base + i]) for i in range(size)]
+    shown = [either.decode([base + i]) for i in range(size)]
     assert shown == symbols[at : at + size]
     at += size
   assert at == len(symbols)
-  assert words.sid_base + 15 <= len(words)
+  assert either.sid_base + 15 <= len(either)
+
+
+def test_where_our_symbols_begin(words, pretrained):
   assert (words.pad, words.bos, words.eos) == (0, 1, 2)
+  assert words.first_symbol == words.control['<think>'] == 4
+  # A row for every token the model has, named or not; then ours.
+  size = tiny_pretrained.tokenizer(False).get_vocab_size()
+  first = size + tiny_pretrained.SPARE
+  assert pretrained.first_symbol == pretrained.pad == first
+  assert pretrained.control['<think>'] == first + 1
+  assert pretrained.eos == tiny_pretrained.SPECIAL.index('<|im_end|>')
+  own = 1 + len(tiny_data.LAYOUT.symbols())
+  assert len(pretrained) == first + own
 
 
-def test_codes_and_bins_are_the_symbols_they_are_called(words):
-  ids = words.sid(np.array([[0, 4, 2], [1, 0, 3]]))
-  assert [words.decode(row) for row in ids] == ['<a0><b4><c2>', '<a1><b0><c3>']
-  ids = words.bins(np.array([[3, 0], [1, 2]]))
+def test_a_model_that_reasons_keeps_its_own_tokens_for_it(tmp_path, pretrained):
+  words = extended(tmp_path, thinks=True)
+  model = tiny_pretrained.tokenizer(True)
+  for name in tiny_pretrained.THINK:
+    assert words.control[name] == model.token_to_id(name) < words.first_symbol
+  assert len(words) - words.first_symbol == (
+    len(pretrained) - pretrained.first_symbol - 2
+  )
+  assert words.decode([words.slot_base + 3, words.sid_base]) == '<slot3><a0>'
+
+
+def test_a_policy_that_comes_back_has_all_its_symbols(tmp_path, pretrained):
+  (tmp_path / 'back').mkdir()
+  back = extended(
+    tmp_path / 'back', tokenizer=pretrained.pieces.json, rows=len(pretrained)
+  )
+  assert len(back) == len(pretrained)
+  for name in ('first_symbol', 'pad', 'eos', 'by_base', 'sid_base', 'control'):
+    assert getattr(back, name) == getattr(pretrained, name)
+
+
+def test_codes_and_bins_are_the_symbols_they_are_called(either):
+  ids = either.sid(np.array([[0, 4, 2], [1, 0, 3]]))
+  assert [either.decode(row) for row in ids] == ['<a0><b4><c2>', '<a1><b0><c3>']
+  ids = either.bins(np.array([[3, 0], [1, 2]]))
   assert ids.dtype == np.int32
-  assert [words.decode(row) for row in ids] == [
+  assert [either.decode(row) for row in ids] == [
     '<rank=3><fame:raw=0>',
     '<rank=1><fame:raw=2>',
   ]
 
 
-def test_slots_are_told_from_their_neighbours(words):
-  ids = words.slot_base + np.arange(-1, 9)
-  assert words.is_slot(ids).tolist() == [False, *[True] * 8, False]
+def test_slots_are_told_from_their_neighbours(either):
+  ids = either.slot_base + np.arange(-1, 9)
+  assert either.is_slot(ids).tolist() == [False, *[True] * 8, False]
 
 
 TEXT = st.text(max_size=30)
@@ -77,6 +134,29 @@ def test_text_comes_back(words, text):
   assert words.decode(words.encode(text)) == text
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+  text=st.lists(
+    st.text(max_size=8)
+    | st.sampled_from(
+      [*tiny_pretrained.SPECIAL, *tiny_data.LAYOUT.symbols(), '<|row350|>']
+    )
+  ).map(''.join)
+)
+def test_pretrained_pieces_give_any_text_back_exactly(pretrained, text):
+  """Spaces, control characters, and what looks like a token included."""
+  ids = pretrained.encode(text)
+  assert pretrained.decode(ids) == text
+  special = range(len(tiny_pretrained.SPECIAL))
+  assert not np.isin(ids, special).any()
+  assert all(i < pretrained.first_symbol - tiny_pretrained.SPARE for i in ids)
+
+
+def test_text_after_a_symbol_begins_with_a_space(either):
+  ids = [either.slot_base, *either.encode('red soap'), either.slot_base + 1]
+  assert either.decode(ids) == '<slot0> red soap<slot1>'
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=TEXT)
 def test_ids_stay_in_the_vocabulary_and_coming_back_is_stable(words, text):
@@ -87,16 +167,46 @@ def test_ids_stay_in_the_vocabulary_and_coming_back_is_stable(words, text):
 
 
 @pytest.mark.parametrize('word', ['<slot3>', '</think>', '<a0>', '<<think>>'])
-def test_a_title_cannot_spell_a_control_token(words, word):
-  ids = np.array(words.encode(f'soap {word}'))
-  first = words.control['<think>']
-  families = range(first, words.sid_base + 15)
+def test_a_title_cannot_spell_a_control_token(either, word):
+  ids = np.array(either.encode(f'soap {word}'))
+  first = either.control['<think>']
+  families = range(first, either.sid_base + 15)
   assert not np.isin(ids, families).any()
-  assert words.decode(ids).replace(' ', '') == f'soap{word}'
+  assert either.decode(ids).replace(' ', '') == f'soap{word}'
 
 
-def test_padding_is_not_shown(words):
-  assert words.decode([0, *words.encode('red soap'), 0, 0]) == 'red soap'
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'spare': -1},
+      r'weights: .* 3\d\d tokens, .* 3\d\d rows: they are of dif',
+    ),
+    ({'spare': 1025}, r'weights: .* 3\d\d tokens, .* 1\d\d\d rows'),
+    ({'eos_token': None}, 'weights: .* no token None to end an answer'),
+    ({'eos_token': '</s>'}, "weights: .* no token '</s>' to end an answer"),
+  ],
+)
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    extended(tmp_path, **changes)
+  assert not list(tmp_path.iterdir())
+
+
+def test_some_of_our_symbols_in_a_model_are_refused(tmp_path, pretrained):
+  layout = dataclasses.replace(tiny_data.LAYOUT, codebook_size=6)
+  with pytest.raises(ValueError, match="has a token '<by:rank>', but not all"):
+    extended(
+      tmp_path,
+      tokenizer=pretrained.pieces.json,
+      rows=len(pretrained),
+      layout=layout,
+    )
+
+
+def test_padding_is_not_shown(either):
+  ids = [either.pad, *either.encode('red soap'), either.pad, either.pad]
+  assert either.decode(ids) == 'red soap'
 
 
 def test_training_twice_gives_the_same_bytes(tmp_path):
@@ -123,8 +233,14 @@ def test_training_twice_gives_the_same_bytes(tmp_path):
     ({'levels': 4}, '<d0>'),
   ],
 )
-def test_another_layout_is_refused(tmp_path, change, symbol):
-  tiny_data.words(tmp_path)
+@pytest.mark.parametrize('make', [tiny_data.words, extended])
+def test_another_layout_is_refused(tmp_path, make, change, symbol):
+  make(tmp_path)
   layout = dataclasses.replace(tiny_data.LAYOUT, **change)
   with pytest.raises(ValueError, match=f"symbol '{re.escape(symbol)}' is not"):
-    vocabulary.Vocabulary(tmp_path / 'vocabulary.model', layout)
+    vocabulary.Vocabulary(vocabulary.find(tmp_path), layout)
+
+
+def test_a_folder_without_a_vocabulary_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match='neither vocabulary.json nor'):
+    vocabulary.find(tmp_path)

@@ -85,7 +85,8 @@ def test_rms_norm_equals_a_numpy_oracle():
 def test_rotation_equals_complex_multiplication():
   x = np.random.default_rng(0).normal(size=(6, 2, 8)).astype(np.float32)
   positions = np.array([0, 1, 2, 7, 100, 1000])
-  found = transformer.rotate(x, positions, 500.0)
+  frequency = 500.0 ** (-np.arange(4) / 4)
+  found = transformer.rotate(x, positions, frequency)
   np.testing.assert_allclose(found, turn(x, positions, 500.0), atol=1e-4)
 
 
@@ -95,7 +96,8 @@ def test_rotated_products_depend_on_the_distance_alone():
 
   def product(i, j):
     a, b = (
-      transformer.rotate(x, np.array([t]), 100.0) for x, t in ((q, i), (k, j))
+      transformer.rotate(x, np.array([t]), 100.0 ** (-np.arange(4) / 4))
+      for x, t in ((q, i), (k, j))
     )
     return float(jnp.sum(a * b))
 

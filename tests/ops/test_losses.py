@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -79,6 +80,107 @@ def test_surrogate_survives_a_stray_token():
     jnp.ones((1, 1), bool),
   )
   assert np.isfinite(loss.sum)
+
+
+def averaged(values, mask, kind):
+  """The sum and the divisor of `average_tokens`, rollout by rollout."""
+  rows = [v[m].astype(np.float64) for v, m in zip(values, mask, strict=True)]
+  rows = [row for row in rows if len(row)]
+  match kind:
+    case 'token':
+      return sum(row.sum() for row in rows), sum(map(len, rows))
+    case 'sequence':
+      return sum(row.mean() for row in rows), len(rows)
+    case 'fixed':
+      return sum(row.sum() for row in rows) / mask.shape[1], len(rows)
+
+
+@pytest.mark.parametrize('kind', losses.AVERAGES)
+def test_averages_equal_numpy(kind):
+  values, _, _, mask = tokens()
+  mask[2] = False  # A rollout of a group that does not count.
+  values[2] = np.nan
+  run = jax.jit(losses.average_tokens, static_argnums=2)
+  wanted = averaged(values, mask, kind)
+  np.testing.assert_allclose(run(values, mask, kind), wanted, rtol=1e-5)
+  shaped = (x.reshape(2, 3, 9) for x in (values, mask))
+  np.testing.assert_allclose(run(*shaped, kind), wanted, rtol=1e-5)
+  none = losses.average_tokens(values, np.zeros_like(mask), kind)
+  assert float(none.mean()) == 0.0
+
+
+def test_averages_differ_as_the_example_says():
+  values = np.float32([[3, 9, 9], [0, 1, 2]])
+  mask = np.array([[True, False, False], [True, True, True]])
+  found = {
+    kind: float(losses.average_tokens(values, mask, kind).mean())
+    for kind in losses.AVERAGES
+  }
+  assert found == {'token': 1.5, 'sequence': 2.0, 'fixed': 1.0}
+  with pytest.raises(ValueError, match="average is 'mean'"):
+    losses.average_tokens(values, mask, 'mean')
+
+
+@pytest.mark.parametrize('average', losses.AVERAGES)
+def test_surrogate_with_all_options_equals_numpy(average):
+  logp, old, _, mask = tokens(2)
+  rng = np.random.default_rng(5)
+  advantages = rng.normal(size=logp.shape).astype(np.float32)
+  importance = rng.uniform(0.2, 2.0, logp.shape).astype(np.float32)
+  advantages[~mask] = importance[~mask] = np.nan
+  ratio = np.exp(np.float64(logp) - old)
+  bound = np.clip(ratio, 0.9, 1.5)
+  values = -importance * np.minimum(ratio * advantages, bound * advantages)
+  found, parts = losses.clipped_surrogate(
+    logp, old, advantages, mask, clip_low=0.1, clip_high=0.5,
+    importance=importance, average=average,
+  )  # fmt: skip
+  np.testing.assert_allclose(found, averaged(values, mask, average), rtol=1e-5)
+  clipped = (ratio * advantages > bound * advantages)[mask]
+  assert 0 < clipped.sum() == parts['clip_fraction'].sum
+  assert parts['ratio'].count == mask.sum()
+
+
+def test_weights_of_importance_are_no_path_for_gradients():
+  logp, old, advantages, mask = tokens(3)
+  weights = np.where(mask, 0.5, np.nan).astype(np.float32)
+
+  def loss(logp, weights):
+    return losses.clipped_surrogate(
+      logp, old, advantages, mask, importance=weights
+    )[0].sum
+
+  by_logp, by_weights = jax.grad(loss, (0, 1))(logp, weights)
+  plain = jax.grad(lambda x: loss(x, np.ones_like(weights)))(logp)
+  np.testing.assert_allclose(by_logp, 0.5 * plain, rtol=1e-5)
+  assert np.abs(by_logp).max() > 0.1
+  assert not np.asarray(by_weights).any()
+
+
+def test_importance_weights_equal_numpy():
+  logp, sampler, _, mask = tokens(4)
+  logp[0, 0], sampler[0, 0] = 0.0, -200.0  # A stray token.
+  cap = 1.3
+  run = jax.jit(functools.partial(losses.importance_weights, cap=cap))
+  found = np.asarray(run(logp, sampler, mask))
+  gap = np.clip(np.float64(logp) - sampler, -20, 20)
+  wanted = np.where(mask, np.minimum(np.exp(gap), cap), 0)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  assert (found == np.float32(cap)).any()
+  assert (found[mask] < 1).any()
+  gradient = jax.grad(lambda x: run(x, sampler, mask).sum())(logp)
+  assert not np.asarray(gradient).any()
+
+
+def test_importance_weights_as_the_example_says():
+  found = losses.importance_weights(
+    np.float32([-1, -1]), np.float32([-1.5, -2]), np.array([True, True]), cap=2
+  )
+  np.testing.assert_allclose(found, [1.6487, 2.0], atol=1e-4)
+  with pytest.raises(ValueError, match='importance cap is 0.5'):
+    losses.importance_weights(
+      np.zeros(2), np.zeros(2), np.array([True, True]), cap=0.5
+    )
 
 
 def test_token_cross_entropy_weighs_and_ignores_padding():

@@ -1,4 +1,6 @@
 import functools
+import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.ops import parsing, rewards
+from gr2_jax.ops import judge, metrics, parsing, rewards
 
 from . import oracles
 
@@ -87,18 +89,64 @@ def test_copied_example():
   assert not rewards.copied(order('BACD'), INCOMING, COUNT)
 
 
+def test_positives_by_rank_example():
+  value = rewards.positives_by_rank(order('DBAC'), GRADES, COUNT)
+  np.testing.assert_array_equal(value, [1, 1, 0, 0])
+
+
+def test_misordered_pairs_example():
+  assert rewards.misordered_pairs(order('BACD'), GRADES, COUNT) == (2, 4)
+
+
+def test_target_rank_example():
+  value = rewards.target_rank(order('DABC'), GRADES, COUNT, INCOMING)
+  assert value == (1, 2, True)
+
+
 @pytest.mark.parametrize(
-  ('kind', 'total'), [('none', 0.7), ('v1', 0.5), ('v2', 0.2)]
+  ('kind', 'opened', 'total'),
+  [('none', True, 0.7), ('v1', False, 0.5), ('v2', False, 0.2)],
 )
-def test_gate_example(kind, total):
-  value = rewards.apply_gate(
-    jnp.float32(0.5),
-    jnp.array(True),
+def test_gate_example(kind, opened, total):
+  valid = jnp.array(True)
+  found = rewards.gate_open(
+    valid,
     copied_suboptimal=jnp.array(True),
     improved=jnp.array(False),
     kind=kind,
   )
+  assert found == opened
+  value = rewards.apply_gate(jnp.float32(0.5), valid, found, kind=kind)
   np.testing.assert_allclose(value, total, rtol=1e-6)
+  found = rewards.gate_open(
+    valid,
+    copied_suboptimal=jnp.array(False),
+    improved=jnp.array(True),
+    kind=kind,
+  )
+  assert found
+  value = rewards.apply_gate(jnp.float32(0.5), valid, found, kind=kind)
+  np.testing.assert_allclose(value, 0.7, rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', rewards.GATES)
+def test_no_gate_is_open_to_an_invalid_answer(kind):
+  for copy, improved in itertools.product((False, True), repeat=2):
+    assert not rewards.gate_open(
+      jnp.array(False),
+      copied_suboptimal=jnp.array(copy),
+      improved=jnp.array(improved),
+      kind=kind,
+    )
+
+
+def test_gated_extras_example():
+  extras = (jnp.full(2, 0.1), jnp.full(2, -0.05))
+  value = rewards.gated_extras(extras, jnp.array([True, False]))
+  np.testing.assert_allclose(value, [0.05, -0.05], rtol=1e-5)
+  np.testing.assert_array_equal(
+    rewards.gated_extras((), jnp.array([True, False])), [0, 0]
+  )
 
 
 def test_rank_reward_example():
@@ -121,7 +169,7 @@ def test_rank_reward_example():
 
 
 def test_reward_example():
-  def run(letters, verdict):
+  def run(letters, verdict, extras=()):
     return rewards.reward(
       order(letters),
       np.int32(verdict),
@@ -130,14 +178,35 @@ def test_reward_example():
       INCOMING,
       kind='ndcg',
       k=4,
+      extras=extras,
     )
 
   good = run('DBAC', parsing.VALID)
-  np.testing.assert_allclose(good, [0.9967, 0.7967, 1, 0], atol=1e-4)
+  np.testing.assert_allclose(good, [0.9967, 0.7967, 1, 0, 0], atol=1e-4)
   copy = run('ABCD', parsing.VALID)
-  np.testing.assert_allclose(copy, [0.2, 0.6399, 1, 1], atol=1e-4)
+  np.testing.assert_allclose(copy, [0.2, 0.6399, 1, 1, 0], atol=1e-4)
   invalid = run('ABCD', parsing.MISSING)
-  np.testing.assert_allclose(invalid, [0, 0.6399, 0, 0], atol=1e-4)
+  np.testing.assert_allclose(invalid, [0, 0.6399, 0, 0, 0], atol=1e-4)
+  extras = (jnp.float32(0.1), jnp.float32(-0.05))
+  totals = [
+    run(letters, verdict, extras).total
+    for letters, verdict in (('DBAC', 0), ('ABCD', 0), ('ABCD', 4))
+  ]
+  np.testing.assert_allclose(totals, [1.0467, 0.15, -0.05], atol=1e-4)
+
+
+@pytest.mark.parametrize('module', [rewards, metrics, judge])
+def test_every_public_function_has_a_worked_example(module):
+  functions = [
+    value
+    for name, value in vars(module).items()
+    if inspect.isfunction(value)
+    and value.__module__ == module.__name__
+    and not name.startswith('_')
+  ]
+  assert functions
+  for function in functions:
+    assert 'Example: ' in function.__doc__, function.__name__
 
 
 @pytest.mark.parametrize('grades', [[0, 0, 0, 0], [1, 2, 1, 1]])
@@ -200,10 +269,7 @@ def batched(kind, gate):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-  st.integers(0, 2**32 - 1),
-  st.sampled_from(('auc', 'ndcg', 'auc+ndcg', 'rr')),
-)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(rewards.KINDS))
 def test_v2_pays_copies_and_faults_the_format_weight_at_most(seed, kind):
   ranking, grades, count, incoming = oracles.random_slates(seed, 64, 6)
   copy = np.asarray(parsing.incoming_ranking(incoming, count))
@@ -232,6 +298,89 @@ def test_v2_pays_copies_and_faults_the_format_weight_at_most(seed, kind):
     ungated.total, ungated.rank + 0.2 * ~invalid, atol=1e-6
   )
   np.testing.assert_array_equal(result.copied, is_copy & ~invalid)
+
+
+def answers_with_extras(seed, scale):
+  """Copies, faults and others, with three extras of any sign."""
+  ranking, grades, count, incoming = oracles.random_slates(seed, 64, 6)
+  copy = np.asarray(parsing.incoming_ranking(incoming, count))
+  ranking[::2] = copy[::2]
+  rng = np.random.default_rng(seed)
+  verdict = rng.choice([0, 0, 1, 2, 3, 4], 64).astype(np.int32)
+  # An invalid answer falls back to the incoming order.
+  ranking = np.where((verdict == parsing.VALID)[:, None], ranking, copy)
+  extras = scale * rng.normal(size=(3, 64)).astype(np.float32)
+  suboptimal = np.array(over_batch(oracles.misordered, (copy, grades, count)))
+  hacked = (ranking == copy).all(axis=-1) & suboptimal
+  slate = (ranking, verdict, grades, count, incoming)
+  return slate, tuple(extras), hacked
+
+
+@settings(max_examples=80)
+@given(
+  st.integers(0, 2**32 - 1),
+  st.sampled_from(rewards.KINDS),
+  st.sampled_from((0.05, 1.0, 100.0)),
+)
+def test_under_v2_no_extra_pays_copies_or_faults(seed, kind, scale):
+  slate, extras, hacked = answers_with_extras(seed, scale)
+  result = batched(kind, 'v2')(*slate, extras=extras)
+  total = np.asarray(result.total)
+  invalid = slate[1] != parsing.VALID
+  assert (total[invalid] <= 0).all()
+  assert (total[hacked] <= 0.2 + 1e-6).all()
+  # Everyone else has the terms whole; these have the costs, and no less.
+  free = ~invalid & ~hacked
+  terms = np.where(free, extras, np.minimum(extras, 0))
+  np.testing.assert_allclose(
+    result.extra, terms.sum(0), rtol=1e-5, atol=1e-5 * scale
+  )
+  without = np.asarray(batched(kind, 'v2')(*slate).total)
+  np.testing.assert_allclose(
+    total, without + terms.sum(0), rtol=1e-5, atol=1e-5 * scale
+  )
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(rewards.GATES))
+def test_a_bonus_is_paid_to_valid_answers_alone(seed, gate):
+  slate, extras, _ = answers_with_extras(seed, 1.0)
+  bonus = tuple(np.abs(term) for term in extras)
+  result = batched('promotion', gate)(*slate, extras=bonus)
+  improved = np.array(
+    [
+      not any(g[:n] > 0)
+      or r.tolist().index(t := oracles.target(g, n, i)) < i[t]
+      or i[t] == 0
+      for r, _, g, n, i in zip(*slate, strict=True)
+    ]
+  )
+  paid = np.asarray(result.extra) > 0
+  invalid = slate[1] != parsing.VALID
+  assert not paid[invalid].any()
+  if gate == 'none':
+    assert paid[~invalid].all()
+  if gate == 'v1':
+    has = np.array(
+      [any(g[:n] > 0) for g, n in zip(slate[2], slate[3], strict=True)]
+    )
+    np.testing.assert_array_equal(paid[has], (~invalid & improved)[has])
+
+
+@settings(max_examples=30)
+@given(
+  st.integers(0, 2**32 - 1),
+  st.sampled_from(('auc', 'ndcg', 'auc+ndcg', 'rr', 'recall')),
+)
+def test_an_order_cost_within_the_format_weight_never_favours_faults(
+  seed, kind
+):
+  slate, _, _ = answers_with_extras(seed, 1.0)
+  valid = slate[1] == parsing.VALID
+  charge = np.random.default_rng(seed).uniform(size=64).astype(np.float32)
+  cost = (np.where(valid, -0.2 * charge, 0).astype(np.float32),)
+  total = np.asarray(batched(kind, 'v2')(*slate, extras=cost).total)
+  assert total[valid].min() >= total[~valid].max() - 1e-6
 
 
 @settings(max_examples=40, deadline=None)

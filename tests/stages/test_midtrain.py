@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gr2_jax import policy, reporting
+from gr2_jax import reporting
 from gr2_jax.data import prompts
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.stages import midtrain, rl, sft, supervised
@@ -55,32 +55,6 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
   assert {row['step'] for row in lines(tmp_path)} >= {1, 2, 3, 4, 5, 6}
 
 
-def test_a_kill_between_vocabulary_and_bins_starts_them_again(
-  world, tmp_path, monkeypatch
-):
-  config = tiny_world.config()
-
-  def found():
-    return policy.found_vocabulary(
-      config, world['slates'], world['tokenizer'], tmp_path, ()
-    )
-
-  def dying(*_):
-    raise KeyboardInterrupt
-
-  for module, name in (
-    (policy.vocabulary, 'train'), (policy.prompts, 'save_bins')
-  ):  # fmt: skip
-    with monkeypatch.context() as patch:
-      patch.setattr(module, name, dying)
-      with pytest.raises(KeyboardInterrupt):
-        found()
-    assert not (tmp_path / policy.BINS).exists()
-  found()
-  assert (tmp_path / policy.BINS).exists()
-  assert (tmp_path / policy.VOCABULARY).exists()
-
-
 @pytest.fixture(scope='module')
 def setup(world):
   return tiny_world.setup(world)
@@ -99,7 +73,7 @@ def test_pointing_sorts_the_candidates_by_the_named_column(
     slate = slates_lib.source(world['slates'], 'train')[index]
     row = render['pointing'](slate, np.random.default_rng(index))
     order = prompts.presentation(
-      int(slate['count']), True, np.random.default_rng(index)
+      int(slate['count']), 'shuffled', np.random.default_rng(index)
     )
     bins = prompter.bins(slate['evidence'], 5)[order]
     assert row['completion'].shape == (2, 1 + prompter.answer_tokens)

@@ -38,13 +38,13 @@ def config():
 @pytest.fixture(scope='module')
 def inputs(config, tmp_path_factory):
   """Finished artifacts; the parameters are random."""
-  names = ('slates', 'tokenizer', 'midtrain', 'rl')
+  names = ('slates', 'tokenizer', 'backbone', 'rl')
   inputs = {name: tmp_path_factory.mktemp(name) for name in names}
   slates_stage.run(config, {}, inputs['slates'])
   rng = np.random.default_rng(0)
   codes = rng.integers(8, size=(config.data.world.n_items, 2))
   semantic_ids.SemanticIds(codes, 8).save(inputs['tokenizer'])
-  home = inputs['midtrain']
+  home = inputs['backbone']
   policy.found_vocabulary(
     config, inputs['slates'], inputs['tokenizer'], home, ('likes',)
   )
@@ -139,7 +139,7 @@ def test_results_say_what_the_output_holds(finished):
 
 def test_reasoning_names_candidates_by_incoming_rank(config, inputs):
   setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['midtrain']
+    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
   )
   words = setup.vocabulary
   slots = words.slot_base + np.array([0, 2, 1, 5])
@@ -213,14 +213,14 @@ def test_without_input_the_test_slates_are_ranked(config, inputs, tmp_path):
   answers = output(tmp_path)
   assert results['slates'] == len(stored) == len(answers)
   setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['midtrain']
+    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
   )
   direct = ranker.rank(
     setup,
     setup.load_params(inputs['rl']),
     slates_lib.source(inputs['slates'], 'test'),
     thinking=True,
-    shuffle=True,
+    order='shuffled',
     batch_size=8,
     seed=0,
   )

@@ -30,7 +30,7 @@ def compiled(setup):
 
 
 def acted(world, setup, compiled, seed=0, constrained=True, gate='v2'):
-  render = batches.requests(setup.prompter, '<answer>', True)
+  render = batches.requests(setup.prompter, '<answer>', 'shuffled')
   slates = slates_lib.source(world['slates'], 'train')
   rows = [render(slates[i], np.random.default_rng((seed, i))) for i in range(8)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
@@ -97,7 +97,7 @@ def test_rewards_are_those_of_the_sampled_tokens(
 def test_groups_of_equal_rewards_are_masked(world, setup):
   stage = tiny_world.config(rl__reward='recall', rl__k=5, rl__gate='none').rl
   act = rl.make_act(setup, setup.sampling(4, False, 1.0, True), stage)
-  render = batches.requests(setup.prompter, '<answer>', True)
+  render = batches.requests(setup.prompter, '<answer>', 'shuffled')
   slates = slates_lib.source(world['slates'], 'train')
   rows = [render(slates[i], np.random.default_rng(i)) for i in range(8)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}

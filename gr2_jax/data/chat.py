@@ -1,0 +1,117 @@
+"""A chat model's turns around a prompt, from the template in its file.
+
+The template is rendered once with a mark where the user speaks. What stands
+before the mark opens every prompt, what stands behind it closes the user's
+turn and opens the model's. A template that knows of `enable_thinking` is
+rendered both ways: where it puts an empty reasoning span into an answer that
+does not reason, as Qwen3's does, that span comes before <answer>.
+"""
+
+import dataclasses
+import os
+import re
+
+from gr2_jax.data import vocabulary as vocabulary_lib
+
+_MARK = 'THE-PROMPT-STANDS-HERE'
+
+# Control token -> `enable_thinking`.
+_ASKS = {'<think>': True, '<answer>': False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+  """Token ids around the blocks of a prompt."""
+
+  opening: tuple[int, ...]  # at least one
+  closing: tuple[int, ...]
+  asks: dict[str, tuple[int, ...]]  # control token -> ids that end in it
+
+
+def turns(vocabulary: vocabulary_lib.Vocabulary, system: str) -> Turns:
+  """Opening and closing of a model's prompts.
+
+  Args:
+    vocabulary: one without a chat template has <bos> and the bare controls.
+    system: who the model is to be; unused without a template.
+
+  Returns:
+    The ids.
+
+  Raises:
+    ValueError: the template fails, or alters the user's words.
+  """
+  control = vocabulary.control
+  pieces = vocabulary.pieces
+  if not pieces.chat_template:
+    asks = {name: (control[name],) for name in _ASKS}
+    return Turns((vocabulary.bos,), (), asks)
+  opening: list[int] = []
+  closings = {}
+  for name, thinking in _ASKS.items():
+    text = render(pieces.chat_template, pieces.names, system, _MARK, thinking)
+    before, mark, after = text.partition(_MARK)
+    if not mark:
+      raise ValueError(
+        'the chat template does not show what the user says; take another '
+        f'model, or mend the template: {pieces.chat_template[:200]!r}'
+      )
+    # A template may open the reasoning; our control token does, and is last.
+    after = re.sub(r'<think>\s*$', '', after)
+    opening = pieces.markup(before)
+    closings[name] = pieces.markup(after)
+  shared = os.path.commonprefix(list(closings.values()))
+  return Turns(
+    opening=tuple(opening),
+    closing=tuple(shared),
+    asks={
+      name: (*ids[len(shared) :], control[name])
+      for name, ids in closings.items()
+    },
+  )
+
+
+def render(
+  template: str,
+  names: dict[str, str | None],
+  system: str,
+  user: str,
+  thinking: bool,
+) -> str:
+  """Text of a system and a user turn, and the opening of the model's.
+
+  Args:
+    template: Jinja, with the whitespace rules and names that chat templates
+      are written for. It comes from a file: it runs in a sandbox.
+    names: `bos_token` and the like; None becomes empty.
+    system: content of the first turn; no such turn where it is empty.
+    user: content of the second turn.
+    thinking: `enable_thinking`.
+
+  Raises:
+    ValueError: the template fails; says with what.
+  """
+  import jinja2.sandbox  # Of the extra `hf`.
+
+  def refuse(message):
+    raise jinja2.TemplateError(message)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+  )
+  environment.globals['raise_exception'] = refuse
+  messages = [{'role': 'system', 'content': system}] if system else []
+  messages.append({'role': 'user', 'content': user})
+  try:
+    return environment.from_string(template).render(
+      messages=messages,
+      add_generation_prompt=True,
+      enable_thinking=thinking,
+      tools=None,
+      **{name: token or '' for name, token in names.items()},
+    )
+  except jinja2.TemplateError as e:
+    raise ValueError(
+      f'the chat template fails: {e}; an empty prompt.system leaves out the '
+      'system turn, if that is what it dislikes'
+    ) from e

@@ -1,0 +1,55 @@
+"""Embedding rows of symbols that a pretrained model does not have.
+
+Axes: V rows of the model, D width, N new rows.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+KINDS = ('noise', 'mean', 'text')
+
+# Rows that start alike must differ for the output to tell them apart.
+_JITTER = 0.1
+
+
+def new_rows(
+  embedding_VxD: np.ndarray,
+  texts: Sequence[Sequence[int]],
+  kind: str,
+  seed: int = 0,
+) -> np.ndarray:
+  """How rows of added symbols start.
+
+    noise:  s e
+    mean:   mean over all rows + s e / 10
+    text:   mean over the rows of the symbol's text + s e / 10
+
+  with e standard normal and s the standard deviation of all entries.
+
+  Args:
+    embedding_VxD: the model's own rows, float.
+    texts: of each new symbol, ids of words that tell what it stands for; one
+      without any starts as in `mean`.
+    kind: of KINDS.
+    seed: of the noise.
+
+  Returns:
+    float32 [N, D].
+
+  Raises:
+    ValueError: no such kind.
+  """
+  if kind not in KINDS:
+    raise ValueError(f'model.new_rows={kind!r}: must be one of {KINDS}')
+  N, D = len(texts), embedding_VxD.shape[1]
+  spread = np.std(embedding_VxD, dtype=np.float64)
+  noise_NxD = np.random.default_rng(seed).normal(0.0, spread, (N, D))
+  if kind == 'noise':
+    return noise_NxD.astype(np.float32)
+  rows_NxD = np.tile(np.mean(embedding_VxD, axis=0, dtype=np.float64), (N, 1))
+  if kind == 'text':
+    for row_D, ids in zip(rows_NxD, texts, strict=True):
+      if len(ids):
+        row_D[:] = np.mean(embedding_VxD[np.asarray(ids)], 0, np.float64)
+  return (rows_NxD + _JITTER * noise_NxD).astype(np.float32)

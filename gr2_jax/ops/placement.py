@@ -1,0 +1,194 @@
+"""Credit for placements: a rank is answerable for what follows, not for what
+came before it.
+
+The reward of a whole answer gives each of its K placements the same advantage,
+so that nine of ten are judged by the luck of the first. Subtracting a function
+of the placements before a rank changes no expected gradient (it is a baseline
+that depends on the state alone) and takes that luck away. The function here is
+the reward to be expected if the candidates left were shuffled.
+
+Axes: G group, K candidates.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from gr2_jax.ops import masking, rewards
+
+KINDS = ('auc', 'ndcg', 'auc+ndcg')
+
+
+def expected_if_shuffled(
+  ranking: chex.Array,
+  grades: chex.Array,
+  count: chex.Array,
+  *,
+  kind: rewards.Kind,
+  k: int,
+) -> jax.Array:
+  """Expected reward with the first t placements kept and the rest shuffled.
+
+  Example: the order D B A C of grades 0 2 0 1, kind 'auc'. Nothing placed: 1/2.
+  D placed: its two pairs are right, those of B even: 3/4. D B placed: 1, and
+  from there on nothing changes.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K].
+    count: int [...].
+    kind: one of `KINDS`.
+    k: cut-off of ndcg.
+
+  Returns:
+    float32 [..., K]; entry t for t placements made, the whole reward at and
+    beyond `count`.
+
+  Raises:
+    ValueError: for any other kind.
+  """
+  if kind not in KINDS:
+    raise ValueError(
+      f'credit by placement knows the rewards {", ".join(KINDS)}; with '
+      f'{kind!r} use rl.credit=answer'
+    )
+  grade, left = _left(ranking, grades, count)
+  number = left.sum(-1).astype(jnp.float32)
+  found = []
+  if 'auc' in kind:
+    positive = (grade > 0).astype(jnp.float32)
+    real = masking.length_mask(count, grade.shape[-1])
+    negative = real * (1.0 - positive)
+    positives_left = _rest(positive)
+    made = negative * positives_left  # Pairs that a negative put wrong.
+    wrong = jnp.cumsum(made, axis=-1) - made
+    wrong += 0.5 * positives_left * _rest(negative)
+    pairs = positive.sum(-1, keepdims=True) * negative.sum(-1, keepdims=True)
+    pairs = jnp.broadcast_to(pairs, wrong.shape)
+    found.append(
+      jnp.where(pairs > 0, 1.0 - masking.divide(wrong, pairs), 0.5)
+    )
+  if 'ndcg' in kind:
+    gain = jnp.where(grade > 0, jnp.exp2(grade) - 1.0, 0.0)
+    rank = masking.index_like(gain.shape)
+    real = masking.length_mask(count, gain.shape[-1])
+    discount = jnp.where(real & (rank < k), 1.0 / jnp.log2(rank + 2.0), 0.0)
+    made = gain * discount
+    mean = masking.divide(_rest(gain), number)
+    dcg = jnp.cumsum(made, axis=-1) - made + mean * _rest(discount)
+    top = jnp.flip(jnp.sort(gain, axis=-1), axis=-1)
+    best = jnp.sum(
+      top * jnp.where(rank < k, 1.0 / jnp.log2(rank + 2.0), 0.0),
+      axis=-1,
+      keepdims=True,
+    )
+    found.append(masking.divide(dcg, jnp.broadcast_to(best, dcg.shape)))
+  return sum(found) / len(found)
+
+
+def settled(
+  ranking: chex.Array, grades: chex.Array, count: chex.Array
+) -> jax.Array:
+  """Ranks at which every candidate left has the same grade.
+
+  Whatever is placed there, the reward is the same: nothing to learn.
+
+  Args:
+    ranking: int [..., K].
+    grades: [..., K].
+    count: int [...].
+
+  Returns:
+    bool [..., K]; True at ranks beyond the count.
+  """
+  grade, left = _left(ranking, grades, count)
+  spread = jnp.broadcast_to(grade[..., None, :], left.shape)
+  high = jnp.max(jnp.where(left, spread, -jnp.inf), axis=-1)
+  low = jnp.min(jnp.where(left, spread, jnp.inf), axis=-1)
+  return high <= low
+
+
+def placement_advantage(
+  total: chex.Array,
+  expected: chex.Array,
+  is_settled: chex.Array,
+  *,
+  normalise: bool,
+  std_floor: float = 1e-3,
+) -> jax.Array:
+  """How much better a placement did than its group's at the same rank.
+
+  A_t = (R - expected_t) - mean over the group's rollouts not settled at t, 0
+  where settled; at t = 0 this is the group's own advantage.
+
+  Args:
+    total: float32 [..., G], whole rewards.
+    expected: float32 [..., G, K], of `expected_if_shuffled`.
+    is_settled: bool [..., G, K].
+    normalise: divide by the standard deviation over the unsettled entries of
+      the group, as DAPO does.
+    std_floor: smallest divisor.
+
+  Returns:
+    float32 [..., G, K].
+  """
+  open_ = ~is_settled
+  value = jnp.asarray(total, jnp.float32)[..., None] - expected
+  mean = masking.masked_mean(value, open_, axis=-2)
+  centred = masking.keep(value - mean[..., None, :], open_)
+  if not normalise:
+    return centred
+  flat = (*centred.shape[:-2], -1)
+  variance = masking.masked_mean(
+    jnp.square(centred).reshape(flat), open_.reshape(flat), axis=-1
+  )
+  scale = jnp.maximum(jnp.sqrt(variance), std_floor)
+  return centred / scale[..., None, None]
+
+
+def spread_over_tokens(
+  advantage: chex.Array,
+  by_placement: chex.Array,
+  length: chex.Array,
+  count: chex.Array,
+  valid: chex.Array,
+  size: int,
+) -> jax.Array:
+  """Gives each token of an answer its placement's advantage.
+
+  A valid completion ends in `count` slots and <eos>; what stands before them,
+  the <eos>, and every token of an invalid one, get the rollout's own.
+
+  Args:
+    advantage: float32 [...], of each rollout.
+    by_placement: float32 [..., K].
+    length: int [...], tokens of each rollout.
+    count: int [...].
+    valid: bool [...].
+    size: T.
+
+  Returns:
+    float32 [..., T].
+  """
+  time = masking.index_like((*jnp.shape(length), size))
+  rank = time - (length - 1 - count)[..., None]
+  inside = (rank >= 0) & (rank < count[..., None]) & valid[..., None]
+  K = by_placement.shape[-1]
+  placed = jnp.take_along_axis(by_placement, jnp.clip(rank, 0, K - 1), axis=-1)
+  return jnp.where(inside, placed, advantage[..., None])
+
+
+def _left(ranking, grades, count):
+  """Grades by rank [..., K], 0 at padding, and who is left at each rank
+  [..., K, K]: real candidates that stand at that rank or later."""
+  grades, ranking = jnp.asarray(grades, jnp.float32), jnp.asarray(ranking)
+  real = masking.length_mask(count, ranking.shape[-1])
+  grade = masking.keep(jnp.take_along_axis(grades, ranking, -1), real)
+  shape = (*grade.shape, grade.shape[-1])
+  later = masking.index_like(shape) >= masking.index_like(shape, -2)
+  return grade, later & real[..., None, :]
+
+
+def _rest(values):
+  """Sum over this rank and the later ones."""
+  return jnp.flip(jnp.cumsum(jnp.flip(values, -1), axis=-1), -1)
