@@ -24,12 +24,12 @@ RECIPE = {
 SIZES = {
   'sft.steps': 400,
   'sft.eval_every': 400,
-  'rl.batch_size': 16,
-  'rl.refill_size': 16,
+  'rl.batch_size': 32,
+  'rl.refill_size': 32,
   'rl.refills': 1,
   'rl.learning_rate': 2e-4,
-  'rl.steps': 200,
-  'rl.eval_every': 20,
+  'rl.steps': 300,
+  'rl.eval_every': 25,
   'rl.eval_slates': 256,
 }
 
@@ -49,9 +49,7 @@ def section(test: bool = False) -> ConfigDict:
   config.small = test  # the sizes of the test preset, not the study's own
   config.rewards = ('auc+ndcg',) if test else ('auc+ndcg', 'promotion')
   config.gates = ('none', 'v2') if test else ('none', 'v1', 'v2')
-  config.orders = (
-    ('incoming',) if test else ('incoming', 'shuffled', 'mixed')
-  )
+  config.orders = ('incoming',) if test else ('incoming', 'shuffled', 'mixed')
   config.test_slates = 64 if test else 1024  # of the test split, a fixed draw
   config.resamples = 200 if test else 2000  # of the bootstrap
   return config

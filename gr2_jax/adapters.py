@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685): what trains, and how
-it joins what does not.
+"""Low-rank adapters: what trains, and how it joins what does not.
 
-The decoder knows nothing of this. A training step joins the frozen parameters
-with the trainable ones and calls the loss as ever:
+LoRA (Hu et al., arXiv 2106.09685). The decoder knows nothing of this. A
+training step joins the frozen parameters with the trainable ones and calls the
+loss as ever:
 
   W = W_frozen + (alpha / rank) down @ up
 

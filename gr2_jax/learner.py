@@ -158,7 +158,7 @@ def score_tokens(
     tokens_PxGxT: the tokens.
     grammar: the slots' ids, and the mask where there is a constraint.
     temperature: the sampler's, above 0.
-    chunk: time steps at a time.
+    chunk: time steps at a time, at most.
     constraint: progress before each token [P, G, T] and the slates' counts
       [P], where the sampler was constrained.
 
@@ -167,8 +167,8 @@ def score_tokens(
   """
   embedding = transformer.output_embedding(params)
   P, G, T, _ = hidden_PxGxTxD.shape
-  chunk = min(chunk, T)
-  n = -(-T // chunk)
+  n = -(-T // chunk)  # Chunks of equal length, so that little is padding.
+  chunk = -(-T // n)
   K, base = grammar.num_candidates, grammar.slot_base
   remaining = jnp.broadcast_to(T - jnp.arange(T), (P, G, T))
   parts = [hidden_PxGxTxD, tokens_PxGxT, remaining]

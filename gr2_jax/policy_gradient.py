@@ -101,9 +101,9 @@ def make_loss(
     kl_weight: above 0, the batch must hold `reference_logp`.
 
   Returns:
-    `(params, batch) -> (loss, metrics)`; `sampler_gap` is the largest difference
-    between the batch's log-probability of a token and the one now: on the first
-    update of a batch, what parts sampler and learner.
+    `(params, batch) -> (loss, metrics)`; `sampler_gap` is the largest
+    difference between the batch's log-probability of a token and the one now:
+    on the first update of a batch, what parts sampler and learner.
   """
 
   def loss_fn(params, batch: PolicyBatch):
@@ -124,7 +124,8 @@ def make_loss(
     metrics = {name: found.mean() for name, found in watches.items()}
     if kl_weight:
       apart = kl.sampled_kl(
-        masking.keep(scores.logp, mask), masking.keep(batch.reference_logp, mask)
+        masking.keep(scores.logp, mask),
+        masking.keep(batch.reference_logp, mask),
       )
       reference_kl = losses.average_tokens(apart, mask, average).mean()
       loss += kl_weight * reference_kl

@@ -21,7 +21,6 @@ from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import transformer
 from gr2_jax.ops import masking, metrics
 
-
 SENSITIVITY_SLATES = 256  # Enough to see it, a fraction of a validation.
 
 

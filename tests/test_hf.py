@@ -24,7 +24,7 @@ TOKENS = 96
 SHAPE = dict(
   vocab_size=TOKENS,
   hidden_size=32,
-  intermediate_size=48,
+  intermediate_size=64,
   num_hidden_layers=3,
   num_attention_heads=4,
   num_key_value_heads=2,
@@ -221,14 +221,15 @@ def test_greedy_text_equals_theirs(tmp_path):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_files_of_half_width_become_float32(dtype, tmp_path):
-  model = theirs().to(dtype)
-  ours, params = load(save(model, tmp_path / 'theirs'))
+  folder = save(theirs().to(dtype), tmp_path / 'theirs')
+  ours, params = load(folder)
   assert params['layers']['gate'].dtype == jnp.float32
+  other = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32
+  )
   ids = draw()
   np.testing.assert_allclose(
-    our_logits(ours, params, ids),
-    their_logits(model.to(torch.float32), ids),
-    atol=1e-4,
+    our_logits(ours, params, ids), their_logits(other, ids), atol=1e-4
   )
 
 
@@ -317,10 +318,10 @@ def test_rows_of_added_symbols_start_as_given(tmp_path):
 def test_added_rows_are_cut_by_the_mesh_like_any(checkpoint):
   backbone = hf.open_backbone(str(checkpoint))
   model = dataclasses.replace(backbone.model, vocab_size=TOKENS + 8)
-  new = np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32)
-  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+  new = np.random.default_rng(0).normal(size=(60, 32)).astype(np.float32)
+  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
   found = hf.import_params(backbone, model, shardings(model, mesh), new)
-  old = backbone.read('embedding')[: TOKENS - 12]
+  old = backbone.read('embedding')[: TOKENS - 52]
   same(found['embedding'], np.r_[old, new])
 
 
@@ -440,16 +441,16 @@ def test_a_missing_leaf_is_named(checkpoint):
   del tensors[GATE]
   put(checkpoint, tensors)
   with pytest.raises(
-    ValueError, match=rf'theirs: leaf layers.gate \(3, 32, 48\): tensor {GATE}'
+    ValueError, match=rf'theirs: leaf layers.gate \(3, 32, 64\): tensor {GATE}'
   ):
     load(checkpoint)
 
 
 def test_a_misshaped_leaf_is_named_with_both_shapes(checkpoint):
-  put(checkpoint, tensors_of(checkpoint) | {GATE: np.zeros((48, 31), 'f')})
+  put(checkpoint, tensors_of(checkpoint) | {GATE: np.zeros((64, 31), 'f')})
   with pytest.raises(
     ValueError,
-    match=r'model.safetensors: leaf layers.gate.*\(48, 31\).*\(48, 32\)',
+    match=r'model.safetensors: leaf layers.gate.*\(64, 31\).*\(64, 32\)',
   ):
     load(checkpoint)
 
@@ -462,7 +463,7 @@ def test_a_tensor_without_a_place_is_named(checkpoint):
 
 
 def test_quantised_weights_are_named(checkpoint):
-  put(checkpoint, tensors_of(checkpoint) | {GATE: np.zeros((48, 32), np.int8)})
+  put(checkpoint, tensors_of(checkpoint) | {GATE: np.zeros((64, 32), np.int8)})
   with pytest.raises(ValueError, match=f'tensor {GATE} has type I8'):
     hf.open_backbone(str(checkpoint))
 

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import learner, policy_gradient, sampling, sharding
+from gr2_jax import (
+  adapters,
+  learner,
+  policy,
+  policy_gradient,
+  sampling,
+  sharding,
+)
 from gr2_jax.models import transformer
 
 MODEL = transformer.TransformerConfig(
@@ -21,6 +28,28 @@ MODEL = transformer.TransformerConfig(
 GRAMMAR = sampling.Grammar(
   slot_base=10, num_slots=7, num_candidates=5, think_end=4, eos=2, pad=0
 )
+
+
+def one_device():
+  """A mesh of one device: quicker to compile for and to step."""
+  return jax.make_mesh(
+    (1, 1, 1),
+    sharding.MESH_AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    devices=jax.devices()[:1],
+  )
+
+
+def setup(mesh=None, model=MODEL, trained=None):
+  """What a training loop needs of a setup: no data, no vocabulary."""
+  return policy.Setup(
+    catalog=None,
+    prompter=None,
+    grammar=GRAMMAR,
+    model=model,
+    mesh=mesh or one_device(),
+    adapters=trained or adapters.Adapters(),
+  )
 
 
 def sampler(thinking=True, constrained=True, temperature=0.7, group=3):

@@ -7,6 +7,8 @@ import jax
 from configs import common
 from gr2_jax import artifacts, checkpoint, learner, policy, sharding
 
+from . import tiny
+
 SIZES = {
   'data.world.n_items': 60,
   'data.world.n_users': 40,
@@ -98,14 +100,9 @@ def setup(world, own=None) -> policy.Setup:
 
 
 def on_one_device(patch):
-  """Makes every mesh one of a single device: quicker to compile and to step."""
-  one = jax.make_mesh(
-    (1, 1, 1),
-    sharding.MESH_AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    devices=jax.devices()[:1],
-  )
-  patch.setattr(sharding, 'make_mesh', lambda **_: one)
+  """Makes every mesh one of a single device."""
+  mesh = tiny.one_device()
+  patch.setattr(sharding, 'make_mesh', lambda **_: mesh)
 
 
 def left(world, stage, workdir, own=None):

@@ -160,4 +160,5 @@ def write_file(
     f.write(struct.pack('<Q', len(encoded)))
     f.write(encoded)
     for _, _, values in tensors:
-      f.write(np.ascontiguousarray(values(), DTYPES[dtype]).data)
+      flat = np.ascontiguousarray(values(), DTYPES[dtype]).reshape(-1)
+      f.write(flat.view(np.uint8).data)

@@ -43,7 +43,9 @@ def new_rows(
   if kind not in KINDS:
     raise ValueError(f'model.new_rows={kind!r}: must be one of {KINDS}')
   N, D = len(texts), embedding_VxD.shape[1]
-  spread = np.std(embedding_VxD, dtype=np.float64)
+  # `np.std` would make a copy of what may be gigabytes.
+  square = float(np.linalg.norm(embedding_VxD)) ** 2 / embedding_VxD.size
+  spread = (square - np.mean(embedding_VxD, dtype=np.float64) ** 2) ** 0.5
   noise_NxD = np.random.default_rng(seed).normal(0.0, spread, (N, D))
   if kind == 'noise':
     return noise_NxD.astype(np.float32)

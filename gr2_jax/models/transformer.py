@@ -86,17 +86,17 @@ class TransformerConfig:
 
 @flax.struct.dataclass
 class KeyValues:
-  """Keys and values of every layer; `G` is absent in a prompt's prefix."""
+  """Keys and values of every layer; a prefix has the axes [L, P, K, R, H]."""
 
-  k: jax.Array  # float [L, P, (G,) S, K, H]
-  v: jax.Array  # float [L, P, (G,) S, K, H]
+  k: jax.Array  # float [L, P, G, S, K, H]
+  v: jax.Array  # float [L, P, G, S, K, H]
 
 
 @flax.struct.dataclass
 class Prefix:
   """What a group of rollouts shares: the encoded prompt."""
 
-  kv: KeyValues  # [L, P, R, K, H]
+  kv: KeyValues  # [L, P, K, R, H]: as decoding reads it, not transposed again
   mask: jax.Array  # bool [P, R], True where a prompt token stands
   length: jax.Array  # int32 [P], prompt tokens = position of the next token
 
@@ -137,25 +137,34 @@ def rope_frequencies(config: TransformerConfig) -> jax.Array:
   return keep * frequency + (1.0 - keep) * stretched
 
 
-def rotate(
-  x: jax.Array,
-  positions: jax.Array,
-  frequency: jax.Array,
-  magnitude: float = 1.0,
-) -> jax.Array:
+def rope(
+  positions: jax.Array, frequency: jax.Array, magnitude: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+  """Sine and cosine of how far each pair has turned at each position.
+
+  Args:
+    positions: int [..., T].
+    frequency: float32 [H/2], of `rope_frequencies`.
+    magnitude: factor on both.
+
+  Returns:
+    Two float32 [..., T, 1, H/2], the same for every head and layer.
+  """
+  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  return jnp.sin(angle) * magnitude, jnp.cos(angle) * magnitude
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   """Rotary position embedding (Su et al., arXiv 2104.09864), half-split pairs.
 
   Args:
     x: float [..., T, heads, H].
-    positions: int [..., T].
-    frequency: float32 [H/2], of `rope_frequencies`.
-    magnitude: factor on the result.
+    sin: float32 [..., T, 1, H/2], of `rope`.
+    cos: likewise.
 
   Returns:
     float [..., T, heads, H], computed in float32, in the dtype of `x`.
   """
-  angle = positions[..., None, None].astype(jnp.float32) * frequency
-  sin, cos = jnp.sin(angle) * magnitude, jnp.cos(angle) * magnitude
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(
     x.dtype
@@ -175,7 +184,7 @@ def attend(
     q_PxGxTxNxH: queries.
     own: keys and values [P, G, S, K, H].
     mask_PxGxTxS: bool, True where a query may read an own key.
-    prefix: keys and values [P, R, K, H] shared by the group, or None.
+    prefix: keys and values [P, K, R, H] shared by the group, or None.
     prefix_mask_PxR: bool, True where a prefix key stands.
 
   Returns:
@@ -193,12 +202,12 @@ def attend(
     out = jnp.einsum('pgknts,pgskh->pgtknh', weights, v)
     return out.reshape(P, G, T, N, H)
   prefix_k, prefix_v = prefix
-  shared = jnp.einsum('pgtknh,prkh->pgkntr', q, prefix_k).astype(jnp.float32)
+  shared = jnp.einsum('pgtknh,pkrh->pgkntr', q, prefix_k).astype(jnp.float32)
   shared = jnp.where(prefix_mask_PxR[:, None, None, None, None], shared, floor)
   weights = jax.nn.softmax(jnp.concatenate([shared, scores], -1), axis=-1)
   weights = weights.astype(v.dtype)
-  R = prefix_k.shape[1]
-  out = jnp.einsum('pgkntr,prkh->pgtknh', weights[..., :R], prefix_v)
+  R = prefix_k.shape[2]
+  out = jnp.einsum('pgkntr,pkrh->pgtknh', weights[..., :R], prefix_v)
   out += jnp.einsum('pgknts,pgskh->pgtknh', weights[..., R:], v)
   return out.reshape(P, G, T, N, H)
 
@@ -230,8 +239,8 @@ class Attention(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, positions, mask, prefix, prefix_mask, cache, index):
-    """See `Transformer`; the prefix and the cache are one layer's."""
+  def __call__(self, x, turn, mask, prefix, prefix_mask, cache, index):
+    """See `Transformer`; prefix and cache are one layer's; turn: of `rope`."""
     c = self.config
     init = nn.initializers.variance_scaling(
       1.0, 'fan_in', 'normal', in_axis=0, out_axis=(1, 2)
@@ -253,9 +262,7 @@ class Attention(nn.Module):
     if c.qk_norm:
       q = RMSNorm(c.norm_eps, 'head_dim', name='query_norm')(q)
       k = RMSNorm(c.norm_eps, 'head_dim', name='key_norm')(k)
-    frequency = rope_frequencies(c)
-    q = rotate(q, positions, frequency, c.rope_magnitude)
-    k = rotate(k, positions, frequency, c.rope_magnitude)
+    q, k = rotate(q, *turn), rotate(k, *turn)
     if cache is not None:
       write = jax.lax.dynamic_update_slice_in_dim
       k = write(cache.k, k.astype(cache.k.dtype), index, axis=2)
@@ -282,12 +289,12 @@ class Block(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, prefix, cache, positions, mask, prefix_mask, index):
+  def __call__(self, x, prefix, cache, turn, mask, prefix_mask, index):
     """Scanned over `prefix` and `cache`; the rest is the same everywhere."""
     c = self.config
     y = RMSNorm(c.norm_eps, name='attention_norm')(x)
     y, kv = Attention(c, name='attention')(
-      y, positions, mask, prefix, prefix_mask, cache, index
+      y, turn, mask, prefix, prefix_mask, cache, index
     )
     x = x + y
     y = RMSNorm(c.norm_eps, name='mlp_norm')(x)
@@ -366,7 +373,7 @@ class Transformer(nn.Module):
       x,
       None if prefix is None else prefix.kv,
       cache,
-      positions_PxGxT,
+      rope(positions_PxGxT, rope_frequencies(c), c.rope_magnitude),
       mask_PxGxTxS,
       None if prefix is None else prefix.mask,
       index,
@@ -415,7 +422,7 @@ def encode_prompt(
     jnp.broadcast_to(time, (P, 1, T)),
     mask,
   )
-  kv = jax.tree.map(lambda x: x[:, :, 0], kv)
+  kv = jax.tree.map(lambda x: x[:, :, 0].swapaxes(2, 3), kv)
   return hidden[:, 0], Prefix(
     kv=kv, mask=time < length_P[:, None], length=length_P
   )

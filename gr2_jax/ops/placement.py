@@ -1,5 +1,4 @@
-"""Credit for placements: a rank is answerable for what follows, not for what
-came before it.
+"""Credit for placements: a rank answers for what follows it alone.
 
 The reward of a whole answer gives each of its K placements the same advantage,
 so that nine of ten are judged by the luck of the first. Subtracting a function
@@ -65,9 +64,7 @@ def expected_if_shuffled(
     wrong += 0.5 * positives_left * _rest(negative)
     pairs = positive.sum(-1, keepdims=True) * negative.sum(-1, keepdims=True)
     pairs = jnp.broadcast_to(pairs, wrong.shape)
-    found.append(
-      jnp.where(pairs > 0, 1.0 - masking.divide(wrong, pairs), 0.5)
-    )
+    found.append(jnp.where(pairs > 0, 1.0 - masking.divide(wrong, pairs), 0.5))
   if 'ndcg' in kind:
     gain = jnp.where(grade > 0, jnp.exp2(grade) - 1.0, 0.0)
     rank = masking.index_like(gain.shape)
@@ -179,8 +176,11 @@ def spread_over_tokens(
 
 
 def _left(ranking, grades, count):
-  """Grades by rank [..., K], 0 at padding, and who is left at each rank
-  [..., K, K]: real candidates that stand at that rank or later."""
+  """Grades by rank [..., K], and who is left to be placed [..., K, K].
+
+  Left are the real candidates that stand at a rank or later; grades at padding
+  are 0.
+  """
   grades, ranking = jnp.asarray(grades, jnp.float32), jnp.asarray(ranking)
   real = masking.length_mask(count, ranking.shape[-1])
   grade = masking.keep(jnp.take_along_axis(grades, ranking, -1), real)

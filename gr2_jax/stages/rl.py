@@ -150,8 +150,7 @@ def check(stage) -> None:
     )
   if size % stage.minibatches:
     raise ValueError(
-      f'rl.minibatches={stage.minibatches} does not divide '
-      f'rl.batch_size={size}'
+      f'rl.minibatches={stage.minibatches} does not divide rl.batch_size={size}'
     )
   if stage.credit not in CREDITS:
     raise ValueError(
@@ -221,6 +220,7 @@ def make_prepare(
   Returns:
     `(params, batch) -> (batch, watches)`.
   """
+
   @jax.jit
   def score(params, batch):
     return policy_gradient.score(

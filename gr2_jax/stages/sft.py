@@ -87,9 +87,9 @@ def run(
 def renderer(setup: policy.Setup, config):
   """`(trace and slate, rng) -> example`: a thinking and a direct completion.
 
-  Both are learned beside each other, so that either can be asked for. The
-  control token is the first of a completion here, the last of the prompt in
-  sampling: the same sequence of tokens.
+  Both are learned beside each other, so that either can be asked for. What
+  asks for them begins a completion here and ends the prompt in sampling: the
+  same sequence of tokens.
 
   Args:
     setup: tokens.
@@ -98,32 +98,29 @@ def renderer(setup: policy.Setup, config):
   prompter, words, stage = setup.prompter, setup.vocabulary, config.sft
   by_readout = stage.rank_by == 'readout'
 
-  def completion(opening, answer):
+  def completion(ask, reasoning, answer):
     """Weights: l_r on reasoning, l_o on the ranking, 0 where it is replaced."""
-    ids = [*opening, *answer]
+    ids = [*ask, *reasoning, *answer]
     weight = 0.0 if by_readout else stage.ranking_weight
-    weights = [0.0] + [stage.reasoning_weight] * (len(opening) - 1)
+    weights = [0.0] * len(ask) + [stage.reasoning_weight] * len(reasoning)
     weights += [weight] * (len(answer) - 1) + [stage.ranking_weight]
-    return batches.Completion(ids, weights, len(opening) if by_readout else -1)
+    at = len(ask) + len(reasoning)
+    return batches.Completion(ids, weights, at if by_readout else -1)
 
   def render(record, rng):
     slate, trace = record['slate'], record['trace']
-    order = prompts.presentation(
-      int(slate['count']), config.prompt.order, rng
-    )
+    order = prompts.presentation(int(slate['count']), config.prompt.order, rng)
     answer = prompter.answer(trace['ranking'], order)
     reasoning = prompter.present(trace['reasoning'], order)
-    control = words.control
+    reasoning.append(words.control['</think>'])
     return batches.examples(
       prompter.prompt(slate, order),
       [
-        completion(
-          [control['<think>'], *reasoning, control['</think>']], answer
-        ),
-        completion([control['<answer>']], answer),
+        completion(prompter.asks['<think>'], reasoning, answer),
+        completion(prompter.asks['<answer>'], [], answer),
       ],
       prompter.prompt_tokens,
-      1 + prompter.thinking_tokens,
+      prompter.ask_tokens + prompter.thinking_tokens,
     )
 
   return render

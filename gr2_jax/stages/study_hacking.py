@@ -207,8 +207,10 @@ def _draw(
   cells: list[dict[str, Any]],
   path: pathlib.Path,
 ) -> None:
-  """Curves over training: a column an order, a colour a gate, a dash a reward;
-  in the last row, which incoming position the first pick came from."""
+  """Curves over training: a column an order, a colour a gate, a dash a reward.
+
+  The last row shows which incoming position the first pick came from.
+  """
   from matplotlib import figure
 
   orders = list(dict.fromkeys(order for order, _, _ in logs))
@@ -252,9 +254,7 @@ def _draw(
   sheet.savefig(path, dpi=110)
 
 
-def _curve(
-  runs: list[list[dict]], field: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _curve(runs: list[list[dict]], field: str) -> tuple[np.ndarray, np.ndarray]:
   """Steps [t] and values [S, t]; a metric of every step is averaged in 20s."""
   values = [
     {row['step']: row[field] for row in rows if row.get(field) is not None}

@@ -79,8 +79,10 @@ def fit(
           workdir / policy.PARAMS, join(state.params, frozen)
         )
 
+    # Without a checkpoint the start's own line, of step `done`, comes anew.
+    written = done if record['history'] else done - 1
     with (
-      reporting.MetricsWriter(workdir, done) as writer,
+      reporting.MetricsWriter(workdir, written) as writer,
       reporting.progress(config.steps, desc, done) as bar,
     ):
       if start_counts and not record['best']:

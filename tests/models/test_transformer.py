@@ -86,8 +86,67 @@ def test_rotation_equals_complex_multiplication():
   x = np.random.default_rng(0).normal(size=(6, 2, 8)).astype(np.float32)
   positions = np.array([0, 1, 2, 7, 100, 1000])
   frequency = 500.0 ** (-np.arange(4) / 4)
-  found = transformer.rotate(x, positions, frequency)
+  found = transformer.rotate(x, *transformer.rope(positions, frequency))
   np.testing.assert_allclose(found, turn(x, positions, 500.0), atol=1e-4)
+
+
+STRETCHED = dataclasses.replace(
+  tiny.MODEL, head_dim=32, rope_base=1e4, rope_factor=8.0, rope_length=256
+)
+
+
+@pytest.mark.parametrize('fast', [4.0, 32.0])
+@pytest.mark.parametrize('scaling', ['llama3', 'yarn'])
+def test_stretching_keeps_fast_pairs_and_slows_slow_ones(scaling, fast):
+  model = dataclasses.replace(
+    STRETCHED, rope_scaling=scaling, rope_slow=1.0, rope_fast=fast
+  )
+  plain = 1e4 ** (-np.arange(16) / 16)
+  ratio = plain / np.asarray(transformer.rope_frequencies(model))
+  turns = 256 * plain / (2 * np.pi)
+  # yarn rounds its bounds to whole pairs, outwards.
+  margin = 1e4 ** (1 / 16) if scaling == 'yarn' else 1.0
+  np.testing.assert_allclose(ratio[turns > fast * margin], 1.0, rtol=1e-5)
+  np.testing.assert_allclose(ratio[turns < 1.0 / margin], 8.0, rtol=1e-5)
+  between = (turns < fast) & (turns > 1.0)
+  assert np.all((ratio[between] > 1.0) & (ratio[between] < 8.0))
+  assert np.all(np.diff(ratio) > -1e-5)
+
+
+def test_linear_stretching_is_slower_time():
+  model = dataclasses.replace(STRETCHED, rope_scaling='linear')
+  plain = dataclasses.replace(STRETCHED, rope_scaling='')
+  np.testing.assert_allclose(
+    8.0 * transformer.rope_frequencies(model),
+    transformer.rope_frequencies(plain),
+    rtol=1e-6,
+  )
+
+
+def test_magnitude_scales_what_was_turned():
+  x = np.random.default_rng(0).normal(size=(3, 1, 8)).astype(np.float32)
+  frequency, positions = 0.1 ** np.arange(4), np.arange(3)
+  np.testing.assert_allclose(
+    transformer.rotate(x, *transformer.rope(positions, frequency, 1.5)),
+    1.5 * transformer.rotate(x, *transformer.rope(positions, frequency)),
+    rtol=1e-5,
+  )
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (dict(rope_scaling='ntk'), "rope_scaling='ntk' is unknown.*'yarn'"),
+    (dict(rope_scaling='yarn'), 'rope_length=0: .*needs the positions'),
+    (
+      dict(rope_scaling='llama3', rope_length=8, rope_fast=1.0),
+      'rope_slow=1.0 is not below model.rope_fast=1.0',
+    ),
+  ],
+)
+def test_stretching_that_means_nothing_is_named(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(tiny.MODEL, **change)
 
 
 def test_rotated_products_depend_on_the_distance_alone():
@@ -96,7 +155,9 @@ def test_rotated_products_depend_on_the_distance_alone():
 
   def product(i, j):
     a, b = (
-      transformer.rotate(x, np.array([t]), 100.0 ** (-np.arange(4) / 4))
+      transformer.rotate(
+        x, *transformer.rope(np.array([t]), 100.0 ** (-np.arange(4) / 4))
+      )
       for x, t in ((q, i), (k, j))
     )
     return float(jnp.sum(a * b))
@@ -118,7 +179,7 @@ def attention_case(heads=2, N=4, P=2, G=3, T=3, S=4, R=5, H=4):
     q_PxGxTxNxH=draw(P, G, T, N, H),
     own=(draw(P, G, S, heads, H), draw(P, G, S, heads, H)),
     mask_PxGxTxS=mask,
-    prefix=(draw(P, R, heads, H), draw(P, R, heads, H)),
+    prefix=(draw(P, heads, R, H), draw(P, heads, R, H)),
     prefix_mask_PxR=prefix_mask,
   )
 
@@ -134,7 +195,7 @@ def test_attention_equals_a_loop(with_prefix):
     keys, values = (x[p, g, mask[p, g, t], n // 2] for x in (k, v))
     if with_prefix:
       real = case['prefix_mask_PxR'][p]
-      first, second = (x[p, real, n // 2] for x in case['prefix'])
+      first, second = (x[p, n // 2, real] for x in case['prefix'])
       keys, values = np.r_[first, keys], np.r_[second, values]
     wanted = softmax(keys @ q[p, g, t, n] / 2.0) @ values
     np.testing.assert_allclose(found[p, g, t, n], wanted, atol=1e-5)
@@ -143,8 +204,8 @@ def test_attention_equals_a_loop(with_prefix):
 def test_grouped_queries_equal_repeated_heads():
   case = attention_case()
   found = transformer.attend(**case)
-  for name in ('own', 'prefix'):
-    case[name] = tuple(np.repeat(x, 2, axis=-2) for x in case[name])
+  for name, axis in (('own', -2), ('prefix', 1)):
+    case[name] = tuple(np.repeat(x, 2, axis=axis) for x in case[name])
   np.testing.assert_allclose(found, transformer.attend(**case), atol=1e-6)
 
 
@@ -335,8 +396,10 @@ def test_a_shape_that_cannot_be_is_named(change, message):
 def test_every_parameter_of_the_presets_has_its_golden_partition():
   mesh, lines = sharding.make_mesh(2, 2, 2), []
   for preset in ('tiny', 'small'):
+    given = common.model(preset).to_dict()
+    fields = {f.name for f in dataclasses.fields(transformer.TransformerConfig)}
     model = transformer.TransformerConfig(
-      vocab_size=1024, **common.model(preset).to_dict()
+      vocab_size=1024, **{k: v for k, v in given.items() if k in fields}
     )
     boxed = jax.eval_shape(
       lambda key, m=model: transformer.init_params(m, key), jax.random.key(0)

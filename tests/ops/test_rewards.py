@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.ops import judge, metrics, parsing, rewards
+from gr2_jax.ops import gates, judge, metrics, parsing, rewards
 
 from . import oracles
 
@@ -109,30 +109,30 @@ def test_target_rank_example():
 )
 def test_gate_example(kind, opened, total):
   valid = jnp.array(True)
-  found = rewards.gate_open(
+  found = gates.gate_open(
     valid,
     copied_suboptimal=jnp.array(True),
     improved=jnp.array(False),
     kind=kind,
   )
   assert found == opened
-  value = rewards.apply_gate(jnp.float32(0.5), valid, found, kind=kind)
+  value = gates.apply_gate(jnp.float32(0.5), valid, found, kind=kind)
   np.testing.assert_allclose(value, total, rtol=1e-6)
-  found = rewards.gate_open(
+  found = gates.gate_open(
     valid,
     copied_suboptimal=jnp.array(False),
     improved=jnp.array(True),
     kind=kind,
   )
   assert found
-  value = rewards.apply_gate(jnp.float32(0.5), valid, found, kind=kind)
+  value = gates.apply_gate(jnp.float32(0.5), valid, found, kind=kind)
   np.testing.assert_allclose(value, 0.7, rtol=1e-6)
 
 
-@pytest.mark.parametrize('kind', rewards.GATES)
+@pytest.mark.parametrize('kind', gates.GATES)
 def test_no_gate_is_open_to_an_invalid_answer(kind):
   for copy, improved in itertools.product((False, True), repeat=2):
-    assert not rewards.gate_open(
+    assert not gates.gate_open(
       jnp.array(False),
       copied_suboptimal=jnp.array(copy),
       improved=jnp.array(improved),
@@ -142,10 +142,10 @@ def test_no_gate_is_open_to_an_invalid_answer(kind):
 
 def test_gated_extras_example():
   extras = (jnp.full(2, 0.1), jnp.full(2, -0.05))
-  value = rewards.gated_extras(extras, jnp.array([True, False]))
+  value = gates.gated_extras(extras, jnp.array([True, False]))
   np.testing.assert_allclose(value, [0.05, -0.05], rtol=1e-5)
   np.testing.assert_array_equal(
-    rewards.gated_extras((), jnp.array([True, False])), [0, 0]
+    gates.gated_extras((), jnp.array([True, False])), [0, 0]
   )
 
 
@@ -195,7 +195,7 @@ def test_reward_example():
   np.testing.assert_allclose(totals, [1.0467, 0.15, -0.05], atol=1e-4)
 
 
-@pytest.mark.parametrize('module', [rewards, metrics, judge])
+@pytest.mark.parametrize('module', [rewards, gates, metrics, judge])
 def test_every_public_function_has_a_worked_example(module):
   functions = [
     value
@@ -342,7 +342,7 @@ def test_under_v2_no_extra_pays_copies_or_faults(seed, kind, scale):
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.sampled_from(rewards.GATES))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(gates.GATES))
 def test_a_bonus_is_paid_to_valid_answers_alone(seed, gate):
   slate, extras, _ = answers_with_extras(seed, 1.0)
   bonus = tuple(np.abs(term) for term in extras)

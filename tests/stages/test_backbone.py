@@ -7,8 +7,8 @@ import pytest
 
 from configs import common
 from gr2_jax import artifacts, checkpoint, hf, policy
+from gr2_jax.data import batches, records, vocabulary
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.data import vocabulary
 from gr2_jax.ops import metrics
 from gr2_jax.stages import backbone, baselines, evaluate, midtrain, sft, traces
 
@@ -271,3 +271,26 @@ def test_the_table_has_the_start_where_there_is_one(
   names = [line.split('|')[1].strip() for line in table if '|' in line]
   assert names[2 : 2 + len(rows)] == rows
   assert set(results['metrics']['incoming']) == set(metrics.RANKING_METRICS)
+
+
+def test_sft_learns_the_sequence_that_sampling_asks_for(chain):
+  setup = tiny_world.setup(chain.found, chain.config)
+  own = setup.prompter
+  assert own.ask_tokens > 1
+  kept = records.Records(chain.found['traces'] / traces.ACCEPTED)[0]
+  slates = slates_lib.source(chain.found['slates'], 'train')
+  slate = slates[int(kept['slate'])]
+  config = tiny_world.config(prompt__order='incoming')
+  rng = np.random.default_rng(0)
+  row = sft.renderer(setup, config)({'trace': kept, 'slate': slate}, rng)
+  learned = row['prompt'][: row['prompt_length']].tolist()
+  for which, control in enumerate(('<think>', '<answer>')):
+    render = batches.requests(own, control, 'incoming')
+    asked = render(slate, rng)
+    asked = asked['prompt'][: asked['prompt_length']].tolist()
+    ids = [*learned, *row['completion'][which].tolist()]
+    assert ids[: len(asked)] == asked
+    # Nobody is taught to ask.
+    n = len(own.asks[control])
+    assert not row['weights'][which, :n].any()
+    assert row['weights'][which].sum() > 0

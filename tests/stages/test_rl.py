@@ -1,20 +1,34 @@
+import collections
 import functools
 
 import jax
 import numpy as np
 import pytest
 
-from gr2_jax import reporting, sharding
+from gr2_jax import learner, policy_gradient, reporting, sharding
 from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import parsing, rewards
 from gr2_jax.stages import rl
 
-from .. import tiny_world
+from .. import tiny, tiny_world
+
+OFTEN_FLAT = dict(
+  rl__reward='recall', rl__k=1, rl__gate='none', rl__thinking=False,
+  rl__refills=3, rl__refill_size=4, rl__learning_rate=1e-3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device(world):
+  """The world's own run was on all devices; these are on one."""
+  with pytest.MonkeyPatch.context() as patch:
+    tiny_world.on_one_device(patch)
+    yield
 
 
 @pytest.fixture(scope='module')
-def setup(world):
+def setup(world, one_device):
   return tiny_world.setup(world)
 
 
@@ -27,6 +41,18 @@ def compiled(setup):
     return rl.make_act(setup, sampler, stage)
 
   return make
+
+
+def steps_of(workdir):
+  rows = reporting.read_metrics(workdir / 'metrics.jsonl')
+  return [row for row in rows if 'reward' in row]
+
+
+def lines(workdir):
+  rows = reporting.read_metrics(workdir / 'metrics.jsonl')
+  return [
+    {k: v for k, v in row.items() if k != 'steps_per_second'} for row in rows
+  ]
 
 
 def acted(world, setup, compiled, seed=0, constrained=True, gate='v2'):
@@ -94,24 +120,21 @@ def test_rewards_are_those_of_the_sampled_tokens(
   assert batch.use.any() or not constrained
 
 
-def test_groups_of_equal_rewards_are_masked(world, setup):
-  stage = tiny_world.config(rl__reward='recall', rl__k=5, rl__gate='none').rl
-  act = rl.make_act(setup, setup.sampling(4, False, 1.0, True), stage)
-  render = batches.requests(setup.prompter, '<answer>', 'shuffled')
-  slates = slates_lib.source(world['slates'], 'train')
-  rows = [render(slates[i], np.random.default_rng(i)) for i in range(8)]
-  rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
-  with sharding.activate(setup.mesh):
-    batch, watches = act(
-      setup.load_params(world['sft']),
-      sharding.shard_batch(rows, setup.mesh),
-      jax.random.key(0),
-    )
+def test_groups_that_are_all_flat_end_no_run(world, setup, tmp_path):
   # Recall at K of a permutation is 1 whatever the order.
-  assert not np.asarray(batch.use).any()
-  assert float(watches['flat_groups']) == 1.0
-  np.testing.assert_allclose(watches['reward'], 1.2, atol=1e-6)
-  np.testing.assert_allclose(batch.advantage, 0.0, atol=1e-6)
+  config = tiny_world.config(
+    **OFTEN_FLAT | {'rl__k': 5, 'rl__refills': 2, 'rl__steps': 5}
+  )
+  result = rl.run(config, tiny_world.inputs(world, 'rl'), tmp_path)
+  assert result['stopped'] == 'no'
+  for row in steps_of(tmp_path):
+    assert row['flat_groups'] == 1.0
+    assert row['refills'] == 2
+    assert row['used_groups'] == 0.0
+    assert row['loss'] == row['gradient_norm'] == 0.0
+    np.testing.assert_allclose(row['reward'], 1.2, atol=1e-6)
+  params = setup.load_params(tmp_path)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
 def test_watches_are_in_their_ranges(world, setup, compiled):
@@ -140,7 +163,7 @@ def test_one_trace_serves_every_step(world, setup, compiled):
 
 def test_the_log_says_what_must_be_watched(world):
   rows = reporting.read_metrics(world['rl'] / 'metrics.jsonl')
-  steps = [row for row in rows if 'reward' in row]
+  steps = steps_of(world['rl'])
   assert [row['step'] for row in steps] == [1, 2, 3, 4, 5, 6]
   for row in steps:
     assert row['sampler_gap'] < 1e-5
@@ -171,23 +194,264 @@ def test_a_resumed_policy_takes_its_parameters_along(world, tmp_path):
   result = rl.run(config, tiny_world.inputs(world, 'rl'), tmp_path)
   found, step, meta = tiny_world.left(world, 'rl', tmp_path, config)
   assert step == 8
-  assert result == meta
+  assert result == meta['best'] | {'stopped': 'no'}
+  # What the other run chose is not here: the start is, as a candidate.
+  assert [entry['step'] for entry in meta['history']] == [6, 8]
   assert found['params']['embedding'].shape[1] == 16
 
 
-def test_every_step_samples_with_a_key_of_its_own(world, tmp_path, monkeypatch):
-  make_act, keys = rl.make_act, []
+class Spy:
+  """Stands in for `make_act` and `make_update`; sees what is called.
 
-  def spying(*arguments):
-    act = make_act(*arguments)
+  `traces` counts how often each was traced, `compiles` what had been compiled,
+  anywhere in the program, when each draw was sampled.
+  """
 
-    def spy(params, rows, key):
-      keys.append(tuple(jax.random.key_data(key).tolist()))
-      return act(params, rows, key)
+  def __init__(self, patch, die_at=None):
+    self.keys, self.rows, self.batches, self.compiles = [], [], [], []
+    self.traces = collections.Counter()
+    self._compiled = 0
+    jax.monitoring.register_event_duration_secs_listener(self._heard)
+    for module, name in (
+      (rl.rewards, 'reward'), (policy_gradient.losses, 'clipped_surrogate')
+    ):  # fmt: skip
+      patch.setattr(module, name, self._counting(getattr(module, name)))
+    make_act, make_update = rl.make_act, learner.make_update
 
-    return spy
+    def spying_act(*arguments):
+      act = make_act(*arguments)
 
-  monkeypatch.setattr(rl, 'make_act', spying)
-  config = tiny_world.config(rl__steps=3)
+      def call(params, rows, key):
+        if len(self.keys) == die_at:
+          raise KeyboardInterrupt
+        self.compiles.append(self._compiled)
+        self.keys.append(tuple(jax.random.key_data(key).tolist()))
+        self.rows.append(jax.device_get(rows))
+        return act(params, rows, key)
+
+      return call
+
+    def spying_update(*arguments):
+      update = make_update(*arguments)
+
+      def call(state, frozen, batch):
+        self.batches.append(batch)
+        return update(state, frozen, batch)
+
+      return call
+
+    patch.setattr(rl, 'make_act', spying_act)
+    patch.setattr(learner, 'make_update', spying_update)
+
+  def _heard(self, event, seconds, **_):
+    del seconds
+    self._compiled += event.endswith('backend_compile_duration')
+
+  def _counting(self, function):
+    def call(*arguments, **options):
+      self.traces[function.__name__] += 1
+      return function(*arguments, **options)
+
+    return call
+
+
+def test_five_hundred_steps_are_compiled_once(world, tmp_path, monkeypatch):
+  spy = Spy(monkeypatch)
+  config = tiny_world.config(
+    **OFTEN_FLAT | {'rl__refill_size': 2, 'rl__refills': 1}, rl__batch_size=4,
+    rl__group_size=2, rl__steps=500, rl__eval_every=500,
+  )  # fmt: skip
   rl.run(config, tiny_world.inputs(world, 'rl'), tmp_path)
-  assert len(set(keys)) == 3
+  rows = steps_of(tmp_path)
+  assert len(rows) == 500
+  # A batch and a refill have a trace each; nothing is compiled later on.
+  assert spy.traces == {'reward': 2, 'clipped_surrogate': 1}
+  assert 0 < spy.compiles[20] == spy.compiles[-1]
+  # Refills are counted, and no draw is sampled with the key of another.
+  refills = [row['refills'] for row in rows]
+  assert set(refills) == {0, 1}
+  assert len(spy.keys) == 500 + sum(refills)
+  assert len(set(spy.keys)) == len(spy.keys)
+  drawn = [len(rows['count']) for rows in spy.rows]
+  assert sorted(set(drawn)) == [2, 4]
+  assert drawn.count(2) == sum(refills)
+  for row in rows:
+    assert (row['used_groups'] == 1.0) or row['refills'] == 1
+    assert row['sampler_gap'] < 1e-5
+  used = np.mean([row['used_groups'] for row in rows])
+  assert used > np.mean([1 - row['flat_groups'] for row in rows]) + 0.1
+
+
+def test_a_run_killed_in_a_refill_ends_like_a_whole_one(
+  world, tmp_path, monkeypatch
+):
+  inputs = tiny_world.inputs(world, 'rl')
+  config = tiny_world.config(**OFTEN_FLAT, rl__steps=5, rl__patience=9)
+  with monkeypatch.context() as patch:
+    spy = Spy(patch)
+    wanted = rl.run(config, inputs, tmp_path / 'whole')
+  refills = [int(row['refills']) for row in steps_of(tmp_path / 'whole')]
+  assert refills[2] + refills[3]
+  # The draws of a step are its batch's and its refills'; die at a refill
+  # after the checkpoint of step 2.
+  step = 2 if refills[2] else 3
+  die_at = sum(1 + n for n in refills[:step]) + 1
+  assert len(spy.rows[die_at]['count']) == 4
+  with monkeypatch.context() as patch:
+    again = Spy(patch, die_at)
+    with pytest.raises(KeyboardInterrupt):
+      rl.run(config, inputs, tmp_path / 'killed')
+    assert again.keys == spy.keys[:die_at]
+  found = rl.run(config, inputs, tmp_path / 'killed')
+  assert found == wanted
+  one, two = (
+    tiny_world.left(world, 'rl', tmp_path / name, config)
+    for name in ('killed', 'whole')
+  )
+  assert one[1:] == two[1:]
+  assert [entry['step'] for entry in two[2]['history']] == [0, 2, 4, 5]
+  tiny.assert_trees_equal(one[0], two[0])
+  assert lines(tmp_path / 'killed') == lines(tmp_path / 'whole')
+
+
+VARIANTS = {
+  'reasoning': dict(
+    rl__order_cost=0.1, rl__judge_weight=0.2, rl__overlong_buffer=3,
+    rl__advantage='rloo', rl__average='sequence', rl__kl_weight=0.1,
+    rl__refill_size=4, rl__steps=3, model__lora_rank=2,
+    prompt__order='mixed',
+  ),
+  'updates': dict(
+    rl__thinking=False, rl__credit='placement', rl__importance_cap=2.0,
+    rl__advantage='dr_grpo', rl__average='fixed', rl__epochs=2,
+    rl__minibatches=2, rl__steps=2,
+  ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def variants(world, one_device, tmp_path_factory):
+  @functools.lru_cache
+  def run(name):
+    config = tiny_world.config(
+      **VARIANTS[name], rl__learning_rate=1e-2, rl__eval_every=3
+    )
+    workdir = tmp_path_factory.mktemp(name)
+    with pytest.MonkeyPatch.context() as patch:
+      spy = Spy(patch)
+      rl.run(config, tiny_world.inputs(world, 'rl'), workdir)
+    return config, workdir, spy
+
+  return run
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_every_option_trains(world, variants, name):
+  config, workdir, spy = variants(name)
+  found, step, _ = tiny_world.left(world, 'rl', workdir, config)
+  assert step == config.rl.steps
+  assert spy.traces['clipped_surrogate'] == 1
+  here = tiny_world.setup(world, config)
+  begun = here.load_params(world['sft'])
+  if config.model.lora_rank:
+    begun = here.adapters.start(begun, jax.random.key(0))
+    moved = found['state'].params['up']
+    assert all(np.abs(x).max() > 0 for x in moved.values())
+    new, old = found['state'].params['rows'], begun['rows']
+    assert (new['embedding'] != old['embedding']).any()
+    # What is left is a plain policy, its base rows and norms untouched.
+    first = here.adapters.first_row
+    before = here.load_params(world['sft'])
+    after = found['params']
+    assert 0 < first < len(after['embedding'])
+    tiny.assert_trees_equal(
+      [after['embedding'][:first], after['final_norm']],
+      [before['embedding'][:first], before['final_norm']],
+    )
+  else:
+    moved = jax.tree.map(
+      lambda x, y: np.abs(x - y).max(), found['state'].params, begun
+    )
+    assert moved['embedding'] > 0
+    assert min(jax.tree.leaves(moved['layers'])) > 0
+  for row in steps_of(workdir):
+    assert all(np.isfinite(v) for v in row.values())
+    assert row['sampler_gap'] < 1e-5
+
+
+def test_the_terms_of_the_reward_are_watched(variants):
+  _, workdir, _ = variants('reasoning')
+  for row in steps_of(workdir):
+    assert 0 <= row['order_disagreement'] <= 1
+    assert -1 <= row['overlong_penalty'] <= 0
+    axes = {k: v for k, v in row.items() if k.startswith('judge/')}
+    assert len(axes) == 5
+    assert 'judge/total' in axes
+    assert all(0 <= v <= 1 for v in axes.values())
+  rows = steps_of(workdir)
+  assert any(row['order_disagreement'] > 0 for row in rows)
+  assert any(row['overlong_penalty'] < 0 for row in rows)
+
+
+def test_the_reference_is_the_start(variants):
+  _, workdir, _ = variants('reasoning')
+  found = [row['reference_kl'] for row in steps_of(workdir)]
+  # The first update is the warm-up's, at a rate of 0.
+  assert abs(found[0]) < 1e-6
+  assert abs(found[1]) < 1e-6
+  assert found[2] > 1e-6
+
+
+def test_two_presentations_of_a_slate_stand_side_by_side(variants):
+  _, _, spy = variants('reasoning')
+  assert {len(rows['count']) for rows in spy.rows} >= {8}
+  differ = 0
+  for rows in spy.rows:
+    n = rows['count']
+    for p in range(0, len(n), 2):
+      assert n[p] == n[p + 1]
+      grades = [
+        rows['grades'][i][np.argsort(rows['incoming'][i])] for i in (p, p + 1)
+      ]
+      np.testing.assert_array_equal(*grades)
+      ids = [sorted(rows['prompt'][i].tolist()) for i in (p, p + 1)]
+      assert ids[0] == ids[1]
+      differ += (rows['incoming'][p] != rows['incoming'][p + 1]).any()
+  assert differ > 5
+
+
+def test_later_updates_of_a_batch_leave_the_policy_that_sampled(variants):
+  config, workdir, spy = variants('updates')
+  assert len(spy.batches) == config.rl.steps * 4
+  for batch in spy.batches:
+    assert batch.use.shape == (4,)
+    assert batch.advantage.shape == batch.tokens.shape
+  rows = steps_of(workdir)
+  # The last update's ratio; the gap is the first's, under 1e-5.
+  assert abs(rows[0]['ratio'] - 1) > 1e-4
+  assert abs(rows[1]['ratio'] - 1) > 1e-4
+  for row in rows:
+    np.testing.assert_allclose(row['importance'], 1.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(refill_size=3), 'rl.refill_size=3 does not divide rl.batch_size=8'),
+    (dict(refill_size=0), 'rl.refill_size=0 does not divide'),
+    (
+      dict(refill_size=1, order_cost=0.1),
+      'rl.order_cost=0.1 .* rl.refill_size=1 must be even',
+    ),
+    (dict(minibatches=3), 'rl.minibatches=3 does not divide rl.batch_size=8'),
+    (dict(credit='token'), "rl.credit='token': must be one of answer"),
+    (
+      dict(judge_weight=0.5, thinking=False),
+      'rl.judge_weight=0.5 .* rl.thinking is False',
+    ),
+  ],
+)
+def test_what_cannot_be_names_its_field(world, tmp_path, changes, message):
+  own = tiny_world.config(**{f'rl__{k}': v for k, v in changes.items()})
+  with pytest.raises(ValueError, match=message):
+    rl.run(own, tiny_world.inputs(world, 'rl'), tmp_path)

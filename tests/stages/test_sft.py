@@ -4,7 +4,7 @@ import pytest
 from gr2_jax import checkpoint, reporting
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.stages import sft, supervised, traces
+from gr2_jax.stages import sft, traces, training
 
 from .. import tiny, tiny_world
 
@@ -74,8 +74,9 @@ def test_the_best_step_on_validation_is_what_is_left(world):
     if 'validation/n@5' in row
   }
   assert set(found) == {2, 4, 6}
-  assert meta['step'] == max(found, key=found.get)
-  assert meta['metrics']['n@5'] == found[meta['step']]
+  assert meta['best']['step'] == max(found, key=found.get)
+  assert meta['best']['metrics']['n@5'] == max(found.values())
+  assert meta['stopped'] == training.NOT_STOPPED
 
 
 def test_training_starts_from_the_stage_before(world, tmp_path):
@@ -98,23 +99,24 @@ def test_resume_goes_on_from_another_run_and_leaves_parameters(
   world, tmp_path, monkeypatch
 ):
   begun = []
-  restore = supervised.restore
+  start = training._start
 
   def watching(*arguments):
-    found = restore(*arguments)
-    begun.append(found[1])
-    # The other run's best must not hide that this one has chosen nothing.
-    return found[0], found[1], found[2]
+    found = start(*arguments)
+    begun.append(found[2])
+    return found
 
-  monkeypatch.setattr(supervised, 'restore', watching)
+  monkeypatch.setattr(training, '_start', watching)
   config = tiny_world.config(
     sft__steps=8, sft__resume=str(world['sft'] / 'checkpoints')
   )
   result = sft.run(config, tiny_world.inputs(world, 'sft'), tmp_path)
   assert begun == [6]
+  # The other run's best must not hide that this one has chosen nothing.
   assert result['step'] == 8
-  found, step, _ = tiny_world.left(world, 'sft', tmp_path, config)
+  found, step, meta = tiny_world.left(world, 'sft', tmp_path, config)
   assert step == 8
+  assert [entry['step'] for entry in meta['history']] == [8]
   tiny.assert_trees_equal(found['params'], found['state'].params)
 
 
