@@ -92,7 +92,8 @@ class Adapters:
       'down': down,
       'up': up,
       'rows': rows,
-      'readout': params['readout'],
+      # A copy: a training state gives its buffers away, `params` stay.
+      'readout': jnp.copy(params['readout']),
     }
 
   def join(self, trainable: Any, frozen: Any) -> Any:
@@ -131,9 +132,7 @@ class Adapters:
   def _adapted(self, layers: dict[str, jax.Array]) -> list[str]:
     return [p for p in sorted(layers) if p.split('/')[-1] in self.targets]
 
-  def _shape(
-    self, path: str, shape: tuple[int, ...]
-  ) -> tuple[int, int, int]:
+  def _shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """(L, I, O) of a projection [L, *inputs, *outputs]."""
     inputs = 1 + INPUT_AXES[path.split('/')[-1]]
     return shape[0], math.prod(shape[1:inputs]), math.prod(shape[inputs:])

@@ -193,23 +193,31 @@ def attend(
   P, G, T, N, H = q_PxGxTxNxH.shape
   k, v = own
   heads = k.shape[-2]
+  # Heads first: scores leave the product in the order in which they are read.
   q = q_PxGxTxNxH.reshape(P, G, T, heads, N // heads, H) * H**-0.5
-  scores = jnp.einsum('pgtknh,pgskh->pgknts', q, k).astype(jnp.float32)
+  q = q.transpose(0, 3, 1, 4, 2, 5)
   floor = jnp.finfo(jnp.float32).min
-  scores = jnp.where(mask_PxGxTxS[:, :, None, None], scores, floor)
+  scores = jnp.einsum('pkgnth,pgskh->pkgnts', q, k).astype(jnp.float32)
+  scores = jnp.where(mask_PxGxTxS[:, None, :, None], scores, floor)
   if prefix is None:
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum('pgknts,pgskh->pgtknh', weights, v)
-    return out.reshape(P, G, T, N, H)
+    out = jnp.einsum('pkgnts,pgskh->pkgnth', weights, v)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(P, G, T, N, H)
+  # One softmax over both, without putting them side by side in memory.
   prefix_k, prefix_v = prefix
-  shared = jnp.einsum('pgtknh,pkrh->pgkntr', q, prefix_k).astype(jnp.float32)
-  shared = jnp.where(prefix_mask_PxR[:, None, None, None, None], shared, floor)
-  weights = jax.nn.softmax(jnp.concatenate([shared, scores], -1), axis=-1)
-  weights = weights.astype(v.dtype)
-  R = prefix_k.shape[2]
-  out = jnp.einsum('pgkntr,pkrh->pgtknh', weights[..., :R], prefix_v)
-  out += jnp.einsum('pgknts,pgskh->pgtknh', weights[..., R:], v)
-  return out.reshape(P, G, T, N, H)
+  shared = jnp.einsum('pkgnth,pkrh->pkgntr', q, prefix_k).astype(jnp.float32)
+  real = prefix_mask_PxR[:, None, None, None, None]
+  shared = jnp.where(real, shared, floor)
+  top = jnp.maximum(
+    shared.max(-1, keepdims=True), scores.max(-1, keepdims=True)
+  )
+  top = jax.lax.stop_gradient(top)
+  shared, scores = jnp.exp(shared - top), jnp.exp(scores - top)
+  total = shared.sum(-1, keepdims=True) + scores.sum(-1, keepdims=True)
+  out = jnp.einsum('pkgntr,pkrh->pkgnth', shared.astype(v.dtype), prefix_v)
+  out += jnp.einsum('pkgnts,pgskh->pkgnth', scores.astype(v.dtype), v)
+  out = (out / total).astype(v.dtype)
+  return out.transpose(0, 2, 4, 1, 3, 5).reshape(P, G, T, N, H)
 
 
 def _param(self, name, shape, axes, init):

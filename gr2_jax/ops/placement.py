@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gr2_jax.ops import masking, rewards
+from gr2_jax.ops import masking, parsing, rewards
 
 KINDS = ('auc', 'ndcg', 'auc+ndcg')
 
@@ -88,7 +88,8 @@ def settled(
 ) -> jax.Array:
   """Ranks at which every candidate left has the same grade.
 
-  Whatever is placed there, the reward is the same: nothing to learn.
+  Whatever is placed there, the ranking reward is the same. That a gate or a
+  cost is not, the caller must know, see `repeats`.
 
   Args:
     ranking: int [..., K].
@@ -103,6 +104,28 @@ def settled(
   high = jnp.max(jnp.where(left, spread, -jnp.inf), axis=-1)
   low = jnp.min(jnp.where(left, spread, jnp.inf), axis=-1)
   return high <= low
+
+
+def repeats(
+  ranking: chex.Array, incoming: chex.Array, count: chex.Array
+) -> jax.Array:
+  """Ranks before which an answer repeats the incoming order.
+
+  There a gate against copies still waits for what comes.
+
+  Example: incoming A B C D, the answer A B D C: True at ranks 0, 1 and 2.
+
+  Args:
+    ranking: int [..., K].
+    incoming: int [..., K].
+    count: int [...].
+
+  Returns:
+    bool [..., K]; entry t for the first t placements.
+  """
+  same = ranking == parsing.incoming_ranking(incoming, count)
+  before = jnp.cumprod(same.astype(jnp.int32), axis=-1)
+  return jnp.roll(before, 1, axis=-1).at[..., 0].set(1) > 0
 
 
 def placement_advantage(
@@ -121,7 +144,7 @@ def placement_advantage(
   Args:
     total: float32 [..., G], whole rewards.
     expected: float32 [..., G, K], of `expected_if_shuffled`.
-    is_settled: bool [..., G, K].
+    is_settled: bool [..., G, K], where nothing can change the reward.
     normalise: divide by the standard deviation over the unsettled entries of
       the group, as DAPO does.
     std_floor: smallest divisor.

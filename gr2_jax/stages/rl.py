@@ -28,6 +28,7 @@ from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import (
   advantages,
+  gates,
   judge,
   losses,
   masking,
@@ -38,7 +39,14 @@ from gr2_jax.ops import (
 )
 from gr2_jax.stages import training
 
-CREDITS = ('answer', 'placement')
+# Fields of section `rl` that are one of a few names.
+CHOICES = {
+  'reward': rewards.KINDS,
+  'gate': gates.GATES,
+  'advantage': advantages.KINDS,
+  'average': losses.AVERAGES,
+  'credit': ('answer', 'placement'),
+}
 
 
 def run(
@@ -152,9 +160,16 @@ def check(stage) -> None:
     raise ValueError(
       f'rl.minibatches={stage.minibatches} does not divide rl.batch_size={size}'
     )
-  if stage.credit not in CREDITS:
+  for name, known in CHOICES.items():
+    if stage[name] not in known:
+      raise ValueError(
+        f'rl.{name}={stage[name]!r}: must be one of {", ".join(known)}'
+      )
+  if stage.order_cost > stage.format_weight and not stage.constrained:
     raise ValueError(
-      f'rl.credit={stage.credit!r}: must be one of {", ".join(CREDITS)}'
+      f'rl.order_cost={stage.order_cost} is more than '
+      f'rl.format_weight={stage.format_weight}: an invalid answer, which is '
+      'not charged, would be the cheaper one'
     )
   if stage.judge_weight and not stage.thinking:
     raise ValueError(
@@ -309,7 +324,7 @@ def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
       by_placement = placement.placement_advantage(
         reward.total,
         placement.expected_if_shuffled(*slate, kind=stage.reward, k=stage.k),
-        placement.settled(*slate),
+        _settled(stage, answer, grades, count, incoming),
         normalise=stage.advantage in ('dapo', 'grpo'),
       )
       advantage = placement.spread_over_tokens(
@@ -358,6 +373,24 @@ def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
     return batch, watches
 
   return act
+
+
+def _settled(
+  stage,
+  answer: parsing.Answer,
+  grades: jax.Array,
+  count: jax.Array,
+  incoming: jax.Array,
+) -> jax.Array:
+  """Ranks [P, G, K] at which no placement can change the whole reward."""
+  if stage.gate == 'v1' or stage.order_cost or stage.judge_weight:
+    return ~masking.length_mask(count, grades.shape[-1])
+  settled = placement.settled(answer.ranking, grades, count)
+  if stage.gate == 'none':
+    return settled
+  real = masking.length_mask(count, grades.shape[-1])
+  waits = placement.repeats(answer.ranking, incoming, count) & real
+  return settled & ~waits
 
 
 def _extras(

@@ -203,3 +203,46 @@ def test_credit_by_placement_has_the_gradient_of_the_answers_reward(
   )
   share = (chance @ ~settled) / 2
   np.testing.assert_allclose(found, share[:, None] * wanted, atol=1e-6)
+
+
+def test_repeats_is_whether_the_first_placements_are_the_incoming_ones():
+  ranking = np.int32([[0, 1, 3, 2], [1, 0, 2, 3], [0, 1, 2, 3], [2, 0, 1, 3]])
+  incoming = np.int32([[0, 1, 2, 3]] * 3 + [[1, 2, 0, 3]])
+  count = np.int32([4, 4, 4, 3])
+  found = placement.repeats(ranking, incoming, count)
+  wanted = [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+  np.testing.assert_array_equal(found[:, :3], np.bool_(wanted)[:, :3])
+  np.testing.assert_array_equal(found[:3], np.bool_(wanted)[:3])
+
+
+def test_a_gate_against_copies_is_credited_to_the_last_chance_to_differ():
+  # One positive, at incoming rank 1: once it is placed, the rest decides only
+  # whether the answer is a copy.
+  orders = np.array(list(itertools.permutations(range(4))), np.int32)
+  n = len(orders)
+  slate = (orders, np.tile(np.float32([0, 1, 0, 0]), (n, 1)), np.full(n, 4))
+  slate = (*slate[:2], slate[2].astype(np.int32))
+  incoming = np.tile(np.arange(4, dtype=np.int32), (n, 1))
+  total = rewards.reward(
+    orders, np.zeros(n, np.int32), *slate[1:], incoming, kind='auc', k=4,
+    gate='v2',
+  ).total  # fmt: skip
+  weight = np.exp(np.array([0.3, -0.2, 0.1, 0.0]))
+  chance, gradients = np.ones(n), np.zeros((n, 4, 4))
+  for o, order in enumerate(orders):
+    for t in range(4):
+      share = weight[order[t:]] / weight[order[t:]].sum()
+      chance[o] *= share[0]
+      gradients[o, t, order[t:]] -= share
+      gradients[o, t, order[t]] += 1
+  wanted = np.einsum('o,o,otc->tc', chance, total, gradients)
+  baseline = placement.expected_if_shuffled(*slate, kind='auc', k=4)
+  equal = np.asarray(placement.settled(*slate))
+  waits = np.asarray(placement.repeats(orders, incoming, slate[2]))
+
+  def found(closed):
+    credit = np.where(closed, 0, total[:, None] - baseline)
+    return np.einsum('o,ot,otc->tc', chance, credit, gradients)
+
+  np.testing.assert_allclose(found(equal & ~waits), wanted, atol=1e-6)
+  assert np.abs(found(equal) - wanted).max() > 0.01
