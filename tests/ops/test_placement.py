@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax.ops import advantages, placement
+from gr2_jax.ops import advantages, placement, rewards
 
 from . import oracles
 
