@@ -1,4 +1,4 @@
-"""Stage `midtrain`: vocabulary, and the first parameters."""
+"""Stage `midtrain`: the catalog in words, its users in IDs, and pointing."""
 
 from ml_collections import ConfigDict
 

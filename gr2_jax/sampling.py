@@ -158,9 +158,9 @@ def entropy(logps: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class _Loop:
-  t: jax.Array
-  hidden: jax.Array  # [P, G, D], predicts token t
-  cache: transformer.KeyValues
+  t: jax.Array  # the next token
+  token: jax.Array  # int32 [P, G], token t - 1
+  cache: transformer.KeyValues  # of the tokens before that one
   progress: Progress
   rollouts: Rollouts
 
@@ -207,64 +207,76 @@ def sample(
   empty = jnp.zeros(shape, model.dtype)
   zeros = jnp.zeros((P, G, T), jnp.float32)
 
-  def body(s: _Loop) -> _Loop:
-    logits = s.hidden @ embedding.T.astype(s.hidden.dtype)
+  def draw(t, hidden_PxGxD, progress, rollouts):
+    """Token t, what it changes, and the rollouts with it."""
+    logits = hidden_PxGxD @ embedding.T.astype(hidden_PxGxD.dtype)
     allowed = None
     if config.constrained:
       allowed = allowed_tokens(
         grammar,
-        s.progress,
+        progress,
         count,
-        jnp.broadcast_to(T - s.t, (P, G)),
+        jnp.broadcast_to(T - t, (P, G)),
         model.vocab_size,
       )
     logps = distribution(logits, config.temperature, allowed)
     if config.temperature:
-      token = jax.random.categorical(jax.random.fold_in(key, s.t), logps)
+      token = jax.random.categorical(jax.random.fold_in(key, t), logps)
     else:
       token = jnp.argmax(logps, -1)
-    done = s.progress.done
+    done = progress.done
     token = jnp.where(done, grammar.pad, token.astype(jnp.int32))
     logp = jnp.take_along_axis(logps, token[..., None], -1)[..., 0]
 
     def keep(x):
       return jnp.where(done, 0.0, x)
 
-    r = s.rollouts
     rollouts = Rollouts(
-      tokens=r.tokens.at[:, :, s.t].set(token),
-      length=r.length + (~done).astype(jnp.int32),
-      logp=r.logp.at[:, :, s.t].set(keep(logp)),
-      entropy=r.entropy.at[:, :, s.t].set(keep(entropy(logps))),
+      tokens=rollouts.tokens.at[:, :, t].set(token),
+      length=rollouts.length + (~done).astype(jnp.int32),
+      logp=rollouts.logp.at[:, :, t].set(keep(logp)),
+      entropy=rollouts.entropy.at[:, :, t].set(keep(entropy(logps))),
     )
-    own = jnp.broadcast_to(jnp.arange(T) <= s.t, (P, G, 1, T))
-    position = jnp.broadcast_to(prompt_length_P[:, None, None] + s.t, (P, G, 1))
-    hidden, cache = transformer.Transformer(model).apply(
-      {'params': params}, token[..., None], position, own, prefix, s.cache, s.t
-    )
-    return _Loop(
-      t=s.t + 1,
-      hidden=hidden[:, :, 0],
-      cache=cache,
-      progress=advance(grammar, s.progress, token),
-      rollouts=rollouts,
-    )
+    return token, advance(grammar, progress, token), rollouts
 
+  def body(s: _Loop) -> _Loop:
+    """Reads token t - 1, draws token t: the last one is never read."""
+    read = s.t - 1
+    own = jnp.broadcast_to(jnp.arange(T) <= read, (P, G, 1, T))
+    position = jnp.broadcast_to(
+      prompt_length_P[:, None, None] + read, (P, G, 1)
+    )
+    hidden, cache = transformer.Transformer(model).apply(
+      {'params': params},
+      s.token[..., None],
+      position,
+      own,
+      prefix,
+      s.cache,
+      read,
+    )
+    token, progress, rollouts = draw(
+      s.t, hidden[:, :, 0], s.progress, s.rollouts
+    )
+    return _Loop(s.t + 1, token, cache, progress, rollouts)
+
+  first = jnp.broadcast_to(last, (P, G, last.shape[-1]))
+  token, progress, rollouts = draw(
+    jnp.int32(0),
+    first,
+    start(grammar, (P, G), config.thinking),
+    Rollouts(
+      tokens=jnp.full((P, G, T), grammar.pad, jnp.int32),
+      length=jnp.zeros((P, G), jnp.int32),
+      logp=zeros,
+      entropy=zeros,
+    ),
+  )
+  cache = transformer.KeyValues(k=empty, v=empty)
   loop = jax.lax.while_loop(
     lambda s: (s.t < T) & ~s.progress.done.all(),
     body,
-    _Loop(
-      t=jnp.int32(0),
-      hidden=jnp.broadcast_to(last, (P, G, last.shape[-1])),
-      cache=transformer.KeyValues(k=empty, v=empty),
-      progress=start(grammar, (P, G), config.thinking),
-      rollouts=Rollouts(
-        tokens=jnp.full((P, G, T), grammar.pad, jnp.int32),
-        length=jnp.zeros((P, G), jnp.int32),
-        logp=zeros,
-        entropy=zeros,
-      ),
-    ),
+    _Loop(jnp.int32(1), token, cache, progress, rollouts),
   )
   return loop.rollouts
 

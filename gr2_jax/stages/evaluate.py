@@ -184,31 +184,31 @@ def _ranked(
   params = setup.load_params(inputs[source])
   slates = slates_lib.source(inputs['slates'], 'test')
 
-  def answer(presentation: int, constrained: bool) -> ranker.Ranked:
+  def answer(order: str, presentation: int, constrained: bool) -> ranker.Ranked:
     return ranker.rank(
       setup,
       params,
       slates,
       thinking=stage.thinking,
-      order=config.prompt.order,
+      order=order,
       batch_size=stage.batch_size,
       seed=stage.presentation_seed + presentation,
       constrained=constrained,
       desc=f'test {source}',
     )
 
-  ranked = answer(0, True)
+  ranked = answer(config.prompt.order, 0, True)
   found = {
     'generated': ranked.generated,
     'readout': ranked.readout,
     'verdict': ranked.verdict,
   }
   if source.startswith('rl@'):
-    again = answer(1, True)
+    again = answer('shuffled', 1, True)
     found['order_sensitivity'] = np.asarray(
       metrics.order_sensitivity(ranked.generated, again.generated, ranked.count)
     )
-    found['free_verdict'] = answer(0, False).verdict
+    found['free_verdict'] = answer(config.prompt.order, 0, False).verdict
   temporary = path.with_suffix('.tmp.npz')
   np.savez(temporary, **found)
   temporary.replace(path)
