@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import learner, policy_gradient, reporting, sharding
+from gr2_jax import learner, policy_gradient, reporting, rollouts, sharding
 from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import parsing, rewards
@@ -38,7 +38,7 @@ def compiled(setup):
   def make(constrained, gate):
     stage = tiny_world.config(rl__gate=gate).rl
     sampler = setup.sampling(4, False, 1.0, constrained)
-    return rl.make_act(setup, sampler, stage)
+    return rollouts.make_act(setup, sampler, stage)
 
   return make
 
@@ -216,7 +216,7 @@ class Spy:
       (rl.rewards, 'reward'), (policy_gradient.losses, 'clipped_surrogate')
     ):  # fmt: skip
       patch.setattr(module, name, self._counting(getattr(module, name)))
-    make_act, make_update = rl.make_act, learner.make_update
+    make_act, make_update = rollouts.make_act, learner.make_update
 
     def spying_act(*arguments):
       act = make_act(*arguments)
@@ -240,7 +240,7 @@ class Spy:
 
       return call
 
-    patch.setattr(rl, 'make_act', spying_act)
+    patch.setattr(rollouts, 'make_act', spying_act)
     patch.setattr(learner, 'make_update', spying_update)
 
   def _heard(self, event, seconds, **_):
