@@ -24,6 +24,7 @@ def get_config(arg=''):
   return ConfigDict(dict(
     stage='slates', seed=0, seeds=(0,),
     data=dict(source='files', path='', group_size=8), rl=dict(steps=3),
+    model=dict(dtype='float32'),
   ))
 """
 
