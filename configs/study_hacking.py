@@ -38,7 +38,7 @@ def get_config(arg: str = '') -> ConfigDict:
   """The whole config, with `study_hacking` as the target; `seeds=3` is meant."""
   config = common.compose('study_hacking', arg)
   config.update_from_flattened_dict(RECIPE)
-  if not config.study_hacking.small:
+  if 'test' not in arg.split(','):
     config.update_from_flattened_dict(SIZES)
   return config
 
@@ -46,7 +46,6 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `study_hacking`."""
   config = ConfigDict()
-  config.small = test  # the sizes of the test preset, not the study's own
   config.rewards = ('auc+ndcg',) if test else ('auc+ndcg', 'promotion')
   config.gates = ('none', 'v2') if test else ('none', 'v1', 'v2')
   config.orders = ('incoming',) if test else ('incoming', 'shuffled', 'mixed')

@@ -121,6 +121,10 @@ class Adapters:
       )
     return joined
 
+  def joiner(self) -> Callable[[Any, Any], Any]:
+    """`join`, compiled where there is anything to join."""
+    return jax.jit(self.join) if self.rank else self.join
+
   def wrap(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """`(params, *batch)` -> `(trainable, frozen, *batch)`, the same loss."""
 

@@ -182,7 +182,7 @@ def validator(config, setup: policy.Setup, slates: os.PathLike[str], stage):
   source = Chosen(slates_lib.source(slates, 'validation'), chosen)
   grades, count = held_out.grades[chosen], held_out.count[chosen]
 
-  again = min(stage.eval_slates, SENSITIVITY_SLATES)
+  few = Chosen(source, np.arange(min(len(chosen), SENSITIVITY_SLATES)))
 
   def validate(params) -> dict[str, float]:
     def ranked_in(order: str, slates: Chosen, seed: int) -> Ranked:
@@ -197,7 +197,6 @@ def validator(config, setup: policy.Setup, slates: os.PathLike[str], stage):
       )
 
     ranked = ranked_in(config.prompt.order, source, 0)
-    few = Chosen(source, np.arange(min(again, len(chosen))))
     shuffled = ranked_in('shuffled', few, 1)
     found = watch(ranked.generated, grades, count)
     readout = watch(ranked.readout, grades, count)

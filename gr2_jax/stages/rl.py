@@ -8,6 +8,7 @@ What happens in a step, all of it on the device but the loop itself:
   one or several clipped updates              `policy_gradient`
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,7 @@ def run(
     ),
     optimizer,
   )
-  join = jax.jit(setup.adapters.join) if setup.adapters.rank else None
+  join = setup.adapters.joiner()
   split = jax.jit(policy_gradient.minibatches, static_argnums=(1, 2))
 
   def draw(size: int):
@@ -106,10 +107,8 @@ def run(
 
   def take_step(state, frozen, step):
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    params = join(state.params, frozen) if join else state.params
-    batch, watches = collect(
-      lambda rows, key: act(params, rows, key), draw, key, stage
-    )
+    params = join(state.params, frozen)
+    batch, watches = collect(functools.partial(act, params), draw, key, stage)
     batch, watched = prepare(params, batch)
     watches |= watched
     gap = None

@@ -64,7 +64,7 @@ def fit(
     state, frozen, done, record = _start(
       config, checkpoints, setup, optimizer, seed, iterator, inherited
     )
-    join = jax.jit(setup.adapters.join) if setup.adapters.rank else _first
+    join = setup.adapters.joiner()
 
     def consider(step: int, found: dict[str, float], reward: float | None):
       """Notes a validation, and keeps the parameters if they are the best."""
@@ -226,12 +226,6 @@ def _start(
   if source and not setup.adapters.rank:
     state = state.replace(params=setup.load_params(source))
   return state, frozen, 0, record
-
-
-def _first(trainable: Any, frozen: Any) -> Any:
-  """The join where everything trains."""
-  del frozen
-  return trainable
 
 
 def _write_finite(
