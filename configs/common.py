@@ -31,7 +31,9 @@ SECTIONS = {
   'baselines': 'baselines',
   'evaluate': 'evaluate',
   'rerank': 'rerank',
+  'export': 'export',
   'study_hacking': 'study_hacking',
+  'study_tokenizer': 'study_tokenizer',
 }
 
 # Evidence columns of a candidate's line; `:raw` is not centred in the slate.

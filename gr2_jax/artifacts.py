@@ -224,6 +224,18 @@ def _run(
   return directory
 
 
+def read_config(directory: pathlib.Path) -> dict[str, Any]:
+  """The config sections that an artifact was made with.
+
+  Raises:
+    ArtifactError: the folder has no config.json, or a damaged one.
+  """
+  path = directory / 'config.json'
+  if not path.is_file():
+    raise ArtifactError(f'{path}: missing; give the folder of an artifact')
+  return _read_json(path, 'give the folder of an artifact')['config']
+
+
 def _sections(
   config: ml_collections.ConfigDict, stage: stages.Stage
 ) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gr2_jax import artifacts, stages
 
 def _config(**changes):
   sections = 'data tokenizer prompt model mesh midtrain traces sft rl'
-  sections += ' baselines evaluate rerank study_hacking'
+  sections += ' baselines evaluate rerank export study_hacking'
   config = ConfigDict({name: {'x': 1} for name in sections.split()})
   config.seed, config.seeds = 0, (0, 1)
   config.update_from_flattened_dict(changes)
@@ -29,7 +29,7 @@ STUDIES = {'study_hacking'}  # They make runs of their own.
 
 
 def _fingerprints(config):
-  """Label of every artifact evaluate and rerank reach -> fingerprint."""
+  """Label of every artifact that is reached from a last one -> fingerprint."""
   found = {}
 
   def visit(artifact):
@@ -37,8 +37,8 @@ def _fingerprints(config):
     for a in artifact.inputs.values():
       visit(a)
 
-  visit(artifacts.plan(config, 'evaluate'))
-  visit(artifacts.plan(config, 'rerank'))
+  for last in ('evaluate', 'rerank', 'export'):
+    visit(artifacts.plan(config, last))
   return found
 
 
@@ -59,11 +59,12 @@ def test_every_stage_is_reached_and_seeded_ones_once_per_seed():
 @pytest.mark.parametrize(
   ('field', 'want'),
   [
-    ('rl.x', {'rl', 'evaluate', 'rerank'}),
+    ('rl.x', {'rl', 'evaluate', 'rerank', 'export'}),
     ('evaluate.x', {'evaluate'}),
     ('rerank.x', {'rerank'}),
+    ('export.x', {'export'}),
     ('baselines.x', {'baselines', 'evaluate'}),
-    ('traces.x', {'traces', 'sft', 'rl', 'evaluate', 'rerank'}),
+    ('traces.x', {'traces', 'sft', 'rl', 'evaluate', 'rerank', 'export'}),
     ('tokenizer.x', set(stages.STAGES) - STUDIES - {'slates', 'baselines'}),
     ('data.x', set(stages.STAGES) - STUDIES),
     ('seed', set()),

@@ -335,6 +335,16 @@ def test_the_read_out_starts_at_zero_and_travels_with_an_export(
   same(load(tmp_path / 'ours')[1], params)
 
 
+def test_an_index_keeps_other_loaders_from_the_read_out(checkpoint, tmp_path):
+  model, params = load(checkpoint)
+  export(tmp_path / 'ours', params, model)
+  index = tmp_path / 'ours' / 'model.safetensors.index.json'
+  names = json.loads(index.read_text())['weight_map']
+  held = tensors_of(tmp_path / 'ours')
+  assert names == dict.fromkeys(held, 'model.safetensors')
+  assert 'readout' not in names
+
+
 def test_an_export_does_not_sample_and_brings_its_tokenizer(
   checkpoint, tmp_path
 ):

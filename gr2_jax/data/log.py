@@ -33,6 +33,15 @@ class Catalog:
   def __len__(self) -> int:
     return len(self.item_ids)
 
+  def take(self, rows: np.ndarray) -> Catalog:
+    """The catalog of some items, in the order of `rows`, int [n]."""
+    return Catalog(
+      item_ids=tuple(self.item_ids[row] for row in rows),
+      titles=tuple(self.titles[row] for row in rows),
+      categories=tuple(self.categories[row] for row in rows),
+      years=self.years[rows],
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Impressions:

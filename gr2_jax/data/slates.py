@@ -66,6 +66,10 @@ class Slates:
     """Returns n."""
     return len(self.user)
 
+  def take(self, rows: np.ndarray) -> Slates:
+    """Some of the slates, in the order of `rows`, int [m]."""
+    return Slates(**{name: getattr(self, name)[rows] for name in NAMES})
+
 
 NAMES = tuple(field.name for field in dataclasses.fields(Slates))
 

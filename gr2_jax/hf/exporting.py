@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import pathlib
 import shutil
 import uuid
@@ -34,7 +35,7 @@ def export(
   """Writes a checkpoint that transformers and vLLM load; whole or not at all.
 
   The folder holds config.json, generation_config.json (which does not sample),
-  model.safetensors (parts and an index above `max_shard_bytes`),
+  model.safetensors (parts above `max_shard_bytes`) and its index,
   tokenizer.json, tokenizer_config.json, and the read-out vector beside them.
 
   Args:
@@ -75,6 +76,7 @@ def export(
   readout = np.asarray(params['readout'])
   with _whole_folder(directory) as folder:
     safetensors_files.write(folder, tensors, dtype, max_shard_bytes)
+    _index(folder, tensors)
     safetensors_files.write_file(
       folder / READOUT, [('readout', readout.shape, lambda: readout)], 'F32'
     )
@@ -130,6 +132,21 @@ def _tensors(family, params, model) -> list[safetensors_files.Source]:
       fetch = functools.partial(_fetch, found[name], layer, form)
       tensors.append((tensor.format(layer), shape, fetch))
   return tensors
+
+
+def _index(
+  folder: pathlib.Path, tensors: list[safetensors_files.Source]
+) -> None:
+  """Names the model's own tensors, where several files do not do so already.
+
+  vLLM loads every .safetensors of a folder without an index, and would refuse
+  the read-out, which is ours.
+  """
+  index = folder / safetensors_files.INDEX
+  if not index.exists():
+    names = {name: safetensors_files.SINGLE for name, _, _ in tensors}
+    content = {'metadata': {}, 'weight_map': names}
+    index.write_text(json.dumps(content, indent=2))
 
 
 def _fetch(leaf: Any, layer: Any, form: str) -> np.ndarray:

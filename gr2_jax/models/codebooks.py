@@ -1,44 +1,12 @@
-"""Codebooks: residual quantisation, their moving averages, their start.
+"""How codebooks learn: gradient estimators, moving averages, dead codes.
 
-Axis letters: B batch, I items, D latent width, L levels, C codebook size.
+Axis letters: B batch, D latent width, L levels, C codebook size.
 """
 
 from collections.abc import Mapping
 
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-
-def quantise(
-  latents_BxD: jax.Array, vectors_LxCxD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Residual quantisation: z_k = argmin_j |r_k - e_kj|, r_k+1 = r_k - e_kz.
-
-  Ties go to the lower code.
-
-  Args:
-    latents_BxD: float32 [B, D], r_1.
-    vectors_LxCxD: float32 [L, C, D].
-
-  Returns:
-    codes int32 [B, L], residuals r_k float32 [B, L, D], and codewords float32
-    [B, L, D]; the quantised latent is the codewords' sum over L.
-  """
-  chex.assert_rank([latents_BxD, vectors_LxCxD], [2, 3])
-
-  def level(residual_BxD, vectors_CxD):
-    # |r|^2 is the same for every code and is left out.
-    distance_BxC = (vectors_CxD**2).sum(-1)[None, :] - 2 * jnp.einsum(
-      'bd,cd->bc', residual_BxD, vectors_CxD, precision='highest'
-    )
-    codes_B = distance_BxC.argmin(-1).astype(jnp.int32)
-    words_BxD = vectors_CxD[codes_B]
-    return residual_BxD - words_BxD, (codes_B, residual_BxD, words_BxD)
-
-  _, (codes, residuals, words) = jax.lax.scan(level, latents_BxD, vectors_LxCxD)
-  return codes.T, residuals.swapaxes(0, 1), words.swapaxes(0, 1)
 
 
 def straight_through(
@@ -46,6 +14,47 @@ def straight_through(
 ) -> jax.Array:
   """The quantised value with the gradient of the latent."""
   return latents_BxD + jax.lax.stop_gradient(quantised_BxD - latents_BxD)
+
+
+def rotate(latents_BxD: jax.Array, quantised_BxD: jax.Array) -> jax.Array:
+  """The quantised value, reached by turning and scaling the latent.
+
+  q = (|q| / |h|) R h with R the rotation that takes h to q; scale and R are
+  constants to the gradient, so the angle between a gradient and the quantised
+  value is kept where straight-through drops it (Fifty et al. 2024, "the
+  rotation trick"): R = I - 2 r r^T + 2 q^ h^^T, r = (h^ + q^) / |h^ + q^|.
+
+  Args:
+    latents_BxD: float32 [B, D], h.
+    quantised_BxD: float32 [B, D], q.
+
+  Returns:
+    float32 [B, D], equal to q; where h and q point exactly apart, or either is
+    zero, the gradient is straight-through's.
+  """
+
+  def unit(x):
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+
+  h, q = map(jax.lax.stop_gradient, (latents_BxD, quantised_BxD))
+  length_h, length_q = (
+    jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (h, q)
+  )
+  half = unit(h) + unit(q)
+  r = unit(half)
+  turned = (
+    latents_BxD
+    - 2 * r * (r * latents_BxD).sum(-1, keepdims=True)
+    + 2 * unit(q) * (unit(h) * latents_BxD).sum(-1, keepdims=True)
+  )
+  turned = turned * length_q / jnp.maximum(length_h, 1e-6)
+  turned = turned + jax.lax.stop_gradient(quantised_BxD - turned)  # rounding
+  usable = jnp.minimum(length_h, length_q) > 1e-6
+  usable &= jnp.linalg.norm(half, axis=-1, keepdims=True) > 1e-3
+  return jnp.where(usable, turned, straight_through(latents_BxD, q))
+
+
+ESTIMATORS = {'straight_through': straight_through, 'rotation': rotate}
 
 
 def ema_update(
@@ -70,7 +79,7 @@ def ema_update(
     epsilon: pseudo-count of the smoothing.
 
   Returns:
-    The codebooks after one batch.
+    vectors, sums and counts after one batch.
   """
   size = codebooks['counts'].shape[-1]
   hot_BxLxC = jax.nn.one_hot(codes_BxL, size, dtype=residuals_BxLxD.dtype)
@@ -88,90 +97,40 @@ def ema_update(
   }
 
 
-def kmeans(
-  points_IxD: np.ndarray,
-  size: int,
-  *,
-  iterations: int,
-  rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-  """k-means with k-means++ seeding (Arthur and Vassilvitskii 2007).
+def count_idle(idle_LxC: jax.Array, codes_BxL: jax.Array) -> jax.Array:
+  """Batches since each code was last used, int32 [L, C]."""
+  levels = jnp.arange(idle_LxC.shape[0])
+  return (idle_LxC + 1).at[levels, codes_BxL].set(0)
+
+
+def revive(
+  vectors_LxCxD: jax.Array,
+  dead_LxC: jax.Array,
+  residuals_BxLxD: jax.Array,
+  words_BxLxD: jax.Array,
+) -> jax.Array:
+  """Puts dead codes where the quantiser is worst.
+
+  On each level the dead codes, in order, get the residuals of the items with
+  the largest quantisation error |r - e|^2 there, one each.
 
   Args:
-    points_IxD: [I, D].
-    size: number of centres, C.
-    iterations: Lloyd iterations after the seeding.
-    rng: draws the seeds.
+    vectors_LxCxD: float32 [L, C, D].
+    dead_LxC: bool [L, C].
+    residuals_BxLxD: float32 [B, L, D], what each level was given.
+    words_BxLxD: float32 [B, L, D], the codewords it chose.
 
   Returns:
-    float32 centres [C, D] and int64 counts [C] of the points nearest to each.
-    Where the points have fewer than C distinct values, the surplus centres
-    repeat a point and have count zero.
+    float32 [L, C, D]; where more codes are dead than the batch has items, the
+    items are dealt out again.
   """
-  points = np.asarray(points_IxD, np.float32)
-  chosen = [int(rng.integers(len(points)))]
-  nearest = ((points - points[chosen[0]]) ** 2).sum(-1, dtype=np.float64)
-  for _ in range(size - 1):
-    cumulative = np.cumsum(nearest)
-    draw = rng.random() * cumulative[-1]
-    pick = min(
-      int(np.searchsorted(cumulative, draw, side='right')), len(points) - 1
-    )
-    chosen.append(pick)
-    distance = ((points - points[pick]) ** 2).sum(-1, dtype=np.float64)
-    nearest = np.minimum(nearest, distance)
-  centres = points[chosen]
-  codes = nearest_codes(points, centres)
-  for _ in range(iterations):
-    counts = np.bincount(codes, minlength=size)
-    sums = np.zeros_like(centres)
-    np.add.at(sums, codes, points)
-    filled = counts > 0
-    centres[filled] = sums[filled] / counts[filled, None]
-    codes = nearest_codes(points, centres)
-  return centres, np.bincount(codes, minlength=size)
-
-
-def nearest_codes(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-  """Index of the nearest centre [C, D] of each point [I, D], int64 [I]."""
-  distance = (centres**2).sum(-1)[None] - 2 * points @ centres.T
-  return distance.argmin(-1)
-
-
-def residual_codebooks(
-  latents_IxD: np.ndarray,
-  *,
-  levels: int,
-  size: int,
-  batch_size: int,
-  iterations: int,
-  seed: int,
-) -> dict[str, np.ndarray]:
-  """Codebooks by k-means on the residuals of many items, level by level.
-
-  Args:
-    latents_IxD: float32 [I, D] encoder outputs.
-    levels: L.
-    size: C.
-    batch_size: B; the counts start at what a batch of this size would give.
-    iterations: Lloyd iterations per level.
-    seed: of the draws.
-
-  Returns:
-    vectors and sums float32 [L, C, D], counts float32 [L, C].
-  """
-  residuals = np.asarray(latents_IxD, np.float32)
-  vectors, counts = [], []
-  for level in range(levels):
-    rng = np.random.default_rng([seed, level])
-    centres, assigned = kmeans(residuals, size, iterations=iterations, rng=rng)
-    residuals = residuals - centres[nearest_codes(residuals, centres)]
-    vectors.append(centres)
-    counts.append(assigned * (batch_size / len(residuals)))
-  vectors = np.stack(vectors)
-  counts = np.stack(counts).astype(np.float32)
-  return {
-    'vectors': vectors,
-    'counts': counts,
-    'sums': vectors * counts[..., None],
-  }
+  error_LxB = ((residuals_BxLxD - words_BxLxD) ** 2).sum(-1).T
+  worst_LxB = jnp.argsort(-error_LxB, axis=-1)
+  turn_LxC = jnp.maximum(jnp.cumsum(dead_LxC, axis=-1) - 1, 0)
+  item_LxC = jnp.take_along_axis(
+    worst_LxB, turn_LxC % error_LxB.shape[-1], axis=-1
+  )
+  fresh_LxCxD = jnp.take_along_axis(
+    residuals_BxLxD.swapaxes(0, 1), item_LxC[..., None], axis=1
+  )
+  return jnp.where(dead_LxC[..., None], fresh_LxCxD, vectors_LxCxD)

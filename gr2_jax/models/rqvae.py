@@ -18,9 +18,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from gr2_jax.data import co_engagement
 from gr2_jax.models import codebooks as codebook_lib
+from gr2_jax.models import residual_quantizer
+from gr2_jax.ops import quantisation
 
-CODEBOOK_KINDS = ('ema', 'gradient')
+CODEBOOK_KINDS = ('ema', 'ema_gradient', 'gradient', 'kmeans')
 
 
 class Autoencoder(nn.Module):
@@ -29,7 +32,8 @@ class Autoencoder(nn.Module):
   Attributes:
     features: width of an item vector, F.
     hidden: widths of the encoder's hidden layers; the decoder's reversed.
-    latent: width of the latent, D.
+    latent: width of the latent, D; 0: the latent is the item vector itself,
+      and there is nothing to learn.
   """
 
   features: int
@@ -38,16 +42,17 @@ class Autoencoder(nn.Module):
 
   def setup(self) -> None:
     """Names the two halves."""
-    self.encoder = _mlp((*self.hidden, self.latent))
-    self.decoder = _mlp((*reversed(self.hidden), self.features))
+    if self.latent:
+      self.encoder = _mlp((*self.hidden, self.latent))
+      self.decoder = _mlp((*reversed(self.hidden), self.features))
 
   def encode(self, x_BxF: jax.Array) -> jax.Array:
     """float32 [B, F] -> latents [B, D]."""
-    return self.encoder(x_BxF)
+    return self.encoder(x_BxF) if self.latent else x_BxF
 
   def decode(self, latents_BxD: jax.Array) -> jax.Array:
     """Latents [B, D] -> float32 [B, F]."""
-    return self.decoder(latents_BxD)
+    return self.decoder(latents_BxD) if self.latent else latents_BxD
 
   def __call__(self, x_BxF: jax.Array) -> jax.Array:
     """Encodes and decodes without quantisation."""
@@ -66,8 +71,8 @@ class State:
   """Everything a resumed run needs."""
 
   step: jax.Array  # int32 []
-  params: chex.ArrayTree  # of the autoencoder
-  codebooks: Mapping[str, jax.Array]  # vectors, sums [L,C,D]; counts [L,C]
+  moved: Mapping[str, chex.ArrayTree]  # what the optimizer moves
+  codebooks: Mapping[str, jax.Array]  # see `start_codebooks`
   opt_state: chex.ArrayTree
 
 
@@ -91,75 +96,162 @@ def make_optimizer(config) -> optax.GradientTransformation:
 def make_model(config, features: int) -> Autoencoder:
   """The autoencoder that the `tokenizer` section describes."""
   return Autoencoder(
-    features=features, hidden=tuple(config.hidden), latent=config.latent
+    features=features,
+    hidden=tuple(config.hidden),
+    latent=0 if config.codebook == 'kmeans' else config.latent,
   )
 
 
-def trainable(params, codebooks, kind: str) -> dict:
-  """What the optimizer moves: the networks, and gradient codebooks."""
-  if kind not in CODEBOOK_KINDS:
+def check(config) -> None:
+  """Raises ValueError naming the field of the section that has no meaning."""
+  for field, known in (
+    ('codebook', CODEBOOK_KINDS),
+    ('estimator', tuple(codebook_lib.ESTIMATORS)),
+  ):
+    if config[field] not in known:
+      raise ValueError(
+        f'tokenizer.{field} is {config[field]!r}; it must be one of {known}'
+      )
+  if config.codebook == 'kmeans' and not config.init_items:
     raise ValueError(
-      f'tokenizer.codebook is {kind!r}; it must be one of {CODEBOOK_KINDS}'
+      "tokenizer.codebook='kmeans' needs items to start from: raise "
+      'tokenizer.init_items'
     )
-  if kind == 'gradient':
-    return {'networks': params, 'vectors': codebooks['vectors']}
-  return {'networks': params}
+
+
+def draw_batch(
+  config,
+  features_IxF: np.ndarray,
+  neighbours: co_engagement.Neighbours | None,
+  step: int,
+) -> dict[str, np.ndarray]:
+  """Items drawn with replacement: a function of (seed, step) alone.
+
+  Args:
+    config: the `tokenizer` section: seed, batch_size.
+    features_IxF: float32 [I, F]; may lie on disk.
+    neighbours: whom partners are drawn from; None: no partners.
+    step: of the run.
+
+  Returns:
+    items float32 [B, F]; and, with neighbours, rows and partner_rows int32
+    [B], and partners float32 [B, F].
+  """
+  rng = np.random.default_rng([config.seed, step])
+  rows = rng.integers(len(features_IxF), size=config.batch_size)
+  batch = {'items': features_IxF[rows]}
+  if neighbours is not None:
+    partners = neighbours.draw(rows, rng)
+    batch |= {
+      'rows': rows.astype(np.int32),
+      'partner_rows': partners,
+      'partners': features_IxF[partners],
+    }
+  return batch
 
 
 def init(config, features_IxF: np.ndarray, levels: int) -> State:
-  """A fresh state: pretrained networks, codebooks by k-means on their latents.
+  """A fresh state: pretrained networks, and codebooks to start from.
 
   Args:
     config: the `tokenizer` section.
-    features_IxF: float32 [I, F] all items.
+    features_IxF: float32 [I, F] all items; may lie on disk.
     levels: number of fitted levels, L.
 
   Returns:
     The state at step 0.
   """
   model = make_model(config, features_IxF.shape[1])
-  key = jax.random.fold_in(jax.random.key(config.seed), 0)
-  params = model.init(key, jnp.asarray(features_IxF[:1]))['params']
-  params = pretrain(config, model, params, features_IxF)
+  networks = pretrain(
+    config, model, _init_networks(config, model), features_IxF
+  )
   rng = np.random.default_rng([config.seed, levels])
   count = min(len(features_IxF), config.init_items)
   rows = np.sort(rng.permutation(len(features_IxF))[:count])
-  codebooks = codebook_lib.residual_codebooks(
-    encode(model, params, features_IxF[rows]),
-    levels=levels,
-    size=config.codebook_size,
-    batch_size=config.batch_size,
-    iterations=config.init_iterations,
-    seed=config.seed,
-  )
-  return _fresh(config, params, jax.tree.map(jnp.asarray, codebooks))
+  latents = None
+  if count:
+    encode = jax.jit(lambda p, x: _apply(model, p, x, 'encode'))
+    latents = np.asarray(encode(networks, features_IxF[rows]))
+  return _fresh(config, networks, start_codebooks(config, latents, levels))
 
 
 def init_shapes(config, features: int, levels: int) -> State:
   """A state of the right shapes and of no value, for `jax.eval_shape`."""
   model = make_model(config, features)
-  params = model.init(jax.random.key(0), jnp.zeros((1, features)))['params']
   size = (levels, config.codebook_size)
   codebooks = {
-    'vectors': jnp.zeros((*size, config.latent)),
+    'vectors': jnp.zeros((*size, model.latent or features)),
+    'sums': jnp.zeros((*size, model.latent or features)),
     'counts': jnp.zeros(size),
-    'sums': jnp.zeros((*size, config.latent)),
+    'idle': jnp.zeros(size, jnp.int32),
   }
-  return _fresh(config, params, codebooks)
+  return _fresh(config, _init_networks(config, model), codebooks)
 
 
-def _fresh(config, params, codebooks) -> State:
-  optimizer = make_optimizer(config)
+def start_codebooks(
+  config, latents_IxD: np.ndarray | None, levels: int
+) -> dict[str, jax.Array]:
+  """Codebooks before the first step.
+
+  Args:
+    config: the `tokenizer` section: seed, latent, codebook_size, batch_size,
+      init_iterations.
+    latents_IxD: float32 [I, D] to run k-means on, level by level; None:
+      codewords are drawn from a Gaussian of deviation 1 / C.
+    levels: L.
+
+  Returns:
+    vectors float32 [L, C, D]; counts float32 [L, C] and sums [L, C, D] of the
+    moving average; idle int32 [L, C], batches since a code was used.
+  """
+  size = config.codebook_size
+  if latents_IxD is None:
+    rng = np.random.default_rng([config.seed, levels, size])
+    vectors = rng.standard_normal((levels, size, config.latent), np.float32)
+    vectors /= size
+    counts = np.full((levels, size), config.batch_size / size, np.float32)
+    found = {
+      'vectors': vectors,
+      'counts': counts,
+      'sums': vectors * counts[..., None],
+    }
+  else:
+    found = residual_quantizer.residual_codebooks(
+      latents_IxD,
+      levels=levels,
+      size=size,
+      batch_size=config.batch_size,
+      iterations=config.init_iterations,
+      seed=config.seed,
+    )
+  found['idle'] = np.zeros((levels, size), np.int32)
+  return jax.tree.map(jnp.asarray, found)
+
+
+def _init_networks(config, model: Autoencoder) -> chex.ArrayTree:
+  key = jax.random.fold_in(jax.random.key(config.seed), 0)
+  variables = model.init(key, jnp.zeros((1, model.features)))
+  return variables.get('params', {})
+
+
+def _apply(model: Autoencoder, networks, x, method: str) -> jax.Array:
+  return model.apply({'params': networks}, x, method=method)
+
+
+def _fresh(config, networks, codebooks) -> State:
+  moved = {'networks': networks}
+  if config.codebook in ('gradient', 'ema_gradient'):
+    moved['vectors'] = codebooks['vectors']
   return State(
     step=jnp.zeros((), jnp.int32),
-    params=params,
+    moved=moved,
     codebooks=codebooks,
-    opt_state=optimizer.init(trainable(params, codebooks, config.codebook)),
+    opt_state=make_optimizer(config).init(moved),
   )
 
 
 def pretrain(
-  config, model: Autoencoder, params, features_IxF: np.ndarray
+  config, model: Autoencoder, networks, features_IxF: np.ndarray
 ) -> chex.ArrayTree:
   """Trains the autoencoder alone, so that k-means meets latents that last.
 
@@ -169,204 +261,176 @@ def pretrain(
     config: the `tokenizer` section: seed, pretrain_steps, learning_rate and
       batch_size.
     model: the autoencoder.
-    params: its fresh parameters.
+    networks: its fresh parameters.
     features_IxF: float32 [I, F] all items.
 
   Returns:
     The parameters after config.pretrain_steps updates.
   """
+  if not model.latent:
+    return networks
   optimizer = optax.adam(config.learning_rate)
-  key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
   @jax.jit
-  def loop(params, features):
-    def step(index, carry):
-      params, opt_state = carry
-      batch = draw_batch(features, config.batch_size, key, index)
-      grads = jax.grad(
-        lambda p: (
-          ((model.apply({'params': p}, batch) - batch) ** 2).sum(-1).mean()
-        )
-      )(params)
-      updates, opt_state = optimizer.update(grads, opt_state, params)
-      return optax.apply_updates(params, updates), opt_state
+  def step(networks, opt_state, batch):
+    def loss(networks):
+      out = model.apply({'params': networks}, batch)
+      return ((out - batch) ** 2).sum(-1).mean()
 
-    return jax.lax.fori_loop(
-      0, config.pretrain_steps, step, (params, optimizer.init(params))
-    )[0]
+    grads = jax.grad(loss)(networks)
+    updates, opt_state = optimizer.update(grads, opt_state, networks)
+    return optax.apply_updates(networks, updates), opt_state
 
-  return loop(params, features_IxF)
+  opt_state = optimizer.init(networks)
+  for index in range(config.pretrain_steps):
+    # Not the batches of the steps that follow: those count from 0.
+    batch = draw_batch(config, features_IxF, None, _PRETRAIN + index)
+    networks, opt_state = step(networks, opt_state, batch['items'])
+  return networks
 
 
-def draw_batch(
-  features_IxF: jax.Array, batch_size: int, key: jax.Array, step: jax.Array
-) -> jax.Array:
-  """Items drawn with replacement: a function of (key, step) alone.
-
-  Args:
-    features_IxF: float32 [I, F].
-    batch_size: B.
-    key: of the run.
-    step: int32 [].
-
-  Returns:
-    float32 [B, F].
-  """
-  rows = jax.random.randint(
-    jax.random.fold_in(key, step), (batch_size,), 0, len(features_IxF)
-  )
-  return features_IxF[rows]
+_PRETRAIN = 1 << 31
 
 
 def loss_fn(
+  config,
   model: Autoencoder,
   moved: Mapping[str, chex.ArrayTree],
   vectors_LxCxD: jax.Array,
-  batch_BxF: jax.Array,
-  commitment: float,
+  batch: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Reconstruction + commitment (+ codebook, where gradients move it).
+  """What the networks, and gradient codebooks, are trained to make small.
 
-  |x - x'|^2 + beta sum_k |r_k - sg(e_k)|^2 (+ sum_k |sg(r_k) - e_k|^2), each a
-  sum over features and a mean over the batch.
+  |x - x'|^2 + beta sum_k |r_k - sg(e_k)|^2, each a sum over features and a
+  mean over the batch; + sum_k |sg(r_k) - e_k|^2 where gradients move the
+  codewords; + the weighted diversity and InfoNCE of `ops.quantisation`.
 
   Args:
+    config: the `tokenizer` section.
     model: the autoencoder.
-    moved: what `trainable` gives.
-    vectors_LxCxD: codebooks, read where `moved` has none.
-    batch_BxF: float32 [B, F].
-    commitment: beta.
+    moved: of the state.
+    vectors_LxCxD: codewords that quantise; constants.
+    batch: of `draw_batch`.
 
   Returns:
-    The loss and a dict with its terms, codes [B, L] and residuals [B, L, D].
+    The loss and a dict with its terms, codes [B, L], residuals and codewords
+    [B, L, D].
   """
-  learned = 'vectors' in moved
-  variables = {'params': moved['networks']}
-  latents = model.apply(variables, batch_BxF, method='encode')
-  vectors = moved['vectors'] if learned else vectors_LxCxD
-  codes, _, words = codebook_lib.quantise(latents, vectors)
-  # Residuals depend on the encoder alone: earlier codewords are constants.
-  fixed = jax.lax.stop_gradient(words)
-  residuals = latents[:, None] - (jnp.cumsum(fixed, axis=1) - fixed)
-  out = model.apply(
-    variables,
-    codebook_lib.straight_through(latents, words.sum(1)),
-    method='decode',
+  latents = _apply(model, moved['networks'], batch['items'], 'encode')
+  vectors = jax.lax.stop_gradient(vectors_LxCxD)
+  codes, _, words = residual_quantizer.quantise(
+    jax.lax.stop_gradient(latents), vectors
   )
-  reconstruction = ((batch_BxF - out) ** 2).sum(-1).mean()
-  commit = ((residuals - fixed) ** 2).sum((1, 2)).mean()
-  loss = reconstruction + commitment * commit
-  if learned:
-    loss += ((jax.lax.stop_gradient(residuals) - words) ** 2).sum((1, 2)).mean()
-  return loss, {
-    'reconstruction': reconstruction,
-    'commitment': commit,
-    'codes': codes,
-    'residuals': jax.lax.stop_gradient(residuals),
+  # Residuals depend on the encoder alone: earlier codewords are constants.
+  residuals = latents[:, None] - (jnp.cumsum(words, axis=1) - words)
+  estimate = codebook_lib.ESTIMATORS[config.estimator]
+  out = _apply(
+    model, moved['networks'], estimate(latents, words.sum(1)), 'decode'
+  )
+  terms = {
+    'reconstruction': ((batch['items'] - out) ** 2).sum(-1).mean(),
+    'commitment': ((residuals - words) ** 2).sum((1, 2)).mean(),
   }
+  loss = terms['reconstruction'] + config.commitment * terms['commitment']
+  fixed = jax.lax.stop_gradient(residuals)
+  learned = moved.get('vectors')
+  if learned is not None:
+    chosen = learned[jnp.arange(codes.shape[1]), codes]
+    loss += ((fixed - chosen) ** 2).sum((1, 2)).mean()
+  if config.diversity_weight:
+    terms['diversity'] = quantisation.diversity(
+      residuals,
+      vectors if learned is None else learned,
+      config.diversity_temperature,
+    )
+    loss += config.diversity_weight * terms['diversity']
+  if config.contrastive_weight:
+    terms['contrastive'] = quantisation.info_nce(
+      latents,
+      _apply(model, moved['networks'], batch['partners'], 'encode'),
+      batch['rows'],
+      batch['partner_rows'],
+      config.contrastive_temperature,
+    )
+    loss += config.contrastive_weight * terms['contrastive']
+  return loss, terms | {'codes': codes, 'residuals': fixed, 'words': words}
 
 
 def make_update(
-  config,
-  model: Autoencoder,
-  optimizer: optax.GradientTransformation,
-  mesh: jax.sharding.Mesh | None = None,
-) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
-  """The jitted update step `(state, batch [B, F]) -> (state, metrics)`.
+  config, model: Autoencoder
+) -> Callable[
+  [State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]
+]:
+  """The jitted update step `(state, batch) -> (state, metrics)`.
+
+  Batches split over a mesh give the same sums: moving averages, like
+  gradients, are over the whole batch.
 
   Args:
-    config: the `tokenizer` section: codebook, decay, commitment.
+    config: the `tokenizer` section.
     model: the autoencoder.
-    optimizer: as the state was made with.
-    mesh: if given, the batch is split over its 'data' axis and the state is
-      replicated; otherwise everything lives on one device.
   """
+  optimizer = make_optimizer(config)
 
-  def update(state: State, batch_BxF: jax.Array):
-    moved = trainable(state.params, state.codebooks, config.codebook)
+  @jax.jit
+  def update(state: State, batch: Mapping[str, jax.Array]):
     (loss, aux), grads = jax.value_and_grad(
       lambda moved: loss_fn(
-        model, moved, state.codebooks['vectors'], batch_BxF, config.commitment
+        config, model, moved, state.codebooks['vectors'], batch
       ),
       has_aux=True,
-    )(moved)
-    updates, opt_state = optimizer.update(grads, state.opt_state, moved)
-    moved = optax.apply_updates(moved, updates)
-    codebooks = codebook_lib.ema_update(
-      state.codebooks, aux['codes'], aux['residuals'], decay=config.decay
+    )(state.moved)
+    codes, residuals, words = (
+      aux.pop(name) for name in ('codes', 'residuals', 'words')
     )
-    if config.codebook == 'gradient':  # the counts are kept for the log only
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.moved)
+    moved = optax.apply_updates(state.moved, updates)
+
+    # The codebooks, each in its own way; the counts are kept for the log.
+    codebooks = codebook_lib.ema_update(
+      state.codebooks, codes, residuals, decay=config.decay
+    )
+    if config.codebook == 'gradient':
       codebooks['vectors'] = moved['vectors']
+    elif config.codebook == 'ema_gradient':
+      codebooks['vectors'] = optax.incremental_update(
+        moved['vectors'], state.codebooks['vectors'], 1 - config.decay
+      )
+    idle = codebook_lib.count_idle(state.codebooks['idle'], codes)
+    codebooks['idle'] = idle
+    if config.reset_after:
+      dead = idle >= config.reset_after
+      codebooks, moved = _revive(codebooks, moved, dead, residuals, words)
+      aux['revived'] = dead.sum()
+
     share = codebooks['counts'] / codebooks['counts'].sum(-1, keepdims=True)
     entropy = -(share * jnp.log(share + 1e-9)).sum(-1)
-    metrics = {
+    metrics = aux | {
       'loss': loss,
-      'reconstruction': aux['reconstruction'],
-      'commitment': aux['commitment'],
       'grad_norm': optax.tree.norm(grads),
       'update_norm': optax.tree.norm(updates),
       'perplexity': jnp.exp(entropy).mean(),
     }
     return State(
-      step=state.step + 1,
-      params=moved['networks'],
-      codebooks=codebooks,
-      opt_state=opt_state,
+      step=state.step + 1, moved=moved, codebooks=codebooks, opt_state=opt_state
     ), metrics
 
-  if mesh is None:
-    return jax.jit(update)
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-  return jax.jit(
-    update, in_shardings=(whole, split), out_shardings=(whole, whole)
+  return update
+
+
+def _revive(codebooks, moved, dead_LxC, residuals, words):
+  """Moves dead codes everywhere they stand, as if used once."""
+  vectors = codebook_lib.revive(
+    codebooks['vectors'], dead_LxC, residuals, words
   )
-
-
-def encode(model: Autoencoder, params, features_IxF: np.ndarray) -> np.ndarray:
-  """Latents of a whole catalog; equal rows give bit-equal latents.
-
-  Args:
-    model: the autoencoder.
-    params: its parameters.
-    features_IxF: float32 [I, F].
-
-  Returns:
-    float32 [I, D].
-
-  Raises:
-    ValueError: an item vector is not finite; the message names the first.
-  """
-  bad = np.flatnonzero(~np.isfinite(features_IxF).all(axis=1))
-  if len(bad):
-    raise ValueError(
-      f'the embedding of item {bad[0]} holds NaN or infinity ({len(bad)} such '
-      'items): check its text or the file the embeddings came from'
-    )
-  rows, of_item = np.unique(features_IxF, axis=0, return_inverse=True)
-  encoded = jax.jit(lambda p, x: model.apply({'params': p}, x, method='encode'))
-  return np.asarray(encoded(params, rows))[of_item.reshape(-1)]
-
-
-def reconstruction_r2(
-  model: Autoencoder,
-  params,
-  vectors_LxCxD: np.ndarray,
-  features_IxF: np.ndarray,
-) -> float:
-  """Share of the vectors' variance that the codewords' sum explains.
-
-  1 - sum |x - x'|^2 / sum |x - mean x|^2 over the catalog.
-  """
-
-  @jax.jit
-  def residual(params, vectors, x):
-    variables = {'params': params}
-    latents = model.apply(variables, x, method='encode')
-    _, _, words = codebook_lib.quantise(latents, vectors)
-    return x - model.apply(variables, words.sum(1), method='decode')
-
-  error = np.asarray(residual(params, vectors_LxCxD, features_IxF), np.float64)
-  centred = features_IxF - features_IxF.mean(0, keepdims=True)
-  total = float((centred.astype(np.float64) ** 2).sum())
-  return 1.0 - float((error**2).sum()) / max(total, 1e-12)
+  counts = jnp.where(dead_LxC, 1.0, codebooks['counts'])
+  sums = jnp.where(dead_LxC[..., None], vectors, codebooks['sums'])
+  if 'vectors' in moved:
+    learned = jnp.where(dead_LxC[..., None], vectors, moved['vectors'])
+    moved = moved | {'vectors': learned}
+  return {
+    'vectors': vectors,
+    'counts': counts,
+    'sums': sums,
+    'idle': jnp.where(dead_LxC, 0, codebooks['idle']),
+  }, moved

@@ -32,7 +32,11 @@ class Stage:
 
 STAGES: dict[str, Stage] = {
   'slates': Stage((), ('data',), files=('data.path',)),
-  'tokenizer': Stage(('slates',), ('tokenizer',)),
+  'tokenizer': Stage(
+    ('slates',),
+    ('tokenizer', 'mesh'),
+    files=('tokenizer.extends', 'tokenizer.text_source'),
+  ),
   'backbone': Stage(
     ('slates', 'tokenizer'),
     ('prompt', 'model', 'mesh'),
@@ -69,6 +73,11 @@ STAGES: dict[str, Stage] = {
     seeded=True,
     files=('rerank.input',),
   ),
+  'export': Stage(
+    ('slates', 'tokenizer', 'backbone', 'rl'),
+    ('prompt', 'model', 'mesh', 'export'),
+    seeded=True,
+  ),
   'study_hacking': Stage(
     (),  # It makes its own runs: what `rl` needs, in many variants.
     (
@@ -85,5 +94,21 @@ STAGES: dict[str, Stage] = {
       'seeds',
     ),
     files=('data.path', 'model.source'),
+  ),
+  'study_tokenizer': Stage(
+    (),  # As above: tokenizers, and what `sft` needs.
+    (
+      'data',
+      'tokenizer',
+      'prompt',
+      'model',
+      'mesh',
+      'midtrain',
+      'traces',
+      'sft',
+      'study_tokenizer',
+      'seeds',
+    ),
+    files=('data.path', 'model.source', 'tokenizer.text_source'),
   ),
 }

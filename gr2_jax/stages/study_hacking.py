@@ -15,9 +15,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import artifacts, policy, ranker, reporting
-from gr2_jax.data import slates as slates_lib
-from gr2_jax.ops import metrics, statistics
+from gr2_jax import artifacts, ranker, reporting
+from gr2_jax.ops import statistics
+from gr2_jax.stages import studies
 
 TABLE = 'hacking.md'
 FIGURE = 'hacking.png'
@@ -92,31 +92,30 @@ def run(
 
 
 def _measure(
-  config: ml_collections.ConfigDict, source: str, workdir: pathlib.Path
+  config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Ranks test slates with the policies of a stage, one for each seed."""
-  stage = config.study_hacking
-  answers = []
-  for seed in config.seeds:
-    plan = artifacts.plan(config, 'rl', seed)
-    inputs = {k: a.directory(workdir.parent) for k, a in plan.inputs.items()}
-    path = inputs['sft'] if source == 'sft' else plan.directory(workdir.parent)
-    slates = slates_lib.read(inputs['slates'], 'test')
-    rng = np.random.default_rng(0)
-    chosen = np.sort(rng.permutation(len(slates))[: stage.test_slates])
-    kept = workdir / f'{path.name}.npz'
-    if not kept.exists():
-      _answer(config, inputs, path, chosen, kept)
-    with np.load(kept) as found:
-      answers.append(dict(found))
-  grades, count = slates.grades[chosen], slates.count[chosen]
-  watches = [ranker.watch(a['ranking'], grades, count) for a in answers]
-  incoming = np.broadcast_to(np.arange(grades.shape[1]), grades.shape)
+  """What became of the policies of a stage, one for each seed."""
+  own = config.study_hacking
+  tests = [
+    studies.rank_test(
+      config,
+      stage,
+      seed,
+      workdir,
+      slates=own.test_slates,
+      thinking=config.rl.thinking,
+      batch_size=config.rl.eval_batch_size,
+    )
+    for seed in config.seeds
+  ]
+  slates = tests[0].slates
+  grades, count = slates.grades, slates.count
+  watches = [ranker.watch(t.generated, grades, count) for t in tests]
   gain = statistics.two_level_bootstrap(
     np.stack([w['n@5'] for w in watches]),
-    ranker.watch(incoming, grades, count)['n@5'],
-    slates.user[chosen],
-    resamples=stage.resamples,
+    tests[0].incoming['n@5'],
+    slates.user,
+    resamples=own.resamples,
   )
   first = np.stack([w['first_pick'] for w in watches]).astype(int)
   histogram = np.bincount(first.ravel(), minlength=grades.shape[1])
@@ -128,42 +127,8 @@ def _measure(
     'n@5_gain': gain.estimate,
     'n@5_gain_ci': [gain.low, gain.high],
     'first_pick': (histogram / histogram.sum()).tolist(),
-    'order_sensitivity': float(np.mean([a['sensitivity'] for a in answers])),
+    'order_sensitivity': float(np.mean([t.sensitivity for t in tests])),
   }
-
-
-def _answer(
-  config: ml_collections.ConfigDict,
-  inputs: dict[str, pathlib.Path],
-  source: pathlib.Path,
-  chosen: np.ndarray,
-  kept: pathlib.Path,
-) -> None:
-  """Writes a policy's rankings of the chosen test slates."""
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
-  params = setup.load_params(source)
-  slates = ranker.Chosen(slates_lib.source(inputs['slates'], 'test'), chosen)
-
-  def rank(order: str, seed: int) -> ranker.Ranked:
-    return ranker.rank(
-      setup,
-      params,
-      slates,
-      thinking=config.rl.thinking,
-      order=order,
-      batch_size=config.rl.eval_batch_size,
-      seed=seed,
-    )
-
-  ranked, again = rank(config.prompt.order, 1), rank('shuffled', 2)
-  sensitivity = metrics.order_sensitivity(
-    ranked.generated, again.generated, ranked.count
-  )
-  temporary = kept.with_suffix('.tmp.npz')
-  np.savez(temporary, ranking=ranked.generated, sensitivity=sensitivity)
-  temporary.replace(kept)
 
 
 def _rise(logs: list[list[dict]]) -> float:

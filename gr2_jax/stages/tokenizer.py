@@ -1,157 +1,286 @@
-"""Tokenizer: item text -> RQ-VAE -> one semantic ID per item.
+"""Tokenizer: item text -> vectors -> residual quantiser -> semantic IDs.
 
 Resume: the text vectors are kept once made; the training state is saved every
 `checkpoint_every` steps; batches are a function of (seed, step), so a run that
 was killed ends bit for bit where an uninterrupted one does.
+
+With `tokenizer.extends` nothing is trained: the items of an earlier artifact
+keep their IDs, and new items get IDs from the same quantiser.
 """
 
-import os
 import pathlib
+import shutil
 import time
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import checkpoint, reporting
+from gr2_jax import artifacts, checkpoint, reporting, sharding, text_encoders
+from gr2_jax.data import co_engagement
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import slates, text
-from gr2_jax.models import codebooks, rqvae, semantic_ids, sid_assignment
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.models import rqvae, semantic_ids, sid_assignment, sid_tokenizer
+
+PARAMS = 'params'
+SIDS = 'sids.jsonl'
 
 
-def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
+def run(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
   """Makes the semantic IDs of the catalog of inputs['slates'].
 
-  Leaves in `workdir`: sids.npz and sids.json (see semantic_ids), sids.jsonl
-  (item_id, codes), features.npy (text vectors float32 [I, F]), checkpoints,
-  metrics.
+  Leaves in `workdir`: sids.npz and sids.json (see semantic_ids), sids.jsonl and
+  sids.parquet (item_id, codes), params (networks and codebooks), features.npy
+  (text vectors float32 [I, F]), checkpoints, metrics.
 
   Args:
-    config: the run's config; its `tokenizer` section is read.
+    config: the run's config; its sections `tokenizer` and `mesh` are read.
     inputs: upstream artifact directories; 'slates' is read.
     workdir: this stage's directory.
 
   Returns:
     SemanticIds.statistics(), reconstruction_r2 of the fitted levels, items
-    spilled, and seconds of this process.
+    spilled, the chosen step, and seconds of this process.
 
   Raises:
     ValueError: a config field has no meaning, the catalog does not fit in the
-      code space, an item id occurs twice or a text vector is not finite.
+      code space, an item id is empty or occurs twice, or a text vector is not
+      finite.
     FloatingPointError: the training diverged.
   """
   started = time.monotonic()
-  config = config.tokenizer
+  stage = config.tokenizer
+  mesh = sharding.make_mesh(**config.mesh.to_dict())
   workdir = pathlib.Path(workdir)
-  if config.last_level not in sid_assignment.LAST_LEVELS:
+  workdir.mkdir(parents=True, exist_ok=True)
+  catalog = slates_lib.read_catalog(inputs['slates'])
+  semantic_ids.check_item_ids(catalog.item_ids)
+  sid_assignment.check_capacity(len(catalog), stage.levels, stage.codebook_size)
+  if stage.extends:
+    sids, found = _extend(stage, catalog, mesh, workdir)
+  else:
+    check(stage)
+    features = text_encoders.embed(stage, catalog, workdir, mesh=mesh)
+    neighbours = None
+    if stage.contrastive_weight:
+      neighbours = co_engagement.neighbours(
+        slates_lib.read(inputs['slates'], 'train'),
+        len(catalog),
+        window=stage.contrastive_window,
+      )
+    tokenizer, step = train(stage, features, neighbours, mesh, workdir)
+    sids, found = name(tokenizer, features)
+    found['step'] = step
+  sids.save(workdir)
+  sids.export(workdir / SIDS, catalog.item_ids)
+  sids.export(workdir / 'sids.parquet', catalog.item_ids)
+  seconds = time.monotonic() - started
+  return sids.statistics() | found | {'seconds': seconds}
+
+
+def check(stage) -> None:
+  """Raises ValueError naming the field of the section that has no meaning."""
+  rqvae.check(stage)
+  if stage.last_level not in sid_assignment.LAST_LEVELS:
     raise ValueError(
-      f'tokenizer.last_level is {config.last_level!r}; it must be one of '
+      f'tokenizer.last_level is {stage.last_level!r}; it must be one of '
       f'{sid_assignment.LAST_LEVELS}'
     )
-  drawn = config.last_level != 'fitted'
-  if config.levels < 1 + drawn:
+  if stage.levels <= appended(stage):
     raise ValueError(
-      f'tokenizer.levels={config.levels} leaves no level to fit: raise it'
+      f'tokenizer.levels={stage.levels} leaves no level to fit: raise it'
     )
 
-  # ------------------------------------------------------------- Input
-  catalog = slates.read_catalog(inputs['slates'])
-  semantic_ids.check_item_ids(catalog.item_ids)
-  sid_assignment.check_capacity(
-    len(catalog), config.levels, config.codebook_size
+
+def appended(stage) -> int:
+  """Levels that are given after the fit: drawn ones, or a digit."""
+  return {'unused': stage.drawn_levels, 'uniform': stage.drawn_levels}.get(
+    stage.last_level, int(stage.last_level == 'digit')
   )
-  features = _text_features(config, catalog, workdir)
 
-  # --------------------------------------------- Model, optimizer, state
-  levels = config.levels - drawn
-  model = rqvae.make_model(config, features.shape[1])
-  optimizer = rqvae.make_optimizer(config)
-  update = rqvae.make_update(config, model, optimizer)
-  draw = jax.jit(rqvae.draw_batch, static_argnums=1)
-  key = jax.random.key(config.seed)
-  data = jnp.asarray(features)
-  saver = checkpoint.Checkpointer(workdir / 'checkpoints')
-  abstract = jax.eval_shape(
-    lambda: rqvae.init_shapes(config, features.shape[1], levels)
-  )
-  # 1. Own workdir: go on from the last checkpoint.  2. Scratch.
-  restored = saver.restore(abstract)
-  if restored:
-    state, first, _ = restored
-  else:
-    state = rqvae.init(config, features, levels)
-    first = 0
 
-  # -------------------------------------------------------------- Train
-  with (
-    saver,
-    reporting.MetricsWriter(workdir, first) as writer,
-    reporting.progress(config.steps, 'tokenizer', first) as bar,
-  ):
-    for step in range(first, config.steps):
-      batch = draw(data, config.batch_size, key, state.step)
-      state, metrics = update(state, batch)
-      done = step + 1
-      log = done % config.log_every == 0 or done == config.steps
-      save = done % config.checkpoint_every == 0 or done == config.steps
-      if log or save:
-        reporting.check_finite(done, metrics)
-      if log:
-        writer.write(done, metrics)
-      if save:
-        saver.save(done, state)
-      bar.update()
+def train(
+  stage,
+  features: np.ndarray,
+  neighbours: co_engagement.Neighbours | None,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+) -> tuple[sid_tokenizer.SidTokenizer, int]:
+  """Fits the quantiser to a catalog's vectors.
 
-  # ------------------------------------------------------ Semantic IDs
-  vectors = state.codebooks['vectors']
-  latents = rqvae.encode(model, state.params, features)
-  fitted = np.asarray(codebooks.quantise(latents, vectors)[0])
-  codes, spilled = fitted, 0
-  if config.last_level == 'unused':
-    codes, spilled = sid_assignment.spill(
-      latents, np.asarray(vectors), fitted, levels=config.levels
+  Args:
+    stage: section `tokenizer`.
+    features: float32 [I, F]; may lie on disk.
+    neighbours: of every item, for the contrastive loss.
+    mesh: batches are split over it.
+    workdir: gets `checkpoints`, `metrics.jsonl` and `params`.
+
+  Returns:
+    The tokenizer with the chosen parameters, and the step they are of.
+  """
+  levels = stage.levels - appended(stage)
+  steps = 0 if stage.codebook == 'kmeans' else stage.steps
+  width = features.shape[1]
+  model = rqvae.make_model(stage, width)
+  update = rqvae.make_update(stage, model)
+  sample = _sample(stage, features)
+
+  def consider(step: int, state: rqvae.State, best: dict) -> dict:
+    """Measures the fit; keeps its parameters if it is the best so far."""
+    own = sid_tokenizer.SidTokenizer(
+      stage, model, sid_tokenizer.params_of(state), mesh
     )
-  if drawn:
-    codes = sid_assignment.draw_last_level(
-      codes, config.codebook_size, seed=config.seed, kind=config.last_level
-    )
-  sids = semantic_ids.SemanticIds(codes, config.codebook_size)
-  sids.save(workdir)
-  sids.export(workdir / 'sids.jsonl', catalog.item_ids)
-  return {
-    **sids.statistics(),
-    'reconstruction_r2': rqvae.reconstruction_r2(
-      model, state.params, vectors, features
-    ),
+    codes = own.fitted_codes(sample)
+    found = {
+      'uniqueness': float(
+        semantic_ids.SemanticIds(codes, stage.codebook_size).unique().mean()
+      ),
+      'r2': own.reconstruction_r2(sample, codes),
+    }
+    writer.write(step, {f'catalog/{k}': v for k, v in found.items()})
+    if not best or _merit(found) > _merit(best):
+      best = found | {'step': step}
+      checkpoint.save_params(workdir / PARAMS, own.params)
+    return best
+
+  with checkpoint.Checkpointer(workdir / 'checkpoints') as saver:
+    # 1. Own workdir: go on from the last checkpoint.  2. Scratch.
+    restored = saver.restore(_abstract(stage, width, mesh))
+    if restored:
+      state, first, best = restored
+    else:
+      state = rqvae.init(stage, features, levels)
+      state = jax.device_put(state, sharding.replicated(mesh))
+      first, best = 0, {}
+    with (
+      reporting.MetricsWriter(workdir, first if restored else -1) as writer,
+      reporting.progress(steps, 'tokenizer', first) as bar,
+    ):
+      if not steps:
+        best = consider(0, state, best)
+      for step in range(first, steps):
+        batch = rqvae.draw_batch(stage, features, neighbours, step)
+        state, metrics = update(state, sharding.shard_batch(batch, mesh))
+        done = step + 1
+        save = done % stage.checkpoint_every == 0 or done == steps
+        if save or done % stage.log_every == 0:
+          reporting.check_finite(done, metrics)
+          writer.write(done, metrics)
+        if save:
+          best = consider(done, state, best)
+          saver.save(done, state, meta=best)
+        bar.update()
+  return load(stage, workdir / PARAMS, width, mesh), best['step']
+
+
+def _merit(found: dict[str, float]) -> tuple[float, float]:
+  """Uniqueness first; within a tenth of a per cent, reconstruction."""
+  return round(found['uniqueness'], 3), found['r2']
+
+
+def _sample(stage, features: np.ndarray) -> np.ndarray:
+  """The vectors that checkpoints are compared on: a fixed draw."""
+  if len(features) <= stage.eval_items:
+    return features
+  rng = np.random.default_rng(stage.seed)
+  rows = np.sort(rng.permutation(len(features))[: stage.eval_items])
+  return features[rows]
+
+
+def name(
+  tokenizer: sid_tokenizer.SidTokenizer, features: np.ndarray
+) -> tuple[semantic_ids.SemanticIds, dict[str, Any]]:
+  """Semantic IDs of a catalog, and what making them was like."""
+  codes, fitted, spilled = tokenizer.complete(features)
+  sids = semantic_ids.SemanticIds(codes, tokenizer.config.codebook_size)
+  return sids, {
     'spilled': spilled,
-    'seconds': time.monotonic() - started,
+    'reconstruction_r2': tokenizer.reconstruction_r2(features, fitted),
   }
 
 
-def _text_features(
-  config, catalog: log_lib.Catalog, workdir: pathlib.Path
-) -> np.ndarray:
-  """Text vectors float32 [I, F]: those in the workdir, or fresh ones."""
-  path = workdir / 'features.npy'
-  if path.exists():
-    features = np.load(path)
-    if features.shape == (len(catalog), config.text_dim):
-      return features
+def _extend(
+  stage,
+  catalog: log_lib.Catalog,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+) -> tuple[semantic_ids.SemanticIds, dict[str, Any]]:
+  """IDs of a catalog whose known items keep the IDs they have.
+
+  Items are known by their ids. One whose text has changed keeps its tuple; the
+  tuple of one that is gone is retired, never to be given again.
+  """
+  earlier = pathlib.Path(stage.extends)
+  if stage.last_level not in ('unused', 'digit'):
     raise ValueError(
-      f'{path}: {features.shape}, but the catalog and tokenizer.text_dim give '
-      f'{(len(catalog), config.text_dim)}; delete the file'
+      f'tokenizer.extends: last_level={stage.last_level!r} may give a new item '
+      "the tuple of another; 'unused' and 'digit' never do"
     )
-  features = text.features(
-    catalog.titles,
-    catalog.categories,
-    catalog.years,
-    dim=config.text_dim,
-    buckets=config.text_buckets,
-    seed=config.seed,
+  artifacts.read_results(earlier)
+  _check_same(stage, earlier)
+  known = semantic_ids.load(earlier)
+  row_of = {
+    id_: row for row, id_ in enumerate(semantic_ids.load_item_ids(earlier))
+  }
+  rows = np.array([row_of.get(id_, -1) for id_ in catalog.item_ids])
+  shutil.copytree(earlier / PARAMS, workdir / PARAMS, dirs_exist_ok=True)
+  new = np.flatnonzero(rows < 0)
+  codes, found = np.zeros((0, known.levels), np.int32), {'spilled': 0}
+  if len(new):
+    features = text_encoders.embed(
+      stage, catalog.take(new), workdir, fitted=earlier, mesh=mesh
+    )
+    tokenizer = load(stage, workdir / PARAMS, features.shape[1], mesh)
+    codes, fitted, found['spilled'] = tokenizer.complete(features, known.taken)
+    found['reconstruction_r2'] = tokenizer.reconstruction_r2(features, fitted)
+  sids = known.extend(rows, codes)
+  return sids, found | {
+    'known': len(rows) - len(new),
+    'new': len(new),
+    'retired': len(sids.retired),
+  }
+
+
+def load(
+  stage, params: pathlib.Path, width: int, mesh: jax.sharding.Mesh
+) -> sid_tokenizer.SidTokenizer:
+  """A trained tokenizer.
+
+  Args:
+    stage: section `tokenizer` that it was trained with.
+    params: folder that `train` left.
+    width: of the text vectors, F.
+    mesh: batches are split over it.
+  """
+  model = rqvae.make_model(stage, width)
+  state = _abstract(stage, width, mesh)
+  wanted = sid_tokenizer.params_of(state)
+  return sid_tokenizer.SidTokenizer(
+    stage, model, checkpoint.load_params(params, wanted), mesh
   )
-  workdir.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name('features.tmp')
-  with temporary.open('wb') as file:
-    np.save(file, features)
-  os.replace(temporary, path)
-  return features
+
+
+def _abstract(stage, width: int, mesh: jax.sharding.Mesh) -> rqvae.State:
+  """Shapes and shardings of the training state."""
+  levels = stage.levels - appended(stage)
+  shapes = jax.eval_shape(lambda: rqvae.init_shapes(stage, width, levels))
+  whole = sharding.replicated(mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+  )
+
+
+def _check_same(stage, earlier: pathlib.Path) -> None:
+  """Raises ValueError naming a field that would give new items other codes."""
+  theirs = artifacts.read_config(earlier).get('tokenizer', {})
+  ours = stage.to_dict()
+  for field in sorted(ours.keys() - {'extends'}):
+    value = ours[field]
+    value = list(value) if isinstance(value, tuple) else value
+    if theirs.get(field) != value:
+      raise ValueError(
+        f'tokenizer.{field} is {ours[field]!r}, but {earlier} was made with '
+        f'{theirs.get(field)!r}: items of one catalog need one tokenizer'
+      )

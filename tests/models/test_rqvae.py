@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax.models import codebooks, rqvae
+from gr2_jax.models import codebooks, residual_quantizer, rqvae
 
 
 @pytest.fixture(autouse=True)
@@ -57,29 +57,6 @@ def random_codebooks(levels=3, size=5, width=4, seed=0):
   }
 
 
-def test_quantise_equals_brute_force():
-  rng = np.random.default_rng(0)
-  latents = rng.normal(size=(50, 4)).astype(np.float32)
-  vectors = random_codebooks()['vectors']
-  codes, residuals, words = codebooks.quantise(latents, vectors)
-  for b in range(len(latents)):
-    residual = latents[b].astype(np.float64)
-    for level in range(3):
-      np.testing.assert_allclose(residuals[b, level], residual, atol=1e-5)
-      code = min(
-        range(5), key=lambda j: ((residual - vectors[level, j]) ** 2).sum()
-      )
-      assert codes[b, level] == code
-      np.testing.assert_array_equal(words[b, level], vectors[level, code])
-      residual = residual - vectors[level, code]
-
-
-def test_ties_go_to_the_lower_code():
-  vectors = np.ones((1, 3, 2), np.float32)
-  codes = codebooks.quantise(np.zeros((4, 2), np.float32), vectors)[0]
-  np.testing.assert_array_equal(codes, 0)
-
-
 def test_straight_through_passes_value_and_gradient():
   latents = jnp.array([[1.0, -2.0]])
   words = jnp.array([[5.0, 7.0]])
@@ -110,49 +87,6 @@ def test_ema_update_equals_loops():
     np.testing.assert_allclose(got['sums'][level], s, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
       got['vectors'][level], s / smoothed[:, None], rtol=1e-4, atol=1e-5
-    )
-
-
-def test_kmeans_is_seeded_and_hits_every_far_cluster():
-  rng = np.random.default_rng(0)
-  far = 100.0 * np.eye(8)
-  sizes = [500, 3, 3, 3, 3, 3, 3, 3]  # a uniform draw would miss the small
-  points = np.repeat(far, sizes, axis=0)
-  points = points + 0.01 * rng.normal(size=points.shape)
-  for seed in range(5):
-    runs = [
-      codebooks.kmeans(points, 8, iterations=2, rng=np.random.default_rng(seed))
-      for _ in range(2)
-    ]
-    np.testing.assert_array_equal(runs[0][0], runs[1][0])
-    centres, counts = runs[0]
-    assert sorted(counts) == sorted(sizes)
-    np.testing.assert_allclose(
-      far[centres.argmax(1)], centres, atol=0.1, rtol=0
-    )
-
-
-def test_kmeans_with_fewer_distinct_points_than_centres():
-  points = np.repeat(np.eye(3), 4, axis=0)
-  centres, counts = codebooks.kmeans(
-    points, 6, iterations=3, rng=np.random.default_rng(0)
-  )
-  assert np.isfinite(centres).all()
-  assert (counts > 0).sum() == 3
-  assert counts.sum() == 12
-
-
-def test_codebooks_start_at_the_means_of_their_residuals():
-  latents = clusters()
-  books = codebooks.residual_codebooks(
-    latents, levels=2, size=8, batch_size=100, iterations=20, seed=0
-  )
-  codes, residuals, _ = codebooks.quantise(latents, books['vectors'])
-  np.testing.assert_allclose(books['counts'].sum(1), 100.0, rtol=1e-5)
-  for code in np.unique(codes[:, 0]):
-    mine = np.asarray(codes[:, 0]) == code
-    np.testing.assert_allclose(
-      books['vectors'][0, code], residuals[mine, 0].mean(0), atol=1e-4
     )
 
 
@@ -194,7 +128,7 @@ def test_loss_gradients(kind):
   if kind == 'gradient':
     # d/de of the codebook term alone: -2 (r - e) / B for each assigned item.
     latents = model.apply({'params': state.params}, features, method='encode')
-    codes, residuals, words = codebooks.quantise(latents, vectors)
+    codes, residuals, words = residual_quantizer.quantise(latents, vectors)
     want = np.zeros(vectors.shape)
     for level in range(2):
       np.add.at(

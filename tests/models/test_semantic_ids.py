@@ -1,23 +1,16 @@
 import dataclasses
-import itertools
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pyarrow import parquet
 
 from gr2_jax.models import semantic_ids
 from gr2_jax.models.semantic_ids import SemanticIds
-
-
-@pytest.fixture(autouse=True, scope='module')
-def no_rank_promotion():
-  with jax.numpy_rank_promotion('raise'):
-    yield
 
 
 def tuples(size=4, levels=3, most=30):
@@ -78,95 +71,127 @@ def test_statistics_equal_counting(codes):
     assert got['largest_prefix'][level] == max(map(prefixes.count, prefixes))
 
 
-def padded(trie, nodes):
-  """The trie with unreachable nodes behind it: one shape, one compilation."""
-  more = nodes - len(trie.codes)
-  return dataclasses.replace(
-    trie,
-    offsets=jnp.pad(trie.offsets, (0, more), mode='edge'),
-    codes=jnp.pad(trie.codes, (0, more), constant_values=-1),
-    items=jnp.pad(trie.items, (0, more), constant_values=-1),
-  )
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_extending_keeps_tuples_and_retires_those_of_items_that_leave(data):
+  space = data.draw(st.permutations(range(27)))
+  every = np.stack(np.unravel_index(space, (3, 3, 3)), -1)
+  sids = SemanticIds(every[:4], 3)
+  given_out = 4
+  dead = set()
+  for generation in (1, 2):
+    stay = data.draw(st.lists(st.sampled_from(range(len(sids))), unique=True))
+    new = data.draw(st.integers(0 if stay else 1, 5))
+    rows = np.array(data.draw(st.permutations([*stay, *[-1] * new])))
+    fresh = every[given_out : given_out + new]
+    given_out += new
+    after = sids.extend(rows, fresh)
+    np.testing.assert_array_equal(
+      after.codes[rows >= 0], sids.codes[rows[rows >= 0]]
+    )
+    np.testing.assert_array_equal(after.codes[rows < 0], fresh)
+    gone = np.delete(sids.codes, stay, axis=0).tolist()
+    dead |= {tuple(x) for x in gone}
+    assert {tuple(x) for x in after.retired.tolist()} == dead
+    assert after.generation == generation
+    np.testing.assert_array_equal(
+      after.taken, np.concatenate([after.codes, after.retired])
+    )
+    assert (after.find(after.retired) == -1).all()
+    sids = after
 
 
-@settings(max_examples=30, deadline=None)
-@given(tuples(most=12))
-def test_trie_allows_exactly_the_catalog(codes):
-  sids = SemanticIds(codes, 4)
-  trie = padded(semantic_ids.build_trie(sids), 64)
-  prefixes = {
-    tuple(row[:depth]) for row in codes.tolist() for depth in range(4)
-  }
-  for depth in range(4):
-    paths = np.array(list(itertools.product(range(4), repeat=depth)), np.int32)
-    paths = paths.reshape(4**depth, depth)
-    state = jnp.zeros(len(paths), jnp.int32)
-    for level in range(depth):
-      state = trie.advance(state, jnp.asarray(paths[:, level]))
-    alive = [tuple(path) in prefixes for path in paths.tolist()]
-    np.testing.assert_array_equal(np.asarray(state) >= 0, alive)
-    follow = [
-      [(*path, code) in prefixes for code in range(4)]
-      for path in paths.tolist()
-    ]
-    np.testing.assert_array_equal(trie.allowed(state), follow)
-    if depth == 3:
-      np.testing.assert_array_equal(trie.item(state), sids.find(paths))
-    else:
-      np.testing.assert_array_equal(trie.item(state), -1)
+def test_a_retired_tuple_is_never_given_again(sids):
+  after = sids.extend([2, -1], [[1, 1, 1]])
+  assert after.retired.tolist() == [[0, 1, 2], [0, 1, 3]]
+  message = r'item 2 has the retired tuple \[0, 1, 3\]: .*last_level'
+  with pytest.raises(ValueError, match=message):
+    after.extend([0, 1, -1], [[0, 1, 3]])
 
 
-def test_random_walks_in_jit_end_at_items():
-  rng = np.random.default_rng(0)
-  sids = SemanticIds(rng.integers(16, size=(100, 4)), 16)
-  trie = semantic_ids.build_trie(sids)
-
-  @jax.jit
-  def walk(trie, key):
-    def step(state, key):
-      mask = trie.allowed(state)
-      code = jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf))
-      return trie.advance(state, code), code
-
-    start = jnp.zeros((8, 32), jnp.int32)
-    state, codes = jax.lax.scan(step, start, jax.random.split(key, 4))
-    return trie.item(state), jnp.moveaxis(codes, 0, -1)
-
-  items, codes = walk(trie, jax.random.key(0))
-  assert items.min() >= 0
-  np.testing.assert_array_equal(sids.find(codes), items)
-  assert len(np.unique(items)) > 50
+def test_a_shared_tuple_stays_with_the_item_that_stays():
+  sids = SemanticIds(np.array([[0, 1], [0, 1], [2, 2]]), 4)
+  after = sids.extend([1], np.zeros((0, 2), int))
+  assert after.codes.tolist() == [[0, 1]]
+  assert after.retired.tolist() == [[2, 2]]
 
 
-def test_code_outside_the_codebook_leaves_the_trie(sids):
-  trie = semantic_ids.build_trie(sids)
-  state = trie.advance(jnp.zeros(3, jnp.int32), jnp.array([-1, 4, 0]))
-  assert state[:2].tolist() == [-1, -1]
-  assert state[2] > 0
-  again = trie.advance(state[:2], jnp.array([0, 0]))
-  assert again.tolist() == [-1, -1]
+@pytest.mark.parametrize(
+  ('rows', 'codes', 'message'),
+  [
+    ([0, 3], np.zeros((0, 3), int), r'-1\.\.2'),
+    ([0, -2], np.zeros((0, 3), int), r'-1\.\.2'),
+    ([1, 0, 1], np.zeros((0, 3), int), 'item 1 twice'),
+    ([0, -1], np.zeros((2, 3), int), '2 new codes for 1 new items'),
+  ],
+)
+def test_a_wrong_extension_is_named(sids, rows, codes, message):
+  with pytest.raises(ValueError, match=message):
+    sids.extend(rows, codes)
 
 
 def test_save_and_load(tmp_path, sids):
+  sids = sids.extend([2, -1, 0], [[1, 1, 1]])
   sids.save(tmp_path)
   again = semantic_ids.load(tmp_path)
   np.testing.assert_array_equal(again.codes, sids.codes)
+  np.testing.assert_array_equal(again.retired, [[0, 1, 3]])
   assert again.codebook_size == 4
+  assert again.generation == 1
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     'sids.json', 'sids.npz',
   ]  # fmt: skip
+  facts = json.loads((tmp_path / 'sids.json').read_text())
+  statistics = sids.statistics()
+  for name in ('usage', 'entropy', 'dead_codes'):
+    assert facts[name] == statistics[name]
 
 
-def test_export(tmp_path, sids):
+def test_exports_hold_ids_and_codes_in_catalog_order(tmp_path, sids):
+  item_ids = ('a', 'é"\n', 'c')
+  sids.export(tmp_path / 'sids.jsonl', item_ids)
+  lines = (tmp_path / 'sids.jsonl').read_text(encoding='utf-8').splitlines()
+  assert json.loads(lines[1]) == {'item_id': 'é"\n', 'codes': [0, 1, 3]}
+  sids.export(tmp_path / 'sids.parquet', item_ids)
+  table = parquet.read_table(tmp_path / 'sids.parquet')
+  assert table['item_id'].to_pylist() == list(item_ids)
+  assert table['codes'].to_pylist() == sids.codes.tolist()
+  assert table.schema.field('codes').type == pa.list_(pa.int32(), 3)
+  assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_exports_name_what_is_wrong(tmp_path, sids):
+  for item_ids, message in (
+    (('a', 'b', 'a'), "'a' occurs twice.*items 0 and 2"),
+    (('a', '', 'b'), 'item 1 of the catalog has no id'),
+    (('a', 'b'), '2 item ids for 3 items'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      sids.export(tmp_path / 'sids.jsonl', item_ids)
+  with pytest.raises(ValueError, match=r"\.jsonl or \.parquet, not '\.csv'"):
+    sids.export(tmp_path / 'sids.csv', ('a', 'b', 'c'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_item_ids_come_back_and_fit_the_codes(tmp_path, sids):
+  sids.save(tmp_path)
+  with pytest.raises(FileNotFoundError, match=r'sids\.jsonl: missing'):
+    semantic_ids.load_item_ids(tmp_path)
   path = tmp_path / 'sids.jsonl'
   sids.export(path, ('a', 'é', 'c'))
-  rows = [json.loads(line) for line in path.open(encoding='utf-8')]
-  assert rows[1] == {'item_id': 'é', 'codes': [0, 1, 3]}
-  assert len(rows) == 3
-  with pytest.raises(ValueError, match="'a' occurs twice.*items 0 and 2"):
-    sids.export(path, ('a', 'b', 'a'))
-  with pytest.raises(ValueError, match='2 item ids for 3 items'):
-    sids.export(path, ('a', 'b'))
+  assert semantic_ids.load_item_ids(tmp_path) == ('a', 'é', 'c')
+  lines = path.read_text(encoding='utf-8').splitlines()
+  for change, message in (
+    (lines[:2], '2 lines for 3 items'),
+    ([*lines, lines[0]], ":4: 'a' has codes"),
+    ([lines[1], lines[0], lines[2]], ":1: 'é' has codes.*otherwise"),
+    ([lines[0], lines[1][:9]], ':2: no item_id and codes there'),
+    ([lines[0], '[1]'], ':2: no item_id and codes there'),
+    ([lines[0], lines[1].replace('é', 'a'), lines[2]], "'a' occurs twice"),
+  ):
+    path.write_text('\n'.join(change), encoding='utf-8')
+    with pytest.raises(ValueError, match=message):
+      semantic_ids.load_item_ids(tmp_path)
 
 
 def test_damaged_artifacts_are_named(tmp_path, sids):
@@ -181,12 +206,17 @@ def test_damaged_artifacts_are_named(tmp_path, sids):
   (tmp_path / 'sids.npz').write_bytes(whole)
   facts = json.loads((tmp_path / 'sids.json').read_text())
   for change, message in (
-    ({'version': 99}, 'version 99'),
+    ({'version': 1}, 'version 1.*reads version 2.*delete the folder'),
     ({'items': 5}, r'\(3, 3\).*\(5, 3\)'),
+    ({'retired': 1}, r'\(0, 3\).*\(1, 3\)'),
   ):
     (tmp_path / 'sids.json').write_text(json.dumps(facts | change))
     with pytest.raises(ValueError, match=message):
       semantic_ids.load(tmp_path)
+  del facts['generation']
+  (tmp_path / 'sids.json').write_text(json.dumps(facts))
+  with pytest.raises(ValueError, match=r'damaged.*generation'):
+    semantic_ids.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -209,3 +239,14 @@ def test_frozen(sids):
     sids.codebook_size = 8
   with pytest.raises(ValueError, match='read-only'):
     sids.codes[0, 0] = 1
+
+
+def test_bad_retired_tuples_and_generations_are_named(sids):
+  for fields, message in (
+    ({'retired': [[0, 1]]}, r'retired must be \[tuples, 3\], got \(1, 2\)'),
+    ({'retired': [[0, 1, 4]]}, 'retired tuple 0: code 4 at level 3'),
+    ({'retired': [[0.0, 1.0, 1.0]]}, 'retired tuples must be integers'),
+    ({'generation': -1}, 'generation is -1'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      SemanticIds(sids.codes, 4, **fields)

@@ -1,0 +1,20 @@
+"""Stage `export`: the trained policy as a Hugging Face checkpoint."""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The whole config, with `export` as the target."""
+  return common.compose('export', arg)
+
+
+def section(test: bool = False) -> ConfigDict:
+  """Section `export`."""
+  del test  # It takes as long as the weights are large.
+  config = ConfigDict()
+  config.dtype = 'F32'  # of the weights in the files: F32, BF16, F16
+  config.max_shard_bytes = 5_000_000_000  # the most that one file holds
+  config.thinking = True  # the example reasons before its ranking
+  return config

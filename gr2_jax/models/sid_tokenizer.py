@@ -1,0 +1,208 @@
+"""A trained quantiser at work: catalogs of any size to semantic IDs.
+
+Vectors are read in batches of one static shape, so they may lie on disk, and
+nothing but codes is kept for every item.
+
+Axis letters: B batch, I items, F text features, D latent width, L levels,
+C codebook size.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import chex
+import jax
+import numpy as np
+
+from gr2_jax import sharding
+from gr2_jax.models import residual_quantizer, rqvae, sid_assignment
+
+CHUNK = 4096  # vectors at a time; the last batch is padded
+
+
+@dataclasses.dataclass(frozen=True)
+class SidTokenizer:
+  """What turns item vectors into semantic IDs.
+
+  Attributes:
+    config: the `tokenizer` section.
+    model: the autoencoder.
+    params: 'networks' of the autoencoder, and 'vectors' float32 [L, C, D].
+    mesh: batches are split over it.
+  """
+
+  config: object
+  model: rqvae.Autoencoder
+  params: Mapping[str, chex.ArrayTree]
+  mesh: jax.sharding.Mesh
+
+  def fitted_codes(self, features_IxF: np.ndarray) -> np.ndarray:
+    """Codes of the fitted levels; equal vectors get equal codes.
+
+    Args:
+      features_IxF: float32 [I, F]; may lie on disk.
+
+    Returns:
+      int32 [I, L].
+
+    Raises:
+      ValueError: an item vector is not finite; the message names the first.
+    """
+    rows, of_item = distinct_rows(features_IxF)
+    codes = [
+      self._codes(self.params, batch)[:real]
+      for batch, real in self._batches(features_IxF, rows)
+    ]
+    return np.concatenate([np.asarray(x) for x in codes])[of_item]
+
+  def latents(self, features_IxF: np.ndarray) -> np.ndarray:
+    """Encodes the few items that need it; equal vectors get equal bits.
+
+    Args:
+      features_IxF: float32 [I, F].
+
+    Returns:
+      float32 [I, D].
+    """
+    rows, of_item = distinct_rows(features_IxF)
+    found = [
+      self._latents(self.params, batch)[:real]
+      for batch, real in self._batches(features_IxF, rows)
+    ]
+    return np.concatenate([np.asarray(x) for x in found])[of_item]
+
+  def complete(
+    self, features_IxF: np.ndarray, taken: np.ndarray | None = None
+  ) -> tuple[np.ndarray, np.ndarray, int]:
+    """A tuple for every item, its own wherever the config promises it.
+
+    Args:
+      features_IxF: float32 [I, F]; may lie on disk.
+      taken: int32 [T, levels], tuples that no item here may get.
+
+    Returns:
+      codes int32 [I, levels], the fitted codes [I, L] before any was moved,
+      and how many items were moved out of full prefixes.
+    """
+    fitted = self.fitted_codes(features_IxF)
+    codes, spilled = sid_assignment.complete(
+      fitted,
+      np.asarray(self.params['vectors']),
+      lambda items: self.latents(features_IxF[items]),
+      levels=self.config.levels,
+      kind=self.config.last_level,
+      seed=self.config.seed,
+      taken=taken,
+    )
+    return codes, fitted, spilled
+
+  def reconstruction_r2(
+    self, features_IxF: np.ndarray, codes_IxL: np.ndarray
+  ) -> float:
+    """Share of the vectors' variance that the codewords' sum explains.
+
+    1 - sum |x - x'|^2 / sum |x - mean x|^2.
+
+    Args:
+      features_IxF: float32 [I, F].
+      codes_IxL: int32 [I, L], of the fitted levels.
+    """
+    error, total = 0.0, np.zeros(self.model.features)
+    square = 0.0
+    for batch, codes, real in self._coded_batches(features_IxF, codes_IxL):
+      residual = np.asarray(self._residual(self.params, batch, codes))[:real]
+      x = np.asarray(batch)[:real].astype(np.float64)
+      error += float((residual.astype(np.float64) ** 2).sum())
+      total += x.sum(0)
+      square += float((x**2).sum())
+    variance = square - float((total**2).sum()) / len(features_IxF)
+    return 1.0 - error / max(variance, 1e-12)
+
+  def _batches(
+    self, features: np.ndarray, rows: np.ndarray
+  ) -> Iterator[tuple[jax.Array, int]]:
+    """Batches [B, F] of the rows, and how many of each are real."""
+    for begin in range(0, len(rows), CHUNK):
+      part = features[rows[begin : begin + CHUNK]]
+      padded = np.zeros((CHUNK, part.shape[1]), np.float32)
+      padded[: len(part)] = part
+      yield sharding.shard_batch(padded, self.mesh), len(part)
+
+  def _coded_batches(self, features, codes):
+    rows, begin = np.arange(len(features)), 0
+    for batch, real in self._batches(features, rows):
+      own = np.zeros((len(batch), codes.shape[1]), np.int32)
+      own[:real] = codes[begin : begin + real]
+      yield batch, sharding.shard_batch(own, self.mesh), real
+      begin += real
+
+  @functools.cached_property
+  def _latents(self):
+    return jax.jit(
+      lambda params, x: self.model.apply(
+        {'params': params['networks']}, x, method='encode'
+      )
+    )
+
+  @functools.cached_property
+  def _codes(self):
+    return jax.jit(
+      lambda params, x: residual_quantizer.search(
+        self._latents(params, x), params['vectors'], beam=self.config.beam
+      )
+    )
+
+  @functools.cached_property
+  def _residual(self):
+    def residual(params, x, codes):
+      vectors = params['vectors']
+      words = vectors[np.arange(codes.shape[1]), codes].sum(1)
+      variables = {'params': params['networks']}
+      return x - self.model.apply(variables, words, method='decode')
+
+    return jax.jit(residual)
+
+
+def params_of(state: rqvae.State) -> dict[str, chex.ArrayTree]:
+  """What of a training state a tokenizer needs."""
+  return {
+    'networks': state.moved['networks'],
+    'vectors': state.codebooks['vectors'],
+  }
+
+
+def distinct_rows(features_IxF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The first row of each distinct value, by two 64-bit hashes of its bytes.
+
+  Args:
+    features_IxF: float32 [I, F]; may lie on disk.
+
+  Returns:
+    int64 [R] rows, and int64 [I] which of them each row equals.
+
+  Raises:
+    ValueError: a row is not finite; the message names the first.
+  """
+  width = features_IxF.shape[1]
+  rng = np.random.default_rng(0)
+  factors = rng.integers(1 << 63, size=(width, 2), dtype=np.uint64) * 2 + 1
+  hashes = np.empty((len(features_IxF), 2), np.uint64)
+  for begin in range(0, len(features_IxF), CHUNK):
+    part = np.ascontiguousarray(features_IxF[begin : begin + CHUNK]) + 0.0
+    bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+    if len(bad):
+      raise ValueError(
+        f'the embedding of item {begin + bad[0]} holds NaN or infinity: check '
+        'its text, or the model that embeds it (tokenizer.text_encoder)'
+      )
+    bits = part.astype(np.float32).view(np.uint32).astype(np.uint64)
+    bits = bits * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
+    bits ^= bits >> np.uint64(29)
+    hashes[begin : begin + CHUNK] = bits @ factors
+  order = np.lexsort(hashes.T)  # stable: equal rows stay in catalog order
+  changes = (hashes[order[1:]] != hashes[order[:-1]]).any(axis=1)
+  new = np.concatenate([[True], changes])
+  of_item = np.empty(len(order), np.int64)
+  of_item[order] = np.cumsum(new) - 1
+  return order[new], of_item

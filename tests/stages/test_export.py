@@ -1,0 +1,362 @@
+"""Exports served by `transformers`, beside the policy itself."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from gr2_jax import artifacts, hf, ranker, sharding
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.models import transformer
+from gr2_jax.stages import backbone, export, midtrain
+
+from .. import tiny_pretrained, tiny_world
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+_ROOT = pathlib.Path(__file__).parent.parent.parent
+POLICIES = ('scratch', 'llama', 'qwen3')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    tiny_world.on_one_device(patch)
+    yield
+
+
+def pretrained(root, world, family):
+  """Config and artifacts of a policy that began as a pretrained model."""
+  tie = family == 'qwen3'
+  tiny_pretrained.write(root / 'weights', family, tie_embeddings=tie)
+  own = tiny_world.config(
+    model__source=str(root / 'weights'),
+    model__qk_norm=family == 'qwen3',
+    model__tie_embeddings=tie,
+    model__lora_rank=2 if family == 'qwen3' else 0,
+    prompt__fields=('sid', 'title', 'evidence'),
+    prompt__history_fields=('sid', 'title'),
+    midtrain__steps=2,
+    midtrain__learning_rate=0.1,
+  )
+  found = world | {'backbone': root / 'backbone', 'rl': root / 'backbone'}
+  found['backbone'].mkdir()
+  backbone.run(own, tiny_world.inputs(found, 'backbone'), found['backbone'])
+  if own.model.lora_rank:
+    found['rl'] = root / 'midtrain'  # A stage that trains adapters.
+    found['rl'].mkdir()
+    midtrain.run(own, tiny_world.inputs(found, 'midtrain'), found['rl'])
+  return own, found
+
+
+def run(own, found, workdir):
+  workdir.mkdir(exist_ok=True)
+  names = ('slates', 'tokenizer', 'backbone', 'rl')
+  return export.run(own, {name: found[name] for name in names}, workdir)
+
+
+@pytest.fixture(scope='module', params=POLICIES)
+def exported(request, world, tmp_path_factory):
+  """A finished export, read back, and the policy that it is of."""
+  root = tmp_path_factory.mktemp(request.param)
+  own, found = tiny_world.config(), world
+  if request.param != 'scratch':
+    own, found = pretrained(root, world, request.param)
+  results = run(own, found, root / 'export')
+  setup = tiny_world.setup(found, own)
+  folder = root / 'export' / export.CHECKPOINT
+  return types.SimpleNamespace(
+    name=request.param,
+    config=own,
+    found=found,
+    workdir=root / 'export',
+    folder=folder,
+    results=results,
+    setup=setup,
+    params=setup.load_params(found['rl']),
+    example=json.loads((root / 'export' / export.EXAMPLE).read_text()),
+    theirs=transformers.AutoModelForCausalLM.from_pretrained(folder),
+    tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
+  )
+
+
+def their_logits(model, ids):
+  with torch.no_grad():
+    return model(torch.tensor([ids])).logits[0].float().numpy()
+
+
+def encode(tokenizer, text):
+  return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_transformers_has_the_logits_of_the_policy(exported):
+  ids = exported.example['prompt']['ids']
+  setup, params = exported.setup, exported.params
+  with sharding.activate(setup.mesh):
+    hidden, _ = transformer.encode_prompt(
+      setup.model, params, np.array([ids]), np.array([len(ids)])
+    )
+  ours = hidden[0] @ transformer.output_embedding(params).T
+  wanted = their_logits(exported.theirs, ids)
+  assert wanted.std() > 0.01
+  np.testing.assert_allclose(ours, wanted, atol=1e-4)
+
+
+def test_transformers_writes_the_continuation_of_the_example(exported):
+  example = exported.example
+  ids, wanted = example['prompt']['ids'], example['continuation']
+  written = exported.theirs.generate(
+    torch.tensor([ids]),
+    attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+    max_new_tokens=example['max_tokens'],
+  )[0].tolist()
+  assert written == ids + wanted['ids']
+  logits = their_logits(exported.theirs, written)[len(ids) - 1 : -1]
+  logp = torch.log_softmax(torch.tensor(logits), -1).numpy()
+  logp = np.take_along_axis(logp, np.array(wanted['ids'])[:, None], 1)[:, 0]
+  np.testing.assert_allclose(wanted['logp'], logp, atol=1e-4)
+
+
+def test_their_tokenizer_reads_and_shows_the_example(exported):
+  example, tokenizer = exported.example, exported.tokenizer
+  for part in ('prompt', 'answer', 'continuation'):
+    ids, text = example[part]['ids'], example[part]['text']
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+  prompt = example['prompt']
+  assert prompt['text_is_exact']
+  assert encode(tokenizer, prompt['text']) == prompt['ids']
+  assert 0.8 < exported.results['prompts_exact_as_text'] <= 1
+  words = exported.setup.vocabulary
+  assert tokenizer.eos_token_id == words.eos
+  assert tokenizer.pad_token_id == words.pad
+  assert exported.theirs.generation_config.eos_token_id == words.eos
+  assert exported.theirs.generation_config.do_sample is False
+
+
+def test_the_example_has_the_answer_that_reranking_gives(exported):
+  setup, example = exported.setup, exported.example
+  slates = slates_lib.source(exported.found['slates'], 'test')
+  ranked = ranker.rank(
+    setup,
+    exported.params,
+    [slates[0]],
+    thinking=True,
+    order=exported.config.prompt.order,
+    batch_size=1,
+    seed=exported.config.rerank.presentation_seed,
+  )
+  items = slates[0]['candidates']
+  names = [setup.catalog.item_ids[i] for i in items[ranked.generated[0]]]
+  answer = example['answer']
+  assert answer['verdict'] == 'valid'
+  assert answer['ids'] == ranked.tokens[0, : ranked.length[0]].tolist()
+  assert answer['ranking'] == names
+  # As a server's client reads it.
+  text = exported.tokenizer.decode(answer['ids'], skip_special_tokens=True)
+  slots = re.findall(r'<slot(\d+)>', text.partition('</think>')[2])
+  assert [example['item_ids'][int(k)] for k in slots] == names
+
+
+def test_the_continuation_is_judged_as_what_it_is(exported):
+  found = exported.example['continuation']
+  assert found['verdict'] == exported.results['example_verdict']
+  assert sorted(found['ranking']) == sorted(exported.example['item_ids'])
+  slots = re.findall(r'<slot(\d+)>', found['text'].partition('</think>')[2])
+  is_valid = sorted(slots) == [str(k) for k in range(5)]
+  assert (found['verdict'] == 'valid') <= is_valid
+
+
+def test_every_item_has_its_semantic_id_as_text(exported):
+  setup = exported.setup
+  lines = (exported.workdir / export.SIDS).read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert [row['item_id'] for row in rows] == list(setup.catalog.item_ids)
+  assert rows[0]['sid'].startswith('<a')
+  for row, ids in zip(rows, setup.prompter.items['sid'], strict=True):
+    assert encode(exported.tokenizer, row['sid']) == list(ids)
+
+
+def test_weights_are_the_policys_with_adapters_joined(exported):
+  ours = np.asarray(exported.params['layers']['gate'])
+  gate = exported.theirs.model.layers[0].mlp.gate_proj.weight
+  np.testing.assert_array_equal(gate.detach().numpy().T, ours[0])
+  if exported.config.model.lora_rank:
+    start = exported.setup.load_params(exported.found['backbone'])
+    assert np.abs(ours - start['layers']['gate']).max() > 1e-3
+
+
+def test_results_say_what_the_checkpoint_is(exported):
+  results, config = exported.results, exported.theirs.config
+  assert results['family'] == config.model_type
+  assert results['family'] == {'scratch': 'qwen3'}.get(
+    exported.name, exported.name
+  )
+  count = exported.theirs.num_parameters() + config.hidden_size
+  assert results['parameters'] == count  # The read-out is not theirs.
+  assert results['vocabulary'] == config.vocab_size
+  longest = config.max_position_embeddings
+  assert results['max_positions'] == longest
+  needed = len(exported.example['prompt']['ids'])
+  assert longest >= needed + exported.example['max_tokens']
+  assert (longest == 32768) == (exported.name != 'scratch')
+  size = sum(f.stat().st_size for f in exported.folder.iterdir())
+  assert results['bytes'] == size
+  json.loads(artifacts.dumps(results))
+
+
+def test_it_is_a_model_to_train_on(exported):
+  again = hf.open_backbone(str(exported.folder))
+  assert again.model.d_model == exported.setup.model.d_model
+  params = hf.import_params(
+    again,
+    again.model,
+    jax.tree.map(lambda x: x.sharding, exported.setup.abstract_params()),
+  )
+  jax.tree.map(np.testing.assert_array_equal, params, exported.params)
+
+
+def test_a_chat_template_travels(exported):
+  template = exported.tokenizer.chat_template
+  assert (
+    template
+    == {
+      'scratch': None,
+      'llama': tiny_pretrained.CHATML,
+      'qwen3': tiny_pretrained.THINKING,
+    }[exported.name]
+  )
+
+
+def test_a_stretched_context_is_as_much_longer(world, tmp_path):
+  tiny_pretrained.write(tmp_path, 'llama')
+  setup = tiny_world.setup(world)
+
+  def longest(**changes):
+    own = tiny_world.config(model__source=str(tmp_path), **changes)
+    return export._max_positions(own, setup)
+
+  assert longest() == 32768
+  stretch = dict(model__rope_scaling='linear', model__rope_factor=1.5)
+  assert longest(**stretch) == 49152
+
+
+def test_half_precision_in_parts_and_an_answer_at_once(world, tmp_path):
+  own = tiny_world.config(
+    export__dtype='BF16', export__max_shard_bytes=4000, export__thinking=False
+  )
+  results = run(own, world, tmp_path)
+  folder = tmp_path / export.CHECKPOINT
+  files = sorted(folder.glob('model-*.safetensors'))
+  assert results['weight_files'] == len(files) > 1
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  assert theirs.dtype == torch.bfloat16
+  example = json.loads((tmp_path / export.EXAMPLE).read_text())
+  assert example['prompt']['text'].endswith('<answer>')
+  assert re.fullmatch(r'(<slot\d>){5}</s>', example['answer']['text'])
+  assert example['max_tokens'] == len(example['answer']['ids'])
+
+
+def test_an_unknown_type_is_refused_before_anything_is_written(world, tmp_path):
+  own = tiny_world.config(export__dtype='float32')
+  message = "export.dtype='float32': must be one of F32, BF16, F16"
+  with pytest.raises(ValueError, match=message):
+    run(own, world, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal
+from absl import app
+from gr2_jax import command_line, main
+from gr2_jax.hf import config
+config.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+app.run(main.main, flags_parser=command_line.parse)
+"""
+
+
+def test_a_killed_export_leaves_no_checkpoint_and_is_done_once(world, tmp_path):
+  for stage in ('slates', 'tokenizer', 'backbone', 'midtrain', 'traces',
+                'sft', 'rl'):  # fmt: skip
+    (tmp_path / world[stage].name).symlink_to(world[stage])
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-c',
+      KILLED,
+      '--config=configs/export.py:test,dataset=world',
+      *tiny_world.OVERRIDES,
+      f'--workdir={tmp_path}',
+    ],
+    cwd=_ROOT,
+    env=os.environ
+    | {
+      'PYTHONPATH': str(_ROOT),
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  (workdir,) = tmp_path.glob('export-*')
+  (torn,) = workdir.glob('.checkpoint.*')
+  assert (torn / 'model.safetensors').exists()
+  assert not (workdir / export.CHECKPOINT).exists()
+  on_eight = json.loads((workdir / export.EXAMPLE).read_text())
+
+  def again():
+    said = []
+    found = artifacts.run_stage(
+      tiny_world.config(), 'export', tmp_path, 0, said.append
+    )
+    assert found == workdir
+    return said[-1]
+
+  assert ' done in ' in again()
+  on_one = json.loads((workdir / export.EXAMPLE).read_text())
+  np.testing.assert_allclose(
+    on_one['continuation'].pop('logp'),
+    on_eight['continuation'].pop('logp'),
+    atol=1e-5,
+  )
+  assert on_one == on_eight
+  left = {
+    file: file.stat().st_mtime_ns
+    for file in workdir.rglob('*')
+    if file.is_file()
+  }
+  assert {path.name for path in workdir.iterdir()} == {
+    'config.json',
+    'results.json',
+    export.CHECKPOINT,
+    export.EXAMPLE,
+    export.SIDS,
+  }
+  assert 'finished before' in again()
+  assert left == {
+    file: file.stat().st_mtime_ns
+    for file in workdir.rglob('*')
+    if file.is_file()
+  }
+  assert transformers.AutoConfig.from_pretrained(workdir / export.CHECKPOINT)
+
+
+def test_a_whole_checkpoint_of_a_killed_stage_is_kept(
+  world, tmp_path, monkeypatch
+):
+  own = tiny_world.config()
+  first = run(own, world, tmp_path)
+  file = tmp_path / export.CHECKPOINT / 'model.safetensors'
+  stamp = file.stat().st_mtime_ns
+  monkeypatch.setattr(hf, 'export', None)
+  assert run(own, world, tmp_path) == first
+  assert file.stat().st_mtime_ns == stamp
