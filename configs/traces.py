@@ -14,6 +14,8 @@ def section(test: bool = False) -> ConfigDict:
   """Section `traces`."""
   del test
   config = ConfigDict()
+  config.teacher = 'heuristic'  # heuristic, or http: a model at an endpoint
+  config.slates = 0  # training slates to ask about, a random draw; 0: all
   config.kind = 'rejection'  # rejection (Eq. 2) or targeted (Eq. 1)
   config.tries = 8  # answers per slate before it is dropped
   config.believes = (  # evidence columns that the heuristic teacher reads
@@ -24,4 +26,24 @@ def section(test: bool = False) -> ConfigDict:
     'popularity',
   )
   config.noise = 1.0  # standard deviation of its error, in column units
+  # What the teacher `http` is, and how it is asked:
+  config.endpoint = ''  # base URL, OpenAI-compatible: http://localhost:8000/v1
+  config.model = ''  # its name there
+  config.key_variable = ''  # environment variable that holds the key; '': none
+  config.knowledge = False  # it is told what tends to hold in any catalog (KP)
+  config.words = 80  # of reasoning that it is asked for, at most
+  config.answer_tokens = 1024  # of an answer, at most
+  config.temperature = 0.7  # of its answers
+  config.request = ''  # JSON object of more request fields; null: leave out
+  config.concurrency = 8  # requests under way at once
+  config.timeout = 120.0  # seconds without a byte until a request is lost
+  config.retries = 6  # of a request that failed, after growing waits
+  config.token_limit = 1_000_000  # read and written, all runs; 0: no limit
+  config.prompt_price = 0.0  # of a million tokens read, any currency
+  config.answer_price = 0.0  # of a million tokens written
+  # Who marks the reasoning, over HTTP; either teacher's:
+  config.judged = 0  # traces that are marked, a random draw; 0: no judge
+  config.judge_endpoint = ''  # as endpoint; empty: that one, with its key
+  config.judge_model = ''  # empty: that of the teacher
+  config.judge_key_variable = ''  # as key_variable, for judge_endpoint
   return config

@@ -16,7 +16,7 @@ class Neighbours:
 
   Attributes:
     offsets: int64 [I + 1]; those of item i are items[offsets[i]:offsets[i+1]].
-    items: int32, one entry for each user and place the two stood together.
+    items: int32, one entry for each user who had the two close together.
   """
 
   offsets: np.ndarray
@@ -67,7 +67,9 @@ def neighbours(
   if not users:
     return Neighbours(np.zeros(items + 1, np.int64), np.zeros(0, np.int32))
   triples = np.stack([np.concatenate(x) for x in (users, first, second)], 1)
-  triples = np.unique(triples[triples[:, 1] != triples[:, 2]], axis=0)
+  triples = triples[triples[:, 1] != triples[:, 2]]
+  triples[:, 1:].sort(axis=1)  # whichever came first, a pair is one pair
+  triples = np.unique(triples, axis=0)
   source = np.concatenate([triples[:, 1], triples[:, 2]])
   target = np.concatenate([triples[:, 2], triples[:, 1]])
   order = np.lexsort((target, source))

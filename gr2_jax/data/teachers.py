@@ -1,6 +1,7 @@
-"""The heuristic teacher: reasons and ranks from metadata and co-engagement.
+"""Teachers: what they are asked and say, and one that needs no model.
 
-It stands in for a large language model where none is at hand, and errs as one
+The heuristic teacher reasons and ranks from metadata and co-engagement. It
+stands in for a large language model where none is at hand, and errs as one
 does: its score of a candidate is a few honest evidence columns plus noise.
 
 Axes: K candidates, n slates.
@@ -8,13 +9,26 @@ Axes: K candidates, n slates.
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import prompts
+from gr2_jax.ops import parsing
 
-VERDICTS = ('accepted', 'targeted', 'rejected')
+KEPT = ('accepted', 'targeted')
+VERDICTS = (
+  *KEPT,
+  'rejected',  # a valid answer whose first choice is not the right one
+  *parsing.VERDICTS[1:],  # no permutation of the candidates
+  'empty',  # no text
+  'refused',  # the model would not
+  'cut',  # longer than an answer may be
+  'declined',  # the server would not
+  'unanswered',  # the server could not, however often it was asked
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +36,29 @@ class Trace:
   """What the teacher said about one slate; slots are incoming ranks."""
 
   reasoning: list[int]  # token ids
-  ranking: np.ndarray  # int32 [count], incoming ranks, best first
+  ranking: np.ndarray  # int32 [count], incoming ranks; [0] without an answer
   tries: int
   verdict: str  # of VERDICTS
+
+
+class Teacher(Protocol):
+  """Whoever can be asked about slates."""
+
+  def traces(
+    self, slates: Any, indices: Iterable[int], kind: str, tries: int, seed: int
+  ) -> Iterator[tuple[int, Trace]]:
+    """Asks about slates.
+
+    Args:
+      slates: random access to records.
+      indices: of the slates in question.
+      kind: targeted (Eq. 1: it sees a target) or rejection (Eq. 2).
+      tries: answers per slate, at most.
+      seed: of all that is drawn; what is drawn is a function of it and index.
+
+    Yields:
+      Index and trace of each slate once, in any order.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +76,17 @@ class Heuristic:
   catalog: log_lib.Catalog
   columns: tuple[int, ...]
   noise: float
+
+  def traces(
+    self, slates: Any, indices: Iterable[int], kind: str, tries: int, seed: int
+  ) -> Iterator[tuple[int, Trace]]:
+    """See `Teacher`; in the order of the indices."""
+    for index in indices:
+      rng = np.random.default_rng((seed, index))
+      if kind == 'targeted':
+        yield index, self.targeted(slates[index], rng)
+      else:
+        yield index, self.rejection(slates[index], rng, tries)
 
   def rejection(self, slate, rng: np.random.Generator, tries: int) -> Trace:
     """Eq. 2: does not see the target; resampled until it puts one first."""

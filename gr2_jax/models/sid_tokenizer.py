@@ -16,7 +16,12 @@ import jax
 import numpy as np
 
 from gr2_jax import sharding
-from gr2_jax.models import residual_quantizer, rqvae, sid_assignment
+from gr2_jax.models import (
+  residual_quantizer,
+  rqvae,
+  semantic_ids,
+  sid_assignment,
+)
 
 CHUNK = 4096  # vectors at a time; the last batch is padded
 
@@ -49,12 +54,7 @@ class SidTokenizer:
     Raises:
       ValueError: an item vector is not finite; the message names the first.
     """
-    rows, of_item = distinct_rows(features_IxF)
-    codes = [
-      self._codes(self.params, batch)[:real]
-      for batch, real in self._batches(features_IxF, rows)
-    ]
-    return np.concatenate([np.asarray(x) for x in codes])[of_item]
+    return self._each(self._codes, features_IxF)
 
   def latents(self, features_IxF: np.ndarray) -> np.ndarray:
     """Encodes the few items that need it; equal vectors get equal bits.
@@ -65,29 +65,26 @@ class SidTokenizer:
     Returns:
       float32 [I, D].
     """
-    rows, of_item = distinct_rows(features_IxF)
-    found = [
-      self._latents(self.params, batch)[:real]
-      for batch, real in self._batches(features_IxF, rows)
-    ]
-    return np.concatenate([np.asarray(x) for x in found])[of_item]
+    return self._each(self._latents, features_IxF)
 
   def complete(
-    self, features_IxF: np.ndarray, taken: np.ndarray | None = None
-  ) -> tuple[np.ndarray, np.ndarray, int]:
+    self,
+    features_IxF: np.ndarray,
+    fitted_IxL: np.ndarray,
+    taken: np.ndarray | None = None,
+  ) -> tuple[semantic_ids.SemanticIds, int]:
     """A tuple for every item, its own wherever the config promises it.
 
     Args:
       features_IxF: float32 [I, F]; may lie on disk.
+      fitted_IxL: int32 [I, L], of `fitted_codes`.
       taken: int32 [T, levels], tuples that no item here may get.
 
     Returns:
-      codes int32 [I, levels], the fitted codes [I, L] before any was moved,
-      and how many items were moved out of full prefixes.
+      The semantic IDs, and how many items were moved out of full prefixes.
     """
-    fitted = self.fitted_codes(features_IxF)
     codes, spilled = sid_assignment.complete(
-      fitted,
+      fitted_IxL,
       np.asarray(self.params['vectors']),
       lambda items: self.latents(features_IxF[items]),
       levels=self.config.levels,
@@ -95,7 +92,7 @@ class SidTokenizer:
       seed=self.config.seed,
       taken=taken,
     )
-    return codes, fitted, spilled
+    return semantic_ids.SemanticIds(codes, self.config.codebook_size), spilled
 
   def reconstruction_r2(
     self, features_IxF: np.ndarray, codes_IxL: np.ndarray
@@ -118,6 +115,15 @@ class SidTokenizer:
       square += float((x**2).sum())
     variance = square - float((total**2).sum()) / len(features_IxF)
     return 1.0 - error / max(variance, 1e-12)
+
+  def _each(self, function, features: np.ndarray) -> np.ndarray:
+    """Applies it to every distinct vector, and deals the results out."""
+    rows, of_item = distinct_rows(features)
+    found = [
+      function(self.params, batch)[:real]
+      for batch, real in self._batches(features, rows)
+    ]
+    return np.concatenate([np.asarray(x) for x in found])[of_item]
 
   def _batches(
     self, features: np.ndarray, rows: np.ndarray
@@ -179,7 +185,7 @@ def distinct_rows(features_IxF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     features_IxF: float32 [I, F]; may lie on disk.
 
   Returns:
-    int64 [R] rows, and int64 [I] which of them each row equals.
+    int64 [R] rows in order, and int64 [I] which of them each row equals.
 
   Raises:
     ValueError: a row is not finite; the message names the first.
@@ -203,6 +209,9 @@ def distinct_rows(features_IxF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   order = np.lexsort(hashes.T)  # stable: equal rows stay in catalog order
   changes = (hashes[order[1:]] != hashes[order[:-1]]).any(axis=1)
   new = np.concatenate([[True], changes])
+  rows, group = order[new], np.cumsum(new) - 1
+  rank = np.empty(len(rows), np.int64)  # of each group, by its first row
+  rank[np.argsort(rows)] = np.arange(len(rows))
   of_item = np.empty(len(order), np.int64)
-  of_item[order] = np.cumsum(new) - 1
-  return order[new], of_item
+  of_item[order] = rank[group]
+  return np.sort(rows), of_item

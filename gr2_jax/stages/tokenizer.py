@@ -88,6 +88,11 @@ def check(stage) -> None:
       f'tokenizer.last_level is {stage.last_level!r}; it must be one of '
       f'{sid_assignment.LAST_LEVELS}'
     )
+  if stage.last_level in ('unused', 'uniform') and stage.drawn_levels < 1:
+    raise ValueError(
+      f'tokenizer.drawn_levels={stage.drawn_levels}: '
+      f'last_level={stage.last_level!r} draws at least 1'
+    )
   if stage.levels <= appended(stage):
     raise ValueError(
       f'tokenizer.levels={stage.levels} leaves no level to fit: raise it'
@@ -190,11 +195,13 @@ def _sample(stage, features: np.ndarray) -> np.ndarray:
 
 
 def name(
-  tokenizer: sid_tokenizer.SidTokenizer, features: np.ndarray
+  tokenizer: sid_tokenizer.SidTokenizer,
+  features: np.ndarray,
+  taken: np.ndarray | None = None,
 ) -> tuple[semantic_ids.SemanticIds, dict[str, Any]]:
-  """Semantic IDs of a catalog, and what making them was like."""
-  codes, fitted, spilled = tokenizer.complete(features)
-  sids = semantic_ids.SemanticIds(codes, tokenizer.config.codebook_size)
+  """Semantic IDs of items, none of them taken, and how it went."""
+  fitted = tokenizer.fitted_codes(features)
+  sids, spilled = tokenizer.complete(features, fitted, taken)
   return sids, {
     'spilled': spilled,
     'reconstruction_r2': tokenizer.reconstruction_r2(features, fitted),
@@ -218,7 +225,11 @@ def _extend(
       f'tokenizer.extends: last_level={stage.last_level!r} may give a new item '
       "the tuple of another; 'unused' and 'digit' never do"
     )
-  artifacts.read_results(earlier)
+  if not (earlier / 'results.json').is_file():
+    raise ValueError(
+      f'tokenizer.extends: {earlier} is no finished artifact: run its stage to '
+      'the end, or give the folder of another'
+    )
   _check_same(stage, earlier)
   known = semantic_ids.load(earlier)
   row_of = {
@@ -227,14 +238,18 @@ def _extend(
   rows = np.array([row_of.get(id_, -1) for id_ in catalog.item_ids])
   shutil.copytree(earlier / PARAMS, workdir / PARAMS, dirs_exist_ok=True)
   new = np.flatnonzero(rows < 0)
-  codes, found = np.zeros((0, known.levels), np.int32), {'spilled': 0}
+  codes, found = np.zeros((0, known.levels), np.int32), {}
   if len(new):
     features = text_encoders.embed(
       stage, catalog.take(new), workdir, fitted=earlier, mesh=mesh
     )
     tokenizer = load(stage, workdir / PARAMS, features.shape[1], mesh)
-    codes, fitted, found['spilled'] = tokenizer.complete(features, known.taken)
-    found['reconstruction_r2'] = tokenizer.reconstruction_r2(features, fitted)
+    named, found = name(tokenizer, features, known.taken)
+    codes = named.codes
+  else:  # The space of the vectors stays with what may be extended again.
+    for file in (text_encoders.RECORD, text_encoders.SPACE):
+      if (earlier / file).exists():
+        shutil.copyfile(earlier / file, workdir / file)
   sids = known.extend(rows, codes)
   return sids, found | {
     'known': len(rows) - len(new),

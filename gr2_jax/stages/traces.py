@@ -3,20 +3,37 @@
 `targeted` (Eq. 1) sees a positive and puts it first; `rejection` (Eq. 2) does
 not, and is asked again until its first choice is one, `tries` times at most;
 then the slate is dropped, kept apart and counted.
+
+What an endpoint answers is kept in `answers/` beside the stages' folders, by
+request: not only a killed run, but also one with another limit or another
+length of reasoning asks for nothing twice.
 """
 
+import contextlib
+import json
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from gr2_jax import policy, reporting
-from gr2_jax.data import records, teachers
+from gr2_jax import artifacts, policy, reporting
+from gr2_jax.data import (
+  dialogue,
+  endpoint,
+  ledger,
+  prompts,
+  records,
+  remote_judge,
+  remote_teacher,
+  teachers,
+)
 from gr2_jax.data import slates as slates_lib
 
 ACCEPTED = 'traces.array_record'
 REJECTED = 'rejected.array_record'
+ANSWERS = 'answers'  # a folder beside the stages'
 KINDS = ('rejection', 'targeted')
+TEACHERS = ('heuristic', 'http')
 
 
 def run(
@@ -27,56 +44,188 @@ def run(
   Args:
     config: sections prompt, model, mesh, traces; seed.
     inputs: slates, tokenizer, backbone.
-    workdir: of this stage. Both files appear whole or not at all, and each
-      trace is a function of (seed, slate): a killed run starts again.
+    workdir: of this stage. Both files appear whole or not at all. A trace of
+      the heuristic teacher is a function of (seed, slate): a killed run starts
+      again. An endpoint's answers are read from its ledger.
 
   Returns:
     Counts, mean tries, and how often the teacher's own first choice is a
-    positive (None where it was shown one).
+    positive (None where it was shown one); of an endpoint, verdicts, tokens
+    and cost; of a judge, its mean marks.
+
+  Raises:
+    ValueError: an unknown kind or teacher, or a teacher of whose answers none
+      could be kept.
+    endpoint.EndpointError: the endpoint cannot be used.
+    ledger.OverLimit: the next request might exceed the limit on tokens.
   """
   stage = config.traces
-  if stage.kind not in KINDS:
-    raise ValueError(
-      f'traces.kind is {stage.kind!r}; it must be one of {KINDS}'
-    )
+  for name, known in (('kind', KINDS), ('teacher', TEACHERS)):
+    if stage[name] not in known:
+      raise ValueError(
+        f'traces.{name} is {stage[name]!r}; it must be one of {known}'
+      )
   setup = policy.load(
     config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
   )
-  names = slates_lib.read_meta(inputs['slates'])['evidence']
   slates = slates_lib.source(inputs['slates'], 'train')
-  teacher = teachers.Heuristic(
-    prompter=setup.prompter,
-    catalog=setup.catalog,
-    columns=tuple(names.index(c) for c in stage.believes),
-    noise=stage.noise,
-  )
-  kept, lost, tries = [], [], []
-  with reporting.progress(len(slates), 'traces', unit='slate') as bar:
-    for index in range(len(slates)):
-      rng = np.random.default_rng((config.seed, index))
-      slate = slates[index]
-      if stage.kind == 'targeted':
-        trace = teacher.targeted(slate, rng)
-      else:
-        trace = teacher.rejection(slate, rng, stage.tries)
-      tries.append(trace.tries)
-      record = {
-        'slate': np.int32(index),
-        'reasoning': np.array(trace.reasoning, np.int32),
-        'ranking': trace.ranking,
-        'tries': np.int32(trace.tries),
-        'verdict': np.int32(teachers.VERDICTS.index(trace.verdict)),
-      }
-      (lost if trace.verdict == 'rejected' else kept).append(record)
-      bar.update()
-  first = [r['tries'] == 1 for r in kept if stage.kind == 'rejection']
+  indices = np.arange(len(slates))
+  if 0 < stage.slates < len(slates):
+    rng = np.random.default_rng(config.seed)
+    indices = np.sort(rng.permutation(indices)[: stage.slates])
+  with contextlib.ExitStack() as stack:
+    words = dialogue.Dialogue(
+      prompter=setup.prompter,
+      catalog=setup.catalog,
+      system=config.prompt.system,
+      words=stage.words,
+      knowledge=stage.knowledge,
+    )
+    if stage.teacher == 'http' or stage.judged:
+      kept_answers = stack.enter_context(
+        ledger.Ledger(_ledger_path(config, workdir), stage.token_limit or None)
+      )
+    if stage.teacher == 'http':
+      asked = stack.enter_context(
+        endpoint.Endpoint(_settings(stage), kept_answers)
+      )
+      teacher = remote_teacher.Remote(words, asked, config.prompt.order)
+    else:
+      names = slates_lib.read_meta(inputs['slates'])['evidence']
+      teacher = teachers.Heuristic(
+        prompter=setup.prompter,
+        catalog=setup.catalog,
+        columns=tuple(names.index(c) for c in stage.believes),
+        noise=stage.noise,
+      )
+    kept, lost = _ask(teacher, slates, indices.tolist(), stage, config.seed)
+    results = _results(stage, kept, lost)
+    if stage.teacher == 'http':
+      results |= _spent(stage, teacher.report())
+      if not kept:
+        raise ValueError(
+          f'{stage.endpoint}, model {stage.model!r}: no answer is fit to be a '
+          f'trace: {results["verdicts"]}; see {kept_answers.path}'
+        )
+    if stage.judged:
+      judge = stack.enter_context(
+        endpoint.Endpoint(_judge_settings(stage), kept_answers)
+      )
+      sample = _sample(kept, slates, config)
+      results['judge'] = remote_judge.summary(
+        remote_judge.judge(sample, words, judge)
+      )
   records.write(workdir / REJECTED, lost)
   records.write(workdir / ACCEPTED, kept)
+  return results
+
+
+def _ask(teacher: teachers.Teacher, slates, indices: list[int], stage, seed):
+  """Records of the traces that are kept and of those that are not."""
+  found = {}
+  with reporting.progress(len(indices), 'traces', unit='slate') as bar:
+    traces = teacher.traces(slates, indices, stage.kind, stage.tries, seed)
+    with contextlib.closing(traces):
+      for index, trace in traces:
+        found[index] = {
+          'slate': np.int32(index),
+          'reasoning': np.array(trace.reasoning, np.int32),
+          'ranking': trace.ranking,
+          'tries': np.int32(trace.tries),
+          'verdict': np.int32(teachers.VERDICTS.index(trace.verdict)),
+        }
+        bar.update()
+  kept, lost = [], []
+  for index in indices:
+    verdict = teachers.VERDICTS[found[index]['verdict']]
+    (kept if verdict in teachers.KEPT else lost).append(found[index])
+  return kept, lost
+
+
+def _results(stage, kept, lost) -> dict[str, Any]:
+  first = [r['tries'] == 1 for r in kept if stage.kind == 'rejection']
+  tries = [r['tries'] for r in (*kept, *lost)]
   return {
-    'teacher': 'heuristic',
+    'teacher': stage.teacher,
     'kind': stage.kind,
     'traces': len(kept),
     'rejected': len(lost),
     'tries': float(np.mean(tries)),
-    'first_try': sum(first) / len(slates) if first else None,
+    'first_try': sum(first) / len(tries) if first else None,
   }
+
+
+def _spent(stage, report: dict[str, Any]) -> dict[str, Any]:
+  """What the answers cost, None where no price is given."""
+  cost = None
+  if stage.prompt_price or stage.answer_price:
+    cost = (
+      report['prompt_tokens'] * stage.prompt_price
+      + report['completion_tokens'] * stage.answer_price
+    ) / 1e6
+  return {'model': stage.model, **report, 'cost': cost}
+
+
+def _settings(stage) -> endpoint.Settings:
+  """How the teacher is asked."""
+  try:
+    more = json.loads(stage.request or '{}')
+    fields = {
+      'temperature': stage.temperature,
+      'max_tokens': stage.answer_tokens,
+    } | more
+  except (ValueError, TypeError) as e:
+    raise ValueError(
+      f'traces.request must be a JSON object or empty ({e})'
+    ) from e
+  return endpoint.Settings(
+    base_url=stage.endpoint,
+    model=stage.model,
+    key_variable=stage.key_variable,
+    fields={k: v for k, v in fields.items() if v is not None},
+    answer_tokens=stage.answer_tokens,
+    concurrency=stage.concurrency,
+    timeout=stage.timeout,
+    retries=stage.retries,
+  )
+
+
+def _judge_settings(stage) -> endpoint.Settings:
+  """How the judge is asked; a key goes to no endpoint but its own."""
+  own = stage.copy_and_resolve_references()
+  with own.unlocked():
+    own.temperature = 0.0
+    own.model = stage.judge_model or stage.model
+    if stage.judge_endpoint:
+      own.endpoint = stage.judge_endpoint
+      own.key_variable = stage.judge_key_variable
+  return _settings(own)
+
+
+def _ledger_path(config, workdir: pathlib.Path) -> pathlib.Path:
+  """One file for who is asked: the limit on tokens is of the file."""
+  stage = config.traces
+  names = ('endpoint', 'model', 'judge_endpoint', 'judge_model')
+  who = artifacts.dumps([config.seed, *(stage[name] for name in names)])
+  return workdir.parent / ANSWERS / f'{ledger.key(who)[:8]}.jsonl'
+
+
+def _sample(kept, slates, config) -> list[remote_judge.Case]:
+  """A draw of the traces, each as one reader of the policy's prompts saw it."""
+  rng = np.random.default_rng(config.seed)
+  cases = []
+  for place in np.sort(rng.permutation(len(kept))[: config.traces.judged]):
+    record = kept[place]
+    slate = slates[int(record['slate'])]
+    own = np.random.default_rng((config.seed, int(record['slate'])))
+    cases.append(
+      remote_judge.Case(
+        slate=slate,
+        order=prompts.presentation(
+          int(slate['count']), config.prompt.order, own
+        ),
+        reasoning=record['reasoning'],
+        ranking=record['ranking'],
+      )
+    )
+  return cases

@@ -118,17 +118,18 @@ def test_wider_beams_are_better_on_the_whole():
   assert errors[-1] < 0.97 * errors[0]
 
 
-def test_latents_far_from_the_origin_lose_no_precision_to_it():
-  """A common offset, taken up by the first codebook, changes no code."""
+def test_a_large_first_codeword_costs_later_levels_no_precision():
   latents, vectors = draw(200, 3, 16, 8)
-  far = vectors.copy()
-  far[0] += 64.0
-  codes = residual_quantizer.search(latents + np.float32(64), far, beam=4)
-  near = residual_quantizer.search(latents, vectors, beam=4)
+  vectors[0] = np.arange(16, dtype=np.float32)[:, None] * 256.0
+  near = residual_quantizer.search(latents, vectors[1:], beam=4)
+  far = residual_quantizer.search(
+    latents + np.float32(15 * 256), vectors, beam=4
+  )
+  np.testing.assert_array_equal(far[:, 0], 15)
   np.testing.assert_allclose(
-    distances(latents, vectors, codes),
-    distances(latents, vectors, near),
-    atol=1e-2,
+    distances(latents, vectors[1:], far[:, 1:]),
+    distances(latents, vectors[1:], near),
+    atol=0.05,
   )
 
 
@@ -242,20 +243,20 @@ def test_seeds_are_distinct_while_distinct_points_are_left(offset):
 
 
 def test_lloyd_iterations_equal_loops():
-  points = clusters(150)
-  size = 5
+  points = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+  size = 12
   start, _ = residual_quantizer.kmeans(
     points, size, iterations=0, rng=np.random.default_rng(3)
   )
   centres = start.astype(np.float64)
-  for _ in range(4):
+  for _ in range(3):
     codes = ((points[:, None] - centres) ** 2).sum(-1).argmin(1)
     for code in range(size):
       if (codes == code).any():
         centres[code] = points[codes == code].mean(0)
   codes = ((points[:, None] - centres) ** 2).sum(-1).argmin(1)
   found, counts = residual_quantizer.kmeans(
-    points, size, iterations=4, rng=np.random.default_rng(3)
+    points, size, iterations=3, rng=np.random.default_rng(3)
   )
   np.testing.assert_allclose(found, centres, atol=1e-5)
   np.testing.assert_array_equal(counts, np.bincount(codes, minlength=size))
@@ -267,7 +268,7 @@ def test_kmeans_with_fewer_distinct_points_than_centres():
   centres, counts = residual_quantizer.kmeans(
     points, 6, iterations=3, rng=np.random.default_rng(0)
   )
-  assert np.isfinite(centres).all()
+  assert {tuple(x) for x in centres} == {tuple(x) for x in np.eye(3)}
   assert (counts > 0).sum() == 3
   assert counts.sum() == 12
 

@@ -1,12 +1,14 @@
+import json
+
 import numpy as np
 import pytest
 
 from gr2_jax import artifacts
-from gr2_jax.data import records, teachers
+from gr2_jax.data import endpoint, ledger, records, teachers
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.stages import traces
 
-from .. import tiny_world
+from .. import chat_server, tiny_world
 
 
 def run(world, workdir, **changes):
@@ -74,3 +76,178 @@ def test_a_trace_is_a_function_of_seed_and_slate(world, tmp_path):
 def test_an_unknown_kind_is_named(world, tmp_path):
   with pytest.raises(ValueError, match="traces.kind is 'target'.*rejection"):
     run(world, tmp_path, kind='target')
+
+
+def test_an_unknown_teacher_is_named(world, tmp_path):
+  with pytest.raises(ValueError, match="traces.teacher is 'htp'.*heuristic"):
+    run(world, tmp_path, teacher='htp')
+
+
+def remote(world, workdir, server, **changes):
+  """A run with a teacher behind an endpoint."""
+  fields = dict(
+    teacher='http',
+    endpoint=server.url,
+    model='m',
+    key_variable=chat_server.VARIABLE,
+    kind='targeted',
+    slates=10,
+    concurrency=2,
+    retries=0,
+    answer_tokens=50,
+    prompt_price=2.0,
+    answer_price=10.0,
+  )
+  return run(world, workdir, **(fields | changes))
+
+
+@pytest.fixture
+def _key(monkeypatch):
+  monkeypatch.setenv(chat_server.VARIABLE, chat_server.KEY)
+
+
+@pytest.mark.usefixtures('_key')
+def test_a_model_behind_an_endpoint_is_a_teacher(world, tmp_path):
+  with chat_server.serve(chat_server.ranks) as server:
+    results, kept, lost = remote(world, tmp_path / 'traces', server)
+  slates = slates_lib.source(world['slates'], 'train')
+  assert (len(kept), len(lost), len(server.requests)) == (10, 0, 10)
+  assert results['traces'] == results['answers'] == 10
+  assert (results['teacher'], results['model']) == ('http', 'm')
+  np.testing.assert_allclose(results['cost'], (300 * 2 + 200 * 10) / 1e6)
+  setup = tiny_world.setup(world)
+  sids = {tuple(row) for row in setup.prompter.items['sid']}
+  indices = [int(r['slate']) for r in kept]
+  assert indices == sorted(set(indices))
+  for record in kept:
+    slate = slates[int(record['slate'])]
+    assert slate['grades'][record['ranking'][0]] > 0
+    assert sorted(record['ranking']) == list(range(slate['count']))
+    assert len(record['reasoning']) <= setup.prompter.reasoning
+    slots = record['reasoning'][-3:] - setup.vocabulary.slot_base
+    assert slots.tolist() == record['ranking'][:3].tolist()
+  assert results['clipped'] == 10  # Six tokens are not much.
+  assert len(sids) > 1
+  for path in tmp_path.rglob('*'):
+    if path.is_file():
+      assert chat_server.KEY.encode() not in path.read_bytes()
+
+
+@pytest.mark.usefixtures('_key')
+def test_what_is_no_permutation_is_kept_apart_with_its_reason(world, tmp_path):
+  def answer(body, number):
+    if number % 2:
+      return chat_server.ranks(body)
+    return chat_server.Answer(chat_server.completion('RANKING: 1, 1'))
+
+  with chat_server.serve(answer) as server:
+    results, kept, lost = remote(
+      world, tmp_path / 'traces', server, tries=1, concurrency=1
+    )
+  assert (len(kept), len(lost)) == (5, 5)
+  assert results['rejected'] == 5
+  assert results['verdicts'] == {'targeted': 5, 'repetition': 5}
+  assert {teachers.VERDICTS[r['verdict']] for r in lost} == {'repetition'}
+
+
+@pytest.mark.usefixtures('_key')
+@pytest.mark.parametrize('torn', [False, True])
+def test_a_run_that_breaks_asks_only_for_what_is_missing(world, tmp_path, torn):
+  def answer(body, number):
+    broken = number in (5, 6)
+    return (
+      chat_server.Answer('', status=503) if broken else chat_server.ranks(body)
+    )
+
+  with chat_server.serve(answer) as server:
+    with pytest.raises(endpoint.EndpointError, match='in a row'):
+      remote(world, tmp_path / 'traces', server, concurrency=1)
+    (path,) = (tmp_path / traces.ANSWERS).iterdir()
+    have = len(path.read_bytes().splitlines())
+    assert have == 4
+    if torn:
+      path.write_bytes(path.read_bytes()[:-9])
+    before = len(server.requests)
+    results, kept, _ = remote(world, tmp_path / 'traces', server)
+    assert len(server.requests) - before == 10 - have + torn
+    assert results['answers'] == 10
+    assert len(path.read_bytes().splitlines()) == 10
+    # Another length of reasoning is another artifact of the same answers.
+    again, *_ = remote(world, tmp_path / 'other', server, retries=3)
+    assert len(server.requests) - before == 10 - have + torn
+    assert again == results
+  rows = [json.loads(line) for line in path.open()]
+  assert len({row['key'] for row in rows}) == 10
+
+
+@pytest.mark.usefixtures('_key')
+def test_a_higher_limit_goes_on_from_the_answers(world, tmp_path):
+  with chat_server.serve(chat_server.ranks) as server:
+    remote(world, tmp_path / 'a' / 'traces', server)
+    need = 50 + max(
+      sum(32 + len(m['content'].encode()) for m in body['messages'])
+      for body in server.requests
+    )
+    server.requests.clear()
+    with pytest.raises(ledger.OverLimit, match='higher limit'):
+      remote(world, tmp_path / 'b' / 'one', server, token_limit=need + 200)
+    assert 5 <= len(server.requests) < 10
+    remote(world, tmp_path / 'b' / 'two', server, token_limit=0)
+    assert len(server.requests) == 10
+
+
+@pytest.mark.usefixtures('_key')
+def test_answers_that_are_all_unfit_are_an_error(world, tmp_path):
+  bad = chat_server.Answer(chat_server.completion('hm'))
+  with (
+    chat_server.serve(lambda *_: bad) as server,
+    pytest.raises(ValueError, match="no answer is fit .*'wrong_format': 10"),
+  ):
+    remote(world, tmp_path / 'traces', server, tries=1)
+
+
+@pytest.mark.usefixtures('_key')
+def test_a_judge_marks_a_sample_of_any_teachers_traces(world, tmp_path):
+  marks = 'grounding: 1\nconsistency: 0.5\nflow: 0.5\nidentifiers: 0'
+  good = chat_server.Answer(chat_server.completion(marks))
+  with chat_server.serve(lambda *_: good) as server:
+    results, *_ = run(
+      world,
+      tmp_path / 'traces',
+      judged=5,
+      judge_endpoint=server.url,
+      judge_model='m',
+    )
+  assert len(server.requests) == 5
+  assert set(server.keys) == {'Bearer none'}
+  assert results.pop('judge') == {
+    'grounding': 1,
+    'consistency': 0.5,
+    'flow': 0.5,
+    'identifiers': 0,
+    'total': 0.5,
+    'judged': 5,
+    'unjudged': 0,
+  }
+  assert results == artifacts.read_results(world['traces'])
+
+
+@pytest.mark.parametrize('request_', ['{', '[1]', '3'])
+@pytest.mark.usefixtures('_key')
+def test_request_fields_are_a_json_object(world, tmp_path, request_):
+  with (
+    chat_server.serve(chat_server.ranks) as server,
+    pytest.raises(ValueError, match='traces.request must be a JSON object'),
+  ):
+    remote(world, tmp_path / 'traces', server, request=request_)
+
+
+@pytest.mark.usefixtures('_key')
+def test_request_fields_are_added_and_left_out(world, tmp_path):
+  more = '{"seed": 7, "temperature": null}'
+  with chat_server.serve(chat_server.ranks) as server:
+    remote(world, tmp_path / 'traces', server, request=more)
+  for body in server.requests:
+    assert body['seed'] == 7
+    assert body['max_tokens'] == 50
+    assert 'temperature' not in body
