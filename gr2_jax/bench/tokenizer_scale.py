@@ -149,7 +149,7 @@ def billion(rows: list[dict[str, Any]], dim: int) -> str:
   return (
     f'a billion items, computed from {last["items"]:,}: '
     f'{BILLION * dim * 4 / 1e12:.1f} TB of vectors on disk; training '
-    f'{last["train"] / 60:.0f} min, as ever; assignment {assign:.1f} h here, '
+    f'{last["train"]:.0f} s, as ever; assignment {assign:.1f} h here, '
     f'divided by the number of such machines; completion {complete:.1f} h and '
     f'{memory:.0f} GiB on one host, or by ranges of the first code, which '
     f'share nothing; 256^4 tuples are {256**4 / BILLION:.1f} for each item: '

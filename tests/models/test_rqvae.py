@@ -164,6 +164,18 @@ def test_gradients_flow_to_what_they_should_move(kind):
   np.testing.assert_allclose(moved['vectors'], want, atol=1e-5)
 
 
+@pytest.mark.parametrize('kind', LEARNED)
+def test_the_codebook_term_moves_no_network(kind):
+  with_it, without = (
+    gradients(tiny(codebook=name))[3][0]['networks'] for name in (kind, 'ema')
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    with_it,
+    without,
+  )
+
+
 def test_commitment_pulls_the_encoder_alone():
   """Its share of the gradient is 2 beta sum_k (r_k - e_k) / B, by hand."""
   found = []
