@@ -54,7 +54,9 @@ class SidTokenizer:
     Raises:
       ValueError: an item vector is not finite; the message names the first.
     """
-    return self._each(self._codes, features_IxF)
+    return self._each(
+      functools.partial(_codes, self.model, self.config.beam), features_IxF
+    )
 
   def latents(self, features_IxF: np.ndarray) -> np.ndarray:
     """Encodes the few items that need it; equal vectors get equal bits.
@@ -65,7 +67,7 @@ class SidTokenizer:
     Returns:
       float32 [I, D].
     """
-    return self._each(self._latents, features_IxF)
+    return self._each(functools.partial(_latents, self.model), features_IxF)
 
   def complete(
     self,
@@ -108,7 +110,9 @@ class SidTokenizer:
     error, total = 0.0, np.zeros(self.model.features)
     square = 0.0
     for batch, codes, real in self._coded_batches(features_IxF, codes_IxL):
-      residual = np.asarray(self._residual(self.params, batch, codes))[:real]
+      residual = np.asarray(_residual(self.model, self.params, batch, codes))[
+        :real
+      ]
       x = np.asarray(batch)[:real].astype(np.float64)
       error += float((residual.astype(np.float64) ** 2).sum())
       total += x.sum(0)
@@ -143,31 +147,26 @@ class SidTokenizer:
       yield batch, sharding.shard_batch(own, self.mesh), real
       begin += real
 
-  @functools.cached_property
-  def _latents(self):
-    return jax.jit(
-      lambda params, x: self.model.apply(
-        {'params': params['networks']}, x, method='encode'
-      )
-    )
 
-  @functools.cached_property
-  def _codes(self):
-    return jax.jit(
-      lambda params, x: residual_quantizer.search(
-        self._latents(params, x), params['vectors'], beam=self.config.beam
-      )
-    )
+@functools.partial(jax.jit, static_argnums=0)
+def _latents(model: rqvae.Autoencoder, params, x_BxF) -> jax.Array:
+  variables = {'params': params['networks']}
+  return model.apply(variables, x_BxF, method='encode')
 
-  @functools.cached_property
-  def _residual(self):
-    def residual(params, x, codes):
-      vectors = params['vectors']
-      words = vectors[np.arange(codes.shape[1]), codes].sum(1)
-      variables = {'params': params['networks']}
-      return x - self.model.apply(variables, words, method='decode')
 
-    return jax.jit(residual)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _codes(model: rqvae.Autoencoder, beam: int, params, x_BxF) -> jax.Array:
+  latents = _latents(model, params, x_BxF)
+  return residual_quantizer.search(latents, params['vectors'], beam=beam)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _residual(model: rqvae.Autoencoder, params, x_BxF, codes_BxL) -> jax.Array:
+  """What the codewords' sum leaves of the vectors, [B, F]."""
+  levels = np.arange(codes_BxL.shape[1])
+  words = params['vectors'][levels, codes_BxL].sum(1)
+  variables = {'params': params['networks']}
+  return x_BxF - model.apply(variables, words, method='decode')
 
 
 def params_of(state: rqvae.State) -> dict[str, chex.ArrayTree]:

@@ -45,8 +45,8 @@ def info_nce(
 
   -log exp(s_ii / t) / sum_j exp(s_ij / t) with s the cosine, averaged over
   rows and columns. A row whose partner is the anchor itself is no pair: it
-  counts in no mean, and another row's partner that is the same item as one of
-  the two is no negative of theirs.
+  counts in no mean and is nobody's negative. Nor is, for a pair, another pair
+  with the same anchor or the same partner, or whose partner is the anchor.
 
   Args:
     anchors_BxD: float32 [B, D].

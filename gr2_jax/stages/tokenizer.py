@@ -25,6 +25,23 @@ from gr2_jax.models import rqvae, semantic_ids, sid_assignment, sid_tokenizer
 PARAMS = 'params'
 SIDS = 'sids.jsonl'
 
+# Fields that an item's tuple depends on once the quantiser is trained.
+NAMING = (
+  'seed',
+  'levels',
+  'codebook_size',
+  'text_encoder',
+  'text_dim',
+  'text_buckets',
+  'text_source',
+  'hidden',
+  'latent',
+  'codebook',
+  'beam',
+  'last_level',
+  'drawn_levels',
+)
+
 
 def run(
   config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
@@ -41,8 +58,10 @@ def run(
     workdir: this stage's directory.
 
   Returns:
-    SemanticIds.statistics(), reconstruction_r2 of the fitted levels, items
-    spilled, the chosen step, and seconds of this process.
+    SemanticIds.statistics() and seconds of this process; of the items that
+    were named here, reconstruction_r2 of the fitted levels and how many were
+    spilled; the chosen step, or, where an artifact was extended, how many items
+    were known, are new and have left.
 
   Raises:
     ValueError: a config field has no meaning, the catalog does not fit in the
@@ -92,6 +111,11 @@ def check(stage) -> None:
     raise ValueError(
       f'tokenizer.drawn_levels={stage.drawn_levels}: '
       f'last_level={stage.last_level!r} draws at least 1'
+    )
+  if stage.codebook_size**stage.levels > 2**63 - 1:
+    raise ValueError(
+      f'tokenizer.levels={stage.levels} of tokenizer.codebook_size='
+      f'{stage.codebook_size} codes do not fit in 63 bits: lower one of them'
     )
   if stage.levels <= appended(stage):
     raise ValueError(
@@ -291,7 +315,7 @@ def _check_same(stage, earlier: pathlib.Path) -> None:
   """Raises ValueError naming a field that would give new items other codes."""
   theirs = artifacts.read_config(earlier).get('tokenizer', {})
   ours = stage.to_dict()
-  for field in sorted(ours.keys() - {'extends'}):
+  for field in NAMING:
     value = ours[field]
     value = list(value) if isinstance(value, tuple) else value
     if theirs.get(field) != value:

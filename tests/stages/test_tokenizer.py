@@ -269,6 +269,7 @@ def test_a_full_prefix_spills(tmp_path, inputs):
     (dict(levels=1, codebook_size=64), 'tokenizer.levels=1 leaves no level'),
     (dict(drawn_levels=4), 'tokenizer.levels=4 leaves no level to fit'),
     (dict(drawn_levels=0), 'tokenizer.drawn_levels=0.*draws at least 1'),
+    (dict(levels=8, codebook_size=256), 'tokenizer.levels=8 .* 63 bits'),
     (dict(codebook='kmeans', init_items=0), 'raise tokenizer.init_items'),
   ],
 )

@@ -138,6 +138,12 @@ def test_an_extension_is_by_the_same_tokenizer(base, tmp_path, change, message):
     extend(base, tmp_path, range(35), **change)
 
 
+def test_fields_that_name_nothing_may_differ(base, tmp_path):
+  extend(base, tmp_path, range(35), log_every=7, text_batch_size=3)
+  old, new = table(base), table(tmp_path / 'next')
+  assert {name: new[name] for name in old} == old
+
+
 def test_what_cannot_be_extended_is_named(base, tmp_path):
   shutil.copytree(base, tmp_path / 'partly')
   (tmp_path / 'partly' / 'results.json').unlink()
