@@ -30,6 +30,18 @@ class Stage:
   files: tuple[str, ...] = ()
 
 
+# What an SFT policy depends on, all the way from the data.
+_TRAINED = (
+  'data',
+  'tokenizer',
+  'prompt',
+  'model',
+  'mesh',
+  'midtrain',
+  'traces',
+  'sft',
+)
+
 STAGES: dict[str, Stage] = {
   'slates': Stage((), ('data',), files=('data.path',)),
   'tokenizer': Stage(
@@ -78,37 +90,15 @@ STAGES: dict[str, Stage] = {
     ('prompt', 'model', 'mesh', 'export'),
     seeded=True,
   ),
+  # The studies make their own runs, of `rl` and of `tokenizer` and `sft`.
   'study_hacking': Stage(
-    (),  # It makes its own runs: what `rl` needs, in many variants.
-    (
-      'data',
-      'tokenizer',
-      'prompt',
-      'model',
-      'mesh',
-      'midtrain',
-      'traces',
-      'sft',
-      'rl',
-      'study_hacking',
-      'seeds',
-    ),
-    files=('data.path', 'model.source'),
+    (),
+    (*_TRAINED, 'rl', 'study_hacking', 'seeds'),
+    files=('data.path', 'model.source', 'tokenizer.text_source'),
   ),
   'study_tokenizer': Stage(
-    (),  # As above: tokenizers, and what `sft` needs.
-    (
-      'data',
-      'tokenizer',
-      'prompt',
-      'model',
-      'mesh',
-      'midtrain',
-      'traces',
-      'sft',
-      'study_tokenizer',
-      'seeds',
-    ),
+    (),
+    (*_TRAINED, 'study_tokenizer', 'seeds'),
     files=('data.path', 'model.source', 'tokenizer.text_source'),
   ),
 }

@@ -105,15 +105,13 @@ def make_recipes(stage) -> dict[str, dict[str, Any]]:
     for name in names:
       fields |= changes[name]
     recipes['+'.join(names) or PLAIN] = fields
-  # The one that the others stand beside, whatever else there is.
   for name, fields in stage.others.to_dict().items():
     recipes[name] = plain | fields
-  extra = [name for name in stage.ranked if name not in recipes]
-  for name in extra:
-    parts = name.split('+')
-    if all(part in changes for part in parts):
+  # A recipe that ranks need not be one of those above: `a+b+c` makes it.
+  for name in [n for n in stage.ranked if n not in recipes]:
+    if set(name.split('+')) <= set(changes):
       recipes[name] = dict(plain)
-      for part in parts:
+      for part in name.split('+'):
         recipes[name] |= changes[part]
   return recipes
 
