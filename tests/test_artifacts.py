@@ -25,7 +25,7 @@ def _config(**changes):
   return config
 
 
-STUDIES = {'study_hacking'}  # They make runs of their own.
+STUDIES = {'study_hacking', 'study_tokenizer'}  # They make runs of their own.
 
 
 def _fingerprints(config):

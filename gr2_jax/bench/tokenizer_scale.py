@@ -26,11 +26,11 @@ from configs import tokenizer as tokenizer_config
 from gr2_jax import reporting, sharding
 from gr2_jax.stages import tokenizer
 
-_ITEMS = flags.DEFINE_list(
-  'items', ['10000', '100000', '1000000'], 'Sizes of the catalog.'
+_CATALOGS = flags.DEFINE_list(
+  'catalogs', ['10000', '100000', '1000000'], 'Sizes of the catalog.'
 )
-_DIM = flags.DEFINE_integer('dim', 128, 'Width of a vector.', 1)
-_STEPS = flags.DEFINE_integer('steps', 1000, 'Of training.', 1)
+_WIDTH = flags.DEFINE_integer('width', 128, 'Width of a vector.', 1)
+_UPDATES = flags.DEFINE_integer('updates', 1000, 'Of training.', 1)
 _FOLDER = flags.DEFINE_string('folder', '', "Where vectors go; '': temporary.")
 
 CLUSTERS = 1000
@@ -166,8 +166,8 @@ def main(argv: list[str]) -> None:
   """Entry point of `app.run`: a row a size, then the billion on paper."""
   del argv
   rows = []
-  for items in map(int, _ITEMS.value):
-    rows.append(measure(items, _DIM.value, _STEPS.value, _FOLDER.value))
+  for items in map(int, _CATALOGS.value):
+    rows.append(measure(items, _WIDTH.value, _UPDATES.value, _FOLDER.value))
     print(json.dumps(rows[-1]), flush=True)
   table = [
     {
@@ -185,7 +185,7 @@ def main(argv: list[str]) -> None:
   cores = len(os.sched_getaffinity(0))
   load = ', '.join(f'{x:.1f}' for x in os.getloadavg())
   print(f'{cores} cores, load {load} (1, 5, 15 minutes)')
-  print(billion(rows, _DIM.value))
+  print(billion(rows, _WIDTH.value))
 
 
 if __name__ == '__main__':
