@@ -20,7 +20,7 @@ from pyarrow import parquet
 VERSION = 2
 _ARRAYS = 'sids.npz'
 _FACTS = 'sids.json'
-_EXPORT = 'sids.jsonl'
+EXPORT = 'sids.jsonl'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,7 +346,7 @@ def load_item_ids(directory: os.PathLike[str] | str) -> tuple[str, ...]:
     ValueError: a line is damaged, or its codes are not the item's.
   """
   sids = load(directory)
-  path = pathlib.Path(directory) / _EXPORT
+  path = pathlib.Path(directory) / EXPORT
   if not path.is_file():
     raise FileNotFoundError(f'{path}: missing; run the tokenizer stage')
   item_ids = []

@@ -23,7 +23,6 @@ from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import rqvae, semantic_ids, sid_assignment, sid_tokenizer
 
 PARAMS = 'params'
-SIDS = 'sids.jsonl'
 
 # Fields that an item's tuple depends on once the quantiser is trained.
 NAMING = (
@@ -93,7 +92,7 @@ def run(
     sids, found = name(tokenizer, features)
     found['step'] = step
   sids.save(workdir)
-  sids.export(workdir / SIDS, catalog.item_ids)
+  sids.export(workdir / semantic_ids.EXPORT, catalog.item_ids)
   sids.export(workdir / 'sids.parquet', catalog.item_ids)
   seconds = time.monotonic() - started
   return sids.statistics() | found | {'seconds': seconds}
