@@ -27,11 +27,13 @@ SECTIONS = {
   'midtrain': 'midtrain',
   'traces': 'traces',
   'sft': 'sft',
+  'opd': 'opd',
   'rl': 'rl',
   'baselines': 'baselines',
   'evaluate': 'evaluate',
   'rerank': 'rerank',
   'export': 'export',
+  'study_distill': 'study_distill',
   'study_hacking': 'study_hacking',
   'study_tokenizer': 'study_tokenizer',
 }
@@ -147,6 +149,7 @@ PRETRAINED = {
   'prompt.reasoning_tokens': 24,
   'midtrain.learning_rate': 3e-4,
   'sft.learning_rate': 2e-4,
+  'opd.learning_rate': 1e-5,
   'rl.learning_rate': 1e-5,
 }
 RECIPES = dict.fromkeys(('smollm2_135m', *QWEN3), PRETRAINED)
@@ -251,6 +254,44 @@ def validation(test: bool) -> ConfigDict:
   config.thinking = True  # reason before the ranking
   config.eval_slates = 64 if test else 1024  # validation slates, a fixed draw
   config.eval_batch_size = 64 if test else 256  # of them at a time
+  return config
+
+
+def on_policy(
+  test: bool, steps: int, learning_rate: float, eval_every: int
+) -> ConfigDict:
+  """What every stage has whose policy learns from its own rollouts."""
+  batch = 8 if test else 32
+  config = training(
+    steps=6 if test else steps,
+    batch_size=batch,
+    learning_rate=learning_rate,
+    eval_every=3 if test else eval_every,
+  )
+  config.update(validation(test))
+  config.group_size = 4 if test else 8  # rollouts of one slate
+  config.temperature = 1.0  # of the sampler and of the learner
+  config.constrained = True  # permutation mask while training, as in serving
+  # Groups whose rewards are all equal are replaced by fresh ones:
+  config.refill_size = batch if test else batch // 4  # slates at a time
+  config.refills = 4  # at most so many times a step; 0: never
+  config.reward = 'auc+ndcg'  # auc, ndcg, auc+ndcg, promotion, rr, recall
+  config.k = 5  # cut-off of ndcg and recall
+  config.gate = 'v2'  # none, v1, v2: what a copied or invalid answer earns
+  config.format_weight = 0.2  # a: reward of a valid answer
+  config.order_cost = 0.0  # of answers that depend on the presentation
+  config.overlong_buffer = 0  # last tokens of the budget that cost, 0: none
+  config.overlong_weight = 1.0  # what the whole buffer costs
+  config.judge_weight = 0.0  # of the quality of the reasoning, 0: no judge
+  config.advantage = 'dapo'  # dapo, grpo, dr_grpo, rloo
+  config.average = 'token'  # of token losses: token, sequence, fixed
+  config.credit = 'answer'  # advantage of the whole answer, or by placement
+  config.epochs = 1  # times each rollout is trained on
+  config.minibatches = 1  # updates an epoch
+  config.clip_low = 0.2  # how far a probability ratio may fall
+  config.clip_high = 0.28  # how far it may rise
+  config.importance_cap = 0.0  # truncated importance weights, 0: none
+  config.choose = 'n@5'  # validation metric that chooses the step, or last
   return config
 
 

@@ -20,6 +20,7 @@ def section(test: bool = False) -> ConfigDict:
   )
   config.update(common.validation(test))
   config.rank_by = 'readout'  # readout, or trace: the teacher's order
+  config.privileged = False  # learn to answer when told a positive, too
   config.reasoning_weight = 0.2  # l_r of Eq. 3
   config.ranking_weight = 1.0  # l_o of Eq. 3
   config.listwise_weight = 1.0  # softmax loss of the labels at the slots

@@ -12,9 +12,8 @@ def get_config(arg: str = '') -> ConfigDict:
 
 def section(test: bool = False) -> ConfigDict:
   """Section `traces`."""
-  del test
   config = ConfigDict()
-  config.teacher = 'heuristic'  # heuristic, or http: a model at an endpoint
+  config.teacher = 'heuristic'  # heuristic, policy, or http: at an endpoint
   config.slates = 0  # training slates to ask about, a random draw; 0: all
   config.kind = 'rejection'  # rejection (Eq. 2) or targeted (Eq. 1)
   config.tries = 8  # answers per slate before it is dropped
@@ -26,6 +25,10 @@ def section(test: bool = False) -> ConfigDict:
     'popularity',
   )
   config.noise = 1.0  # standard deviation of its error, in column units
+  config.temperature = 0.7  # of the answers of a policy or an endpoint
+  # What the teacher `policy` is, and how it is asked:
+  config.policy = ''  # finished artifact: midtrain, sft, opd or rl, of any size
+  config.batch_size = 16 if test else 64  # slates asked about at once
   # What the teacher `http` is, and how it is asked:
   config.endpoint = ''  # base URL, OpenAI-compatible: http://localhost:8000/v1
   config.model = ''  # its name there
@@ -33,7 +36,6 @@ def section(test: bool = False) -> ConfigDict:
   config.knowledge = False  # it is told what tends to hold in any catalog (KP)
   config.words = 80  # of reasoning that it is asked for, at most
   config.answer_tokens = 1024  # of an answer, at most
-  config.temperature = 0.7  # of its answers
   config.request = ''  # JSON object of more request fields; null: leave out
   config.concurrency = 8  # requests under way at once
   config.timeout = 120.0  # seconds without a byte until a request is lost

@@ -72,6 +72,7 @@ def plan(
   inputs = {}
   for need in stage.needs:
     base, per_seed, _ = need.partition('@')
+    base = _named_stage(config, base)
     for s in config.seeds if per_seed else (seed,):
       inputs[f'{base}@{s}' if per_seed else base] = plan(config, base, s)
   content = {
@@ -234,6 +235,33 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise ArtifactError(f'{path}: missing; give the folder of an artifact')
   return _read_json(path, 'give the folder of an artifact')['config']
+
+
+def read_run(directory: pathlib.Path) -> dict[str, Any]:
+  """What made a finished artifact: stage, seed, config, names of its inputs.
+
+  Raises:
+    ArtifactError: it is no artifact, or an unfinished one.
+  """
+  path = directory / 'config.json'
+  for file in (path, directory / 'results.json'):
+    if not file.is_file():
+      raise ArtifactError(
+        f'{file}: missing; give the folder of a finished artifact'
+      )
+  return _read_json(path, 'give the folder of an artifact')
+
+
+def _named_stage(config: ml_collections.ConfigDict, need: str) -> str:
+  """The stage that a need stands for, where a config field names it."""
+  if not need.startswith('{'):
+    return need
+  field = need.strip('{}')
+  section, _, name = field.partition('.')
+  named, known = config[section][name], stages.STARTS[field]
+  if named not in known:
+    raise ArtifactError(f'{field}={named!r}: must be one of {", ".join(known)}')
+  return named
 
 
 def _sections(

@@ -18,7 +18,7 @@ import optax
 
 from gr2_jax import sampling, sharding
 from gr2_jax.models import transformer
-from gr2_jax.ops import losses, masking
+from gr2_jax.ops import kl, losses, masking
 
 
 @flax.struct.dataclass
@@ -49,6 +49,7 @@ class Examples:
   slots: jax.Array  # int32 [P, K], where slot tokens stand in the prompt
   grades: jax.Array  # float32 [P, K]
   count: jax.Array  # int32 [P], candidates; 0 where there is no slate
+  segments: jax.Array | None = None  # int32 [P, G, Tc], of packed documents
 
 
 @flax.struct.dataclass
@@ -58,6 +59,21 @@ class TokenScores:
   logp: jax.Array  # float32 [P, G, T], of the token
   entropy: jax.Array  # float32 [P, G, T], nats
   slot_logp: jax.Array  # float32 [P, G, T, K], of every slot token
+  divergence: jax.Array | None = None  # float32 [P, G, T], from a teacher
+
+
+@flax.struct.dataclass
+class TeacherStates:
+  """Another decoder's view of the same completions.
+
+  `rows` are its output embedding in the order of the student's vocabulary, so
+  that both distributions are over the same tokens; `known` says which of them
+  the teacher has.
+  """
+
+  hidden: jax.Array  # float [P, G, T, D'], entry t predicts token t
+  rows: jax.Array  # float [V, D']
+  known: jax.Array  # bool [V]
 
 
 def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
@@ -146,6 +162,9 @@ def score_tokens(
   temperature: float = 1.0,
   chunk: int = 32,
   constraint: tuple[sampling.Progress, jax.Array] | None = None,
+  known: jax.Array | None = None,
+  teacher: TeacherStates | None = None,
+  divergence: str = 'reverse',
 ) -> TokenScores:
   """Log-probabilities, entropies and slot log-probabilities of completions.
 
@@ -161,9 +180,15 @@ def score_tokens(
     chunk: time steps at a time, at most.
     constraint: progress before each token [P, G, T] and the slates' counts
       [P], where the sampler was constrained.
+    known: bool [V] or None, tokens to which the distributions are confined.
+    teacher: whose distributions these are compared with, at the same
+      temperature, over the tokens that the teacher knows and the constraint
+      allows.
+    divergence: 'reverse', KL(these || teacher), or 'forward', the other way.
 
   Returns:
-    TokenScores in float32.
+    TokenScores in float32. `divergence` is 0 where the teacher knows none of
+    the tokens that are allowed.
   """
   embedding = transformer.output_embedding(params)
   P, G, T, _ = hidden_PxGxTxD.shape
@@ -171,10 +196,11 @@ def score_tokens(
   chunk = -(-T // n)
   K, base = grammar.num_candidates, grammar.slot_base
   remaining = jnp.broadcast_to(T - jnp.arange(T), (P, G, T))
-  parts = [hidden_PxGxTxD, tokens_PxGxT, remaining]
-  if constraint is not None:
-    progress, count = constraint
-    parts += [progress, jnp.broadcast_to(count[:, None, None], (P, G, T))]
+  progress, count = constraint or (None, None)
+  if count is not None:
+    count = jnp.broadcast_to(count[:, None, None], (P, G, T))
+  theirs = teacher.hidden if teacher is not None else None
+  parts = (hidden_PxGxTxD, tokens_PxGxT, remaining, progress, count, theirs)
 
   def split(x):
     padding = [(0, 0)] * x.ndim
@@ -185,15 +211,29 @@ def score_tokens(
 
   @jax.checkpoint
   def score(part):
-    hidden, tokens, left, *rest = part
+    hidden, tokens, left, progress, count, theirs = part
     logits = hidden @ embedding.T.astype(hidden.dtype)
-    allowed = None
-    if rest:
+    allowed = known
+    if progress is not None:
       allowed = sampling.allowed_tokens(
-        grammar, *rest, left, embedding.shape[0]
+        grammar, progress, count, left, embedding.shape[0]
       )
+      allowed = allowed if known is None else allowed & known
     logps = sampling.distribution(logits, temperature, allowed)
+    apart = None
+    if theirs is not None:
+      other = theirs @ teacher.rows.T.astype(theirs.dtype)
+      support = jnp.broadcast_to(teacher.known, logits.shape)
+      if allowed is not None:
+        support &= allowed
+      apart = kl.divergence(
+        divergence,
+        logits.astype(jnp.float32) / temperature,
+        other.astype(jnp.float32) / temperature,
+        support,
+      )
     return TokenScores(
+      divergence=apart,
       logp=jnp.take_along_axis(logps, tokens[..., None], -1)[..., 0],
       entropy=sampling.entropy(logps),
       slot_logp=logps[..., base : base + K],
@@ -253,7 +293,7 @@ def supervised_loss(
         completion,
       )
     hidden = transformer.completion_hidden(
-      model, params, hidden, prefix, completion
+      model, params, hidden, prefix, completion, batch.segments
     )
     token_scores = score_tokens(params, hidden, completion, grammar)
     tokens = losses.token_cross_entropy(token_scores.logp, batch.weights)

@@ -6,8 +6,9 @@ import pathlib
 from typing import Any
 
 import jax
+import ml_collections
 
-from gr2_jax import adapters, checkpoint, sampling, sharding
+from gr2_jax import adapters, artifacts, checkpoint, sampling, sharding
 from gr2_jax.data import chat, prompts, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
@@ -63,6 +64,54 @@ class Setup:
       thinking=thinking,
       constrained=constrained,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """A trained policy, at rest."""
+
+  setup: Setup
+  params: Any  # unboxed, on the setup's mesh
+
+
+def restore(
+  artifact: os.PathLike[str] | str,
+  mesh,
+  same_as: dict[str, pathlib.Path] | None = None,
+) -> Policy:
+  """A finished policy of any shape, from where its stage left it.
+
+  Args:
+    artifact: of midtrain, sft, opd or rl; what it was made from lies beside it.
+    mesh: section `mesh`, of whoever reads it.
+    same_as: artifacts of another policy, whose slates and semantic IDs this
+      one must have been made from.
+
+  Raises:
+    ArtifactError: there is no such artifact, it is not finished, or it is of
+      other slates or semantic IDs.
+  """
+  path = pathlib.Path(artifact)
+  found = artifacts.read_run(path)
+  for name in ('slates', 'tokenizer') if same_as else ():
+    if found['inputs'].get(name) != same_as[name].name:
+      raise artifacts.ArtifactError(
+        f'{path}: was made from {found["inputs"].get(name)}, this run from '
+        f'{same_as[name].name}: train the teacher with the same sections data '
+        'and tokenizer'
+      )
+  if not (path / PARAMS).is_dir():
+    raise artifacts.ArtifactError(
+      f'{path}: a run of {found["stage"]!r}, which leaves no policy; give the '
+      'folder of midtrain, sft, opd or rl'
+    )
+  config = ml_collections.ConfigDict(found['config'])
+  config.mesh = mesh
+  home = {
+    name: path.parent / folder for name, folder in found['inputs'].items()
+  }
+  setup = load(config, home['slates'], home['tokenizer'], home['backbone'])
+  return Policy(setup, setup.load_params(path))
 
 
 def load(

@@ -1,4 +1,8 @@
-"""The policy gradient of RL: DAPO (Eq. 8-9), and its relatives as options.
+"""The policy gradient: DAPO (Eq. 8-9), its relatives, and distillation (Eq. 4).
+
+The loss is a clipped surrogate of group advantages plus a divergence of the
+policy from a teacher: in RL its own start, if any; in on-policy distillation a
+better policy.
 
 | algorithm | advantage | average |
 |---|---|---|
@@ -19,7 +23,9 @@ import jax.numpy as jnp
 
 from gr2_jax import learner, sampling
 from gr2_jax.models import transformer
-from gr2_jax.ops import kl, losses, masking
+from gr2_jax.ops import kl, losses, masking, parsing
+
+DIVERGENCES = (*kl.KINDS, *kl.EXACT)
 
 
 @flax.struct.dataclass
@@ -35,7 +41,15 @@ class PolicyBatch:
   advantage: jax.Array  # float32 [P, G], or [P, G, Tc]
   use: jax.Array  # bool [P], groups that count
   importance: jax.Array | None = None  # float32 [P, G, Tc]
-  reference_logp: jax.Array | None = None  # float32 [P, G, Tc]
+  # What the teacher reads, where it is not what the policy reads:
+  teacher_prompt: jax.Array | None = None  # int32 [P, Tq]
+  teacher_prompt_length: jax.Array | None = None  # int32 [P]
+  teacher_slots: jax.Array | None = None  # int32 [P, K], in that prompt
+  # What it says, in the form that the divergence asks for (`distillation`):
+  teacher_logp: jax.Array | None = None  # float32 [P, G, Tc], of the tokens
+  teacher_knows: jax.Array | None = None  # bool [P, G, Tc], which it has
+  teacher_hidden: jax.Array | None = None  # float [P, G, Tc, D']
+  teacher_scores: jax.Array | None = None  # float32 [P, K], of the slots
 
 
 def score(
@@ -44,6 +58,8 @@ def score(
   batch: PolicyBatch,
   grammar: sampling.Grammar,
   config: sampling.SamplingConfig,
+  teacher: learner.TeacherStates | None = None,
+  divergence: str = 'reverse',
 ) -> learner.TokenScores:
   """Scores rollouts under any parameters, as the sampler would.
 
@@ -53,6 +69,8 @@ def score(
     batch: rollouts.
     grammar: token ids.
     config: the sampler's: the same temperature and the same masks.
+    teacher: whose distributions are compared with these.
+    divergence: 'reverse' or 'forward'.
 
   Returns:
     TokenScores; entries beyond a rollout's length mean nothing.
@@ -63,18 +81,25 @@ def score(
   hidden = transformer.completion_hidden(
     model, params, hidden, prefix, batch.tokens
   )
-  constraint = None
-  if config.constrained:
-    progress = sampling.replay(grammar, batch.tokens, config.thinking)
-    constraint = (progress, batch.count)
   return learner.score_tokens(
     params,
     hidden,
     batch.tokens,
     grammar,
     temperature=config.temperature,
-    constraint=constraint,
+    constraint=constraint(batch, grammar, config),
+    teacher=teacher,
+    divergence=divergence,
   )
+
+
+def constraint(
+  batch: PolicyBatch, grammar: sampling.Grammar, config: sampling.SamplingConfig
+) -> tuple[sampling.Progress, jax.Array] | None:
+  """What the sampler's mask followed from; None where it had none."""
+  if not config.constrained:
+    return None
+  return sampling.replay(grammar, batch.tokens, config.thinking), batch.count
 
 
 def make_loss(
@@ -86,10 +111,13 @@ def make_loss(
   clip_high: float,
   average: losses.Average = 'token',
   kl_weight: float = 0.0,
-) -> Callable[[Any, PolicyBatch], tuple[jax.Array, dict[str, jax.Array]]]:
-  """The clipped surrogate, plus `kl_weight` times KL(policy || reference).
+  divergence: str = 'k3',
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """The clipped surrogate, plus `kl_weight` times a divergence of a teacher.
 
-  Groups with `use == False` count nowhere. The KL is k3 on the sampled tokens.
+  Groups with `use == False` have no say in the surrogate: they compare nothing.
+  The divergence counts on every token that was written and that the teacher
+  can speak about.
 
   Args:
     model: the decoder.
@@ -97,24 +125,30 @@ def make_loss(
     config: the sampler's.
     clip_low: how far a ratio may fall.
     clip_high: how far a ratio may rise.
-    average: what the sum over tokens is divided by.
-    kl_weight: above 0, the batch must hold `reference_logp`.
+    average: what sums over tokens are divided by.
+    kl_weight: above 0, the batch must hold what the divergence asks for.
+    divergence: of `DIVERGENCES`: on the sampled tokens, where the batch has
+      `teacher_logp`; over the vocabulary, where it has `teacher_hidden`; or
+      over the candidates still left, where it has `teacher_scores`.
 
   Returns:
-    `(params, batch) -> (loss, metrics)`; `sampler_gap` is the largest
-    difference between the batch's log-probability of a token and the one now:
-    on the first update of a batch, what parts sampler and learner.
+    `(params, batch, rows, known) -> (loss, metrics)`, the last two of
+    `learner.TeacherStates`, read with `teacher_hidden` alone. `sampler_gap` is
+    the largest difference between the batch's log-probability of a token and
+    the one now: on the first update of a batch, what parts sampler and learner.
   """
 
-  def loss_fn(params, batch: PolicyBatch):
-    scores = score(model, params, batch, grammar, config)
+  def loss_fn(params, batch: PolicyBatch, rows=None, known=None):
+    teacher = None
+    if kl_weight and batch.teacher_hidden is not None:
+      teacher = learner.TeacherStates(batch.teacher_hidden, rows, known)
+    scores = score(model, params, batch, grammar, config, teacher, divergence)
     written = masking.length_mask(batch.length, batch.tokens.shape[-1])
-    mask = written & batch.use[:, None, None]
     total, watches = losses.clipped_surrogate(
       scores.logp,
       batch.logp,
       batch.advantage,
-      mask,
+      written & batch.use[:, None, None],
       clip_low=clip_low,
       clip_high=clip_high,
       importance=batch.importance,
@@ -123,13 +157,12 @@ def make_loss(
     loss = total.mean()
     metrics = {name: found.mean() for name, found in watches.items()}
     if kl_weight:
-      apart = kl.sampled_kl(
-        masking.keep(scores.logp, mask),
-        masking.keep(batch.reference_logp, mask),
+      apart, counts = _apart(
+        scores, batch, written, grammar, config, divergence
       )
-      reference_kl = losses.average_tokens(apart, mask, average).mean()
-      loss += kl_weight * reference_kl
-      metrics['reference_kl'] = reference_kl
+      teacher_kl = losses.average_tokens(apart, counts, average).mean()
+      loss += kl_weight * teacher_kl
+      metrics['teacher_kl'] = teacher_kl
     gap = jnp.abs(masking.keep(scores.logp - batch.logp, written))
     metrics |= {
       'entropy': masking.masked_mean(scores.entropy, written),
@@ -138,6 +171,40 @@ def make_loss(
     return loss, metrics
 
   return loss_fn
+
+
+def _apart(
+  scores: learner.TokenScores,
+  batch: PolicyBatch,
+  written: jax.Array,
+  grammar: sampling.Grammar,
+  config: sampling.SamplingConfig,
+  divergence: str,
+) -> tuple[jax.Array, jax.Array]:
+  """Divergence of each token [P, G, Tc], and where it counts."""
+  if batch.teacher_scores is not None:
+    progress = sampling.replay(grammar, batch.tokens, config.thinking)
+    left = parsing.answer_mask(progress.emitted, batch.count[:, None, None])
+    left = left[..., :-1] & progress.answering[..., None]
+    apart = kl.divergence(
+      divergence,
+      scores.slot_logp,
+      jnp.broadcast_to(
+        batch.teacher_scores[:, None, None], scores.slot_logp.shape
+      ),
+      left,
+    )
+    return apart, written & jnp.any(left, axis=-1)
+  if batch.teacher_hidden is not None:
+    return scores.divergence, written
+  if batch.teacher_knows is not None:
+    written &= batch.teacher_knows
+  apart = kl.sampled_kl(
+    masking.keep(scores.logp, written),
+    masking.keep(batch.teacher_logp, written),
+    kind=divergence,
+  )
+  return apart, written
 
 
 def top_up(pool: PolicyBatch, fresh: PolicyBatch) -> PolicyBatch:

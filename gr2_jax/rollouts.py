@@ -23,6 +23,9 @@ from gr2_jax.ops import (
   rewards,
 )
 
+# Fields of rows that are for a teacher's eyes alone.
+_TEACHERS = ('teacher_prompt', 'teacher_prompt_length', 'teacher_slots')
+
 
 def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
   """Compiles `(params, rows, key) -> (PolicyBatch, watches)`.
@@ -30,7 +33,7 @@ def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
   Args:
     setup: tokens and shapes.
     sampler: how to roll out.
-    stage: section `rl`.
+    stage: section `rl` or `opd`.
   """
   grammar = setup.grammar
 
@@ -97,6 +100,7 @@ def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
       logp=rollouts.logp,
       advantage=advantage,
       use=~flat,
+      **{name: rows[name] for name in _TEACHERS if name in rows},
     )
     written = masking.length_mask(rollouts.length, sampler.max_tokens)
     first = jnp.take_along_axis(incoming, answer.ranking[..., :1], -1)[..., 0]

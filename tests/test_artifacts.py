@@ -17,15 +17,20 @@ from gr2_jax import artifacts, stages
 
 
 def _config(**changes):
-  sections = 'data tokenizer prompt model mesh midtrain traces sft rl'
+  sections = 'data tokenizer prompt model mesh midtrain traces sft opd rl'
   sections += ' baselines evaluate rerank export study_hacking'
   config = ConfigDict({name: {'x': 1} for name in sections.split()})
   config.seed, config.seeds = 0, (0, 1)
+  config.opd.start, config.rl.start = 'sft', 'opd'
   config.update_from_flattened_dict(changes)
   return config
 
 
-STUDIES = {'study_hacking', 'study_tokenizer'}  # They make runs of their own.
+STUDIES = {
+  'study_distill',
+  'study_hacking',
+  'study_tokenizer',
+}  # They make runs of their own.
 
 
 def _fingerprints(config):
@@ -64,7 +69,11 @@ def test_every_stage_is_reached_and_seeded_ones_once_per_seed():
     ('rerank.x', {'rerank'}),
     ('export.x', {'export'}),
     ('baselines.x', {'baselines', 'evaluate'}),
-    ('traces.x', {'traces', 'sft', 'rl', 'evaluate', 'rerank', 'export'}),
+    (
+      'traces.x',
+      {'traces', 'sft', 'opd', 'rl', 'evaluate', 'rerank', 'export'},
+    ),
+    ('opd.x', {'opd', 'rl', 'evaluate', 'rerank', 'export'}),
     ('tokenizer.x', set(stages.STAGES) - STUDIES - {'slates', 'baselines'}),
     ('data.x', set(stages.STAGES) - STUDIES),
     ('seed', set()),
@@ -83,11 +92,23 @@ def test_another_seed_list_keeps_the_runs_it_shares():
 
 def test_inputs_of_evaluate_are_named_by_seed():
   inputs = artifacts.plan(_config(), 'evaluate').inputs
-  assert {'rl@0', 'rl@1', 'sft@0', 'sft@1', 'slates', 'baselines'} <= set(
+  assert {'rl@0', 'rl@1', 'opd@0', 'opd@1', 'slates', 'baselines'} <= set(
     inputs
   )
   assert inputs['rl@1'].seed == 1
-  assert inputs['rl@1'].inputs['sft'] == inputs['sft@1']
+  assert inputs['rl@1'].inputs['opd'] == inputs['opd@1']
+
+
+@pytest.mark.parametrize('start', ['sft', 'opd', 'midtrain'])
+def test_a_field_names_the_stage_to_start_from(start):
+  plan = artifacts.plan(_config(**{'rl.start': start}), 'rl')
+  assert set(plan.inputs) == {'slates', 'tokenizer', 'backbone', start}
+  assert plan.inputs[start].stage == start
+
+
+def test_a_stage_that_nothing_can_start_from_is_named():
+  with pytest.raises(artifacts.ArtifactError, match="rl.start='slates'.*opd"):
+    artifacts.plan(_config(**{'rl.start': 'slates'}), 'rl')
 
 
 def test_the_content_of_data_files_counts(tmp_path):

@@ -83,7 +83,7 @@ def with_options(batch):
     batch,
     advantage=rng.normal(size=shape).astype(np.float32),
     importance=rng.uniform(0.5, 2.0, shape).astype(np.float32),
-    reference_logp=np.where(beyond, np.nan, reference).astype(np.float32),
+    teacher_logp=np.where(beyond, np.nan, reference).astype(np.float32),
   )
 
 
@@ -109,18 +109,18 @@ def test_the_policy_loss_equals_a_numpy_oracle(options, average, kl_weight):
       continue
     row = logp[p, g, t]
     entropy.append(-(np.exp(row) * row).sum())
+    own = row[batch.tokens[p, g, t]]
+    if kl_weight:
+      gap = batch.teacher_logp[p, g, t] - own
+      apart.setdefault((p, g), []).append(np.exp(gap) - 1 - gap)
     if not batch.use[p]:
       continue
-    own = row[batch.tokens[p, g, t]]
     ratio = np.exp(own - batch.logp[p, g, t])
     gain = batch.advantage[p, g, t] if options else batch.advantage[p, g]
     bound = min(ratio * gain, np.clip(ratio, 0.8, 1.28) * gain)
     clipped += bound != ratio * gain
     weight = batch.importance[p, g, t] if options else 1.0
     rollouts.setdefault((p, g), []).append(-weight * bound)
-    if kl_weight:
-      gap = batch.reference_logp[p, g, t] - own
-      apart.setdefault((p, g), []).append(np.exp(gap) - 1 - gap)
 
   def mean(by_rollout):
     sums = [sum(values) for values in by_rollout.values()]
@@ -135,9 +135,9 @@ def test_the_policy_loss_equals_a_numpy_oracle(options, average, kl_weight):
   (found, metrics), _ = policy_loss(
     config, average=average, kl_weight=kl_weight
   )(params, batch)
-  assert ('reference_kl' in metrics) == bool(kl_weight)
+  assert ('teacher_kl' in metrics) == bool(kl_weight)
   if kl_weight:
-    np.testing.assert_allclose(metrics['reference_kl'], mean(apart), rtol=1e-4)
+    np.testing.assert_allclose(metrics['teacher_kl'], mean(apart), rtol=1e-4)
     wanted += kl_weight * mean(apart)
   np.testing.assert_allclose(float(found), wanted, rtol=1e-4)
   assert clipped > 3
@@ -151,13 +151,13 @@ def test_a_reference_pulls_the_policy_towards_itself():
   batch = with_options(tiny.policy_batch(config))
   loss = policy_loss(config, average='token', kl_weight=0.3)
   still = dataclasses.replace(
-    batch, advantage=np.zeros_like(batch.advantage), reference_logp=batch.logp
+    batch, advantage=np.zeros_like(batch.advantage), teacher_logp=batch.logp
   )
   (_, metrics), gradient = loss(params, still)
-  assert abs(float(metrics['reference_kl'])) < 1e-6
+  assert abs(float(metrics['teacher_kl'])) < 1e-6
   for x in jax.tree.leaves(gradient):
     np.testing.assert_allclose(x, 0, atol=1e-5)
-  other = dataclasses.replace(still, reference_logp=batch.logp + 0.5)
+  other = dataclasses.replace(still, teacher_logp=batch.logp + 0.5)
   (before, _), gradient = loss(params, other)
   moved = jax.tree.map(lambda x, g: x - 1e-3 * g, params, gradient)
   (after, _), _ = loss(moved, other)

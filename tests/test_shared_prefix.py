@@ -51,7 +51,7 @@ def make_batch(model, constrained):
     advantage=rng.normal(size=length.shape).astype(np.float32),
     use=np.arange(P) != 1,
     importance=rng.uniform(0.5, 1.5, found.tokens.shape).astype(np.float32),
-    reference_logp=np.asarray(found.logp) + noise[1],
+    teacher_logp=np.asarray(found.logp) + noise[1],
   )
 
 
@@ -61,6 +61,8 @@ def unshared(batch):
 
   def spread(field):
     x = getattr(batch, field.name)
+    if x is None:
+      return None
     if field.name in groups:
       return np.repeat(x, GROUP, axis=0)
     return x.reshape(P * GROUP, 1, *x.shape[2:])

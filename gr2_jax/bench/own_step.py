@@ -183,7 +183,7 @@ def make_step(
       rollouts.tokens,
       logp=rollouts.logp,
       advantage=advantage,
-      reference_logp=reference,
+      teacher_logp=reference,
     )
     state, metrics = update(state, batch)
     clock.end('update', (state, metrics))

@@ -111,7 +111,10 @@ def examples(
 
 
 def requests(
-  prompter: prompts.Prompter, control: str, order: str
+  prompter: prompts.Prompter,
+  control: str,
+  order: str,
+  privileged: bool = False,
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Rendering for sampling: the prompt ends in the control token.
 
@@ -119,24 +122,30 @@ def requests(
     prompter: of the data set.
     control: '<think>' or '<answer>'.
     order: in which candidates are shown, of `prompts.ORDERS`.
+    privileged: the prompt names a positive, drawn at random.
 
   Returns:
     `(slate, rng) -> dict` with prompt [T], prompt_length, slots, grades,
     incoming [K], count.
   """
-  asked = np.array(prompter.asks[control], np.int32)
-  tokens = prompter.prompt_tokens
+  tokens = prompter.prompt_tokens + privileged * prompts.TARGET_TOKENS
 
   def render(slate, rng):
     shown = prompts.presentation(int(slate['count']), order, rng)
     row = prompter.prompt(slate, shown)
-    ids = np.concatenate([row['prompt'], asked])
+    target = draw_target(row['grades'], rng) if privileged else None
+    ids = [*row['prompt'], *prompter.ask(control, target)]
     return row | {
       'prompt': prompts.pad(ids, tokens, 'prompt'),
       'prompt_length': np.int32(len(ids)),
     }
 
   return render
+
+
+def draw_target(grades: np.ndarray, rng: np.random.Generator) -> int:
+  """The slot of one of a slate's positives."""
+  return int(rng.choice(np.flatnonzero(grades > 0)))
 
 
 def several(

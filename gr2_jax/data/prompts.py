@@ -32,6 +32,7 @@ from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import vocabulary as vocabulary_lib
 from gr2_jax.data.log import Catalog
 
+TARGET_TOKENS = 2  # of `Prompter.ask` with a target, beside one without
 FIELDS = ('sid', 'title', 'categories', 'evidence')
 ORDERS = ('shuffled', 'incoming', 'mixed')
 RAW = ':raw'
@@ -155,7 +156,7 @@ class Prompter:
 
   @property
   def ask_tokens(self) -> int:
-    """Length of what asks for an answer."""
+    """Length of what asks for an answer, of one who is told no target."""
     return max(map(len, self.asks.values()))
 
   @property
@@ -223,6 +224,19 @@ class Prompter:
       'incoming': incoming,
       'count': np.int32(count),
     }
+
+  def ask(self, control: str, target: int | None = None) -> list[int]:
+    """What stands behind the blocks and asks for an answer.
+
+    Args:
+      control: '<think>' or '<answer>'.
+      target: slot of a positive, for who is to know one; else None.
+    """
+    told = []
+    if target is not None:
+      told = [self.vocabulary.control['<target>']]
+      told.append(self.vocabulary.slot_base + int(target))
+    return [*told, *self.asks[control]]
 
   def answer(self, ranking: np.ndarray, order: np.ndarray) -> list[int]:
     """Slot ids and <eos> of a ranking given in incoming ranks."""

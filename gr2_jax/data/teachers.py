@@ -39,6 +39,8 @@ class Trace:
   ranking: np.ndarray  # int32 [count], incoming ranks; [0] without an answer
   tries: int
   verdict: str  # of VERDICTS
+  unknown: int = 0  # tokens of the reasoning that the reader has no name for
+  clipped: int = 0  # tokens that it has no room for
 
 
 class Teacher(Protocol):
@@ -111,7 +113,9 @@ class Heuristic:
     centred = (values - values.mean(0)) / (values.std(0) + 1e-6)
     score = centred.mean(1) * len(self.columns) ** 0.5
     score += self.noise * rng.standard_normal(count)
-    return np.argsort(-score, kind='stable').astype(np.int32)
+    drawn = rng.permutation(count)  # Ties say nothing of the incoming order.
+    best = np.argsort(-score[drawn], kind='stable')
+    return drawn[best].astype(np.int32)
 
   def _trace(self, slate, ranking, tries: int, verdict: str) -> Trace:
     """Pattern in the history -> category that follows -> matches by slot."""
@@ -134,7 +138,9 @@ class Heuristic:
       ids += vocabulary.encode('as') + list(self.prompter.items['sid'][item])
     ids += vocabulary.encode(f'so {follows} fits')
     ids += [vocabulary.slot_base + int(rank) for rank in ranking[:3]]
-    return Trace(ids[: self.prompter.reasoning], ranking, tries, verdict)
+    room = self.prompter.reasoning
+    clipped = max(0, len(ids) - room)
+    return Trace(ids[:room], ranking, tries, verdict, clipped=clipped)
 
 
 # Phrases of the reasoning, for the vocabulary to learn whole.

@@ -45,6 +45,9 @@ CONTROLS = (
   '<candidates>',
   '<next>',  # semantic IDs in the order of engagement follow
   '<caption>',  # an item's text follows its semantic ID, or the other way
+  '<persona>',  # a user in words follows a history, or the other way
+  '<text>',  # text that is of no item and no user
+  '<target>',  # a positive's slot follows: what a privileged teacher is told
 )
 
 
@@ -110,6 +113,10 @@ class SentencePieces:
     """Text of ids."""
     return self._model.decode(ids)
 
+  def spelling(self, token: int) -> str | None:
+    """What one token stands for, its leading space included."""
+    return self._model.id_to_piece(token).replace('\u2581', ' ')
+
 
 class PretrainedPieces:
   """Text by a pretrained model's tokenizer, its symbols added.
@@ -160,6 +167,11 @@ class PretrainedPieces:
   def decode(self, ids: list[int]) -> str:
     """Text of ids."""
     return self._show(ids).removeprefix(self._shown_space)
+
+  def spelling(self, token: int) -> str | None:
+    """What one token stands for; None for a part of a character."""
+    text = self._marked.decode([token], skip_special_tokens=False)
+    return None if '\ufffd' in text else text
 
   def markup(self, text: str) -> list[int]:
     """Ids of text that is ours or the model's: special tokens are read."""
@@ -247,6 +259,28 @@ class Vocabulary:
     """bool, which ids are slot tokens."""
     ids = np.asarray(ids)
     return (ids >= self.slot_base) & (ids < self.bin_base)
+
+
+def translate(source: Vocabulary, target: Vocabulary) -> np.ndarray:
+  """The token of another vocabulary that stands for the same.
+
+  Symbols are found by name; <pad>, <bos> and <eos> by what they do; a piece of
+  text by its spelling.
+
+  Returns:
+    int32 [len(source)], ids of `target`; -1 where it has no such token.
+  """
+  found = np.full(len(source), -1, np.int32)
+  spelt: dict[str, int] = {}
+  for token in range(len(target)):
+    spelling = target.pieces.spelling(token)
+    if spelling:
+      spelt.setdefault(spelling, token)
+  for token in range(len(source)):
+    found[token] = spelt.get(source.pieces.spelling(token) or '', -1)
+  for role in ('pad', 'bos', 'eos'):
+    found[getattr(source, role)] = getattr(target, role)
+  return found
 
 
 def train(

@@ -2,7 +2,7 @@
 
 RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied
 or separate output embedding, layers stacked by `nn.scan`. One attention serves
-four callers, since keys come from two places that are never concatenated in
+three callers, since keys come from two places that are never concatenated in
 memory per rollout:
 
 * the *prefix*, encoded once per prompt and shared by its group of rollouts;
@@ -11,9 +11,8 @@ memory per rollout:
 | caller | tokens | prefix | cache |
 |---|---|---|---|
 | prompt encoding | [P, 1, Tp] | none | none |
-| update, scoring | [P, G, Tc] | [P, Tp] | none |
+| update, scoring, packed rows | [P, G, Tc] | [P, Tp] | none |
 | decoding | [P, G, 1] | [P, Tp] | [P, G, Tc] |
-| packed pre-training | [B, 1, T] | none | none |
 
 Axes: P prompts, G group, T time, S own keys, R prefix keys, V vocabulary,
 D model width, N query heads, K key-value heads, H head width, F feed-forward
@@ -442,12 +441,23 @@ def completion_hidden(
   prompt_hidden_PxTpxD: jax.Array,
   prefix: Prefix,
   completion_PxGxTc: jax.Array,
+  segments_PxGxTc: jax.Array | None = None,
 ) -> jax.Array:
   """Hidden states that predict each completion token.
 
   The first is the prompt's last one, shared by the group; the others come from
   the completion shifted by one. Exact: equal to running prompt + completion
   as one sequence, at the cost of encoding the prompt once per group.
+
+  Args:
+    config: the decoder's.
+    params: unboxed parameters.
+    prompt_hidden_PxTpxD: from `encode_prompt`.
+    prefix: likewise.
+    completion_PxGxTc: int32 ids.
+    segments_PxGxTc: int32, where a row is packed: equal numbers, next to each
+      other, are one document. Each follows the prompt, at the positions it
+      would have alone, and reads no other.
 
   Returns:
     float [P, G, Tc, D]: entry t predicts completion token t.
@@ -460,13 +470,23 @@ def completion_hidden(
   if T == 1:
     return first
   time = jnp.arange(T - 1, dtype=jnp.int32)
-  positions = jnp.broadcast_to(
-    prefix.length[:, None, None] + time, (P, G, T - 1)
-  )
+  since = jnp.broadcast_to(time, (P, G, T - 1))
   mask = jnp.broadcast_to(time[:, None] >= time, (P, G, T - 1, T - 1))
+  if segments_PxGxTc is not None:
+    own, following = segments_PxGxTc[..., :-1], segments_PxGxTc[..., 1:]
+    mask &= own[..., :, None] == own[..., None, :]
+    # A document's first token: what stands left of it is another's.
+    opens = jnp.pad(own[..., 1:] != own[..., :-1], [(0, 0), (0, 0), (1, 0)])
+    since -= jax.lax.cummax(jnp.where(opens, time, 0), axis=2)
   rest, _ = Transformer(config).apply(
-    {'params': params}, completion_PxGxTc[..., :-1], positions, mask, prefix
+    {'params': params},
+    completion_PxGxTc[..., :-1],
+    prefix.length[:, None, None] + since,
+    mask,
+    prefix,
   )
+  if segments_PxGxTc is not None:
+    rest = jnp.where((own == following)[..., None], rest, first)
   return jnp.concatenate([first, rest], axis=2)
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 Kind = Literal['k1', 'k2', 'k3']
 KINDS = ('k1', 'k2', 'k3')
+Exact = Literal['reverse', 'forward']
+EXACT = ('reverse', 'forward')
 LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32.
 
 
@@ -22,6 +24,10 @@ def sampled_kl(
   With d = other_logp - logp (Schulman, "Approximating KL divergence", 2020):
   k1 = -d, unbiased, of any sign; k2 = d^2 / 2, biased, low variance; k3 =
   exp(d) - 1 - d, unbiased and never negative. In exp, d is held within 20 of 0.
+
+  As a loss on tokens that the policy itself has just sampled, what counts is
+  the gradient, not the value: that of k1 has mean 0, that of k2 has the mean
+  of the gradient of KL(policy || other), that of k3 of KL(other || policy).
 
   Args:
     logp: [...], log-probability of the sampled tokens under the policy.
@@ -78,6 +84,34 @@ def exact_kl(
   has_mass = p > -jnp.inf
   gap = jnp.where(has_mass, p, 0.0) - jnp.where(has_mass, q, 0.0)
   return jnp.sum(jnp.where(has_mass, jnp.exp(p) * gap, 0.0), axis=-1)
+
+
+def divergence(
+  kind: Exact,
+  student_logits: chex.Array,
+  teacher_logits: chex.Array,
+  support: chex.Array,
+) -> jax.Array:
+  """`reverse_kl` or `forward_kl`, 0 where the support is empty.
+
+  Args:
+    kind: 'reverse' or 'forward'.
+    student_logits: [..., V].
+    teacher_logits: [..., V].
+    support: bool [..., V].
+
+  Returns:
+    float32 [...]; the gradient is 0 as well where the support is empty.
+
+  Raises:
+    ValueError: if the kind has no such name.
+  """
+  if kind not in EXACT:
+    raise ValueError(f'divergence is {kind!r}; it must be one of {EXACT}')
+  some = jnp.any(support, axis=-1)
+  support = support | ~some[..., None]
+  of = reverse_kl if kind == 'reverse' else forward_kl
+  return jnp.where(some, of(student_logits, teacher_logits, support), 0.0)
 
 
 def reverse_kl(

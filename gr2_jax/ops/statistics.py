@@ -128,6 +128,46 @@ def two_level_bootstrap(
   return _bootstrap(difference, clusters, resamples, level, seed)
 
 
+def share_of_gain(
+  student: np.ndarray,
+  teacher: np.ndarray,
+  base: np.ndarray,
+  clusters: np.ndarray,
+  *,
+  resamples: int = 2000,
+  level: float = 0.95,
+  seed: int = 0,
+) -> Interval:
+  """How much of a teacher's gain its students keep.
+
+  (mean(student) - mean(base)) / (mean(teacher) - mean(base)); users are
+  resampled for all three at once, and seeds of the student.
+
+  Args:
+    student: [S, n], a metric per seed and slate.
+    teacher: [n].
+    base: [n], of what both gain over: the incoming order.
+    clusters: [n], the user of each slate.
+    resamples: R.
+    level: coverage of the interval.
+    seed: of the resampling.
+
+  Returns:
+    Interval of the ratio; without meaning where the teacher gains nothing.
+
+  Raises:
+    ValueError: as `paired_bootstrap`.
+  """
+  gained = _difference(student, base, clusters)
+  whole = _difference(teacher, base, clusters)
+  rng = np.random.default_rng(seed)
+  both = np.concatenate([gained, whole[None]])
+  means = _resampled(both, clusters, resamples, rng)
+  shares = _over_seeds(means[:, :-1], rng) / means[:, -1]
+  estimate = float(gained.mean() / whole.mean())
+  return _percentiles(estimate, shares, level)
+
+
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
   """Exact McNemar test of two paired hit-or-miss metrics, such as r@1.
 
@@ -239,10 +279,16 @@ def _bootstrap(difference, clusters, resamples, level, seed):
     raise ValueError(f'level is {level}; it must lie between 0 and 1')
   if resamples < 1:
     raise ValueError(f'resamples is {resamples}; it must be at least 1')
-  sums, counts = _by_cluster(difference, clusters)
+  rng = np.random.default_rng(seed)
+  means = _resampled(difference, clusters, resamples, rng)
+  return _percentiles(float(difference.mean()), _over_seeds(means, rng), level)
+
+
+def _resampled(values, clusters, resamples, rng):
+  """Means [R, S] of values [S, n] over users drawn with replacement."""
+  sums, counts = _by_cluster(values, clusters)
   seeds, users = sums.shape
   # Drawing U users with replacement gives each a multinomial weight.
-  rng = np.random.default_rng(seed)
   columns = np.concatenate([sums, counts[None]]).T
   means = np.empty((resamples, seeds))
   step = max(1, _CHUNK // users)
@@ -253,8 +299,17 @@ def _bootstrap(difference, clusters, resamples, level, seed):
     weights = np.bincount(drawn.ravel(), minlength=rows * users)
     totals = weights.reshape(rows, users).astype(np.float64) @ columns
     means[start : start + rows] = totals[:, :-1] / totals[:, -1:]
-  drawn_seeds = rng.integers(seeds, size=(resamples, seeds))
-  replicas = np.take_along_axis(means, drawn_seeds, axis=1).mean(axis=1)
+  return means
+
+
+def _over_seeds(means, rng):
+  """Means [R] of means [R, S] over seeds drawn with replacement."""
+  drawn = rng.integers(means.shape[1], size=means.shape)
+  return np.take_along_axis(means, drawn, axis=1).mean(axis=1)
+
+
+def _percentiles(estimate, replicas, level):
+  """The interval that replicas [R] of an estimate make."""
   tail = 50.0 * (1.0 - level)
   low, high = np.percentile(replicas, [tail, 100.0 - tail])
-  return Interval(float(difference.mean()), float(low), float(high))
+  return Interval(estimate, float(low), float(high))

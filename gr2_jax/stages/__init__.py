@@ -16,6 +16,7 @@ class Stage:
     needs: stages that must be finished before. `name` is, where that stage is
       seeded, its run with this stage's own seed; `name@*` is one run for every
       seed of `config.seeds`, given to `run` as inputs `name@0`, `name@1`, ...
+      `{section.field}` is the stage that the config field names, of STARTS.
     sections: the top-level entries of the config that the stage reads. It is
       given these and no others, so none can change without a new fingerprint.
     seeded: whether the stage is run once per seed; it then reads
@@ -42,6 +43,12 @@ _TRAINED = (
   'sft',
 )
 
+# Which stages a config field may name as the one to start from.
+STARTS = {
+  'opd.start': ('sft', 'midtrain'),
+  'rl.start': ('sft', 'opd', 'midtrain'),
+}
+
 STAGES: dict[str, Stage] = {
   'slates': Stage((), ('data',), files=('data.path',)),
   'tokenizer': Stage(
@@ -63,20 +70,34 @@ STAGES: dict[str, Stage] = {
     ('slates', 'tokenizer', 'backbone'),
     ('data', 'prompt', 'model', 'mesh', 'traces'),
     seeded=True,
+    files=('traces.policy',),
   ),
   'sft': Stage(
     ('slates', 'tokenizer', 'backbone', 'midtrain', 'traces'),
     ('data', 'prompt', 'model', 'mesh', 'sft'),
     seeded=True,
   ),
+  'opd': Stage(
+    ('slates', 'tokenizer', 'backbone', '{opd.start}'),
+    ('data', 'prompt', 'model', 'mesh', 'opd'),
+    seeded=True,
+    files=('opd.policy',),
+  ),
   'rl': Stage(
-    ('slates', 'tokenizer', 'backbone', 'sft'),
+    ('slates', 'tokenizer', 'backbone', '{rl.start}'),
     ('data', 'prompt', 'model', 'mesh', 'rl'),
     seeded=True,
   ),
   'baselines': Stage(('slates',), ('data', 'baselines')),
   'evaluate': Stage(
-    ('slates', 'tokenizer', 'backbone', 'baselines', 'sft@*', 'rl@*'),
+    (
+      'slates',
+      'tokenizer',
+      'backbone',
+      'baselines',
+      '{rl.start}@*',
+      'rl@*',
+    ),
     ('data', 'prompt', 'model', 'mesh', 'evaluate', 'seeds'),
   ),
   'rerank': Stage(
@@ -90,10 +111,15 @@ STAGES: dict[str, Stage] = {
     ('prompt', 'model', 'mesh', 'export'),
     seeded=True,
   ),
-  # The studies make their own runs, of `rl` and of `tokenizer` and `sft`.
+  # The studies make their own runs.
   'study_hacking': Stage(
     (),
-    (*_TRAINED, 'rl', 'study_hacking', 'seeds'),
+    (*_TRAINED, 'opd', 'rl', 'study_hacking', 'seeds'),
+    files=('data.path', 'model.source', 'tokenizer.text_source'),
+  ),
+  'study_distill': Stage(
+    (),
+    (*_TRAINED, 'opd', 'rl', 'study_distill', 'seeds'),
     files=('data.path', 'model.source', 'tokenizer.text_source'),
   ),
   'study_tokenizer': Stage(

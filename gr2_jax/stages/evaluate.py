@@ -3,7 +3,8 @@
 Every policy is read twice: in the order it generates, and by the listwise
 read-out of the same prompt (`policy_readout`). Intervals resample users, whose
 neighbouring slates share positives, and training seeds. A pretrained model has
-one more row, `policy_start`: it itself, before any training.
+one more row, `policy_start`: it itself, before any training. What RL started
+from is named after its stage: `policy_sft`, `policy_opd`, `policy_midtrain`.
 
 Axes: S seeds, n slates, K candidates.
 """
@@ -27,6 +28,10 @@ RANKERS = (
   'policy_readout',
   'policy_sft',
   'policy_sft_readout',
+  'policy_opd',
+  'policy_opd_readout',
+  'policy_midtrain',
+  'policy_midtrain_readout',
   'legacy',
   'gbdt',
   'random',
@@ -39,10 +44,13 @@ PAIRS = (
   ('policy', 'incoming'),
   ('policy', 'policy_start'),
   ('policy', 'policy_sft'),
+  ('policy', 'policy_opd'),
+  ('policy', 'policy_midtrain'),
   ('policy', 'policy_readout'),
   ('policy', 'legacy'),
   ('policy', 'gbdt'),
   ('policy_sft', 'incoming'),
+  ('policy_opd', 'incoming'),
   ('policy_readout', 'incoming'),
   ('legacy', 'incoming'),
   ('gbdt', 'incoming'),
@@ -56,7 +64,8 @@ def run(
 
   Args:
     config: sections prompt, model, mesh, evaluate; seeds.
-    inputs: slates, tokenizer, backbone, baselines, and sft, rl of every seed.
+    inputs: slates, tokenizer, backbone, baselines, and of every seed rl and
+      the stage that it started from.
     workdir: of this stage; gets each policy's rankings, which a run that was
       killed does not make again.
 
@@ -71,12 +80,14 @@ def run(
   counts = slates_lib.read_meta(inputs['slates'])['counts']['test']
 
   # Policies.
+  trained = {key.partition('@')[0] for key in inputs if '@' in key}
+  (before,) = trained - {'rl'}
   answers = {
     name: [
       _ranked(config, inputs, workdir, f'{source}@{seed}')
       for seed in config.seeds
     ]
-    for name, source in (('policy', 'rl'), ('policy_sft', 'sft'))
+    for name, source in (('policy', 'rl'), (f'policy_{before}', before))
   }
   rankings = {}
   for name, seeds in answers.items():
@@ -158,7 +169,7 @@ def run(
       name: {
         m: per_slate[name][m].mean(1).tolist() for m in metrics.RANKING_METRICS
       }
-      for name in ('policy', 'policy_readout', 'policy_sft')
+      for name in ('policy', 'policy_readout', f'policy_{before}')
     },
     'n_slates': len(slates),
     'n_users': len(np.unique(slates.user)),

@@ -6,6 +6,7 @@ own listwise read-out, which is trained on the labels at the slot tokens and
 distilled into the answer in the same update.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -89,7 +90,9 @@ def renderer(setup: policy.Setup, config):
 
   Both are learned beside each other, so that either can be asked for. What
   asks for them begins a completion here and ends the prompt in sampling: the
-  same sequence of tokens.
+  same sequence of tokens. With `privileged` a third one is told a positive, the
+  trace's first choice, and learns to put it first, with reasoning or, by a
+  coin, without.
 
   Args:
     setup: tokens.
@@ -97,15 +100,16 @@ def renderer(setup: policy.Setup, config):
   """
   prompter, words, stage = setup.prompter, setup.vocabulary, config.sft
   by_readout = stage.rank_by == 'readout'
+  told = stage.privileged * prompts.TARGET_TOKENS
 
-  def completion(ask, reasoning, answer):
+  def completion(ask, reasoning, answer, weights):
     """Weights: l_r on reasoning, l_o on the ranking, 0 where it is replaced."""
-    ids = [*ask, *reasoning, *answer]
-    weight = 0.0 if by_readout else stage.ranking_weight
-    weights = [0.0] * len(ask) + [stage.reasoning_weight] * len(reasoning)
-    weights += [weight] * (len(answer) - 1) + [stage.ranking_weight]
-    at = len(ask) + len(reasoning)
-    return batches.Completion(ids, weights, at if by_readout else -1)
+    weights = [
+      *[0.0] * len(ask),
+      *[stage.reasoning_weight] * len(reasoning),
+      *[stage.ranking_weight * weight for weight in weights],
+    ]
+    return batches.Completion([*ask, *reasoning, *answer], weights)
 
   def render(record, rng):
     slate, trace = record['slate'], record['trace']
@@ -113,14 +117,25 @@ def renderer(setup: policy.Setup, config):
     answer = prompter.answer(trace['ranking'], order)
     reasoning = prompter.present(trace['reasoning'], order)
     reasoning.append(words.control['</think>'])
+    weight = 0.0 if by_readout else 1.0
+    weights = [weight] * (len(answer) - 1) + [1.0]
+    completions = []
+    for control, span in (('<think>', reasoning), ('<answer>', [])):
+      ask = prompter.ask(control)
+      found = completion(ask, span, answer, weights)
+      at = len(ask) + len(span) if by_readout else -1
+      completions.append(dataclasses.replace(found, answer_at=at))
+    if stage.privileged:
+      control, span = (
+        ('<think>', reasoning) if rng.random() < 0.5 else ('<answer>', [])
+      )
+      ask = prompter.ask(control, answer[0] - words.slot_base)
+      completions.append(completion(ask, span, answer, [1.0, *weights[1:]]))
     return batches.examples(
       prompter.prompt(slate, order),
-      [
-        completion(prompter.asks['<think>'], reasoning, answer),
-        completion(prompter.asks['<answer>'], [], answer),
-      ],
+      completions,
       prompter.prompt_tokens,
-      prompter.ask_tokens + prompter.thinking_tokens,
+      prompter.ask_tokens + told + prompter.thinking_tokens,
     )
 
   return render

@@ -11,8 +11,11 @@ import ml_collections
 import numpy as np
 
 from gr2_jax import artifacts, policy, ranker
+from gr2_jax.data import claims
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
+
+_CLAIMS = 'claims/'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +28,15 @@ class Tested:
     readout: int32 [n, K] the order of the slots' scores.
     sensitivity: float32 [n] how much an answer changes with a shuffled
       presentation.
+    claims: name -> float64 [n], what `claims.judge` finds in the reasoning;
+      empty where there is none.
   """
 
   slates: slates_lib.Slates
   generated: np.ndarray
   readout: np.ndarray
   sensitivity: np.ndarray
+  claims: dict[str, np.ndarray]
 
   @functools.cached_property
   def incoming(self) -> dict[str, np.ndarray]:
@@ -54,7 +60,7 @@ def rank_test(
 
   Args:
     config: of the policy's run.
-    stage: 'sft' or 'rl', finished beside the workdir.
+    stage: 'sft', 'opd' or 'rl', finished beside the workdir.
     seed: of the run.
     workdir: of the study; keeps the answers, so they are made once.
     slates: how many, at most.
@@ -85,6 +91,17 @@ def rank_test(
       batch_size=batch_size,
     )
     ranked = answer(order=config.prompt.order, seed=1)
+    found = {}
+    if thinking:
+      found = claims.judge(
+        setup.prompter,
+        setup.catalog,
+        ranker.Chosen(records, chosen),
+        **{
+          name: getattr(ranked, name)
+          for name in ('tokens', 'length', 'presented', 'generated', 'verdict')
+        },
+      )
     again = answer(order='shuffled', seed=2)
     temporary = kept.with_suffix('.tmp.npz')
     np.savez(
@@ -94,7 +111,14 @@ def rank_test(
       sensitivity=metrics.order_sensitivity(
         ranked.generated, again.generated, ranked.count
       ),
+      **{_CLAIMS + name: values for name, values in found.items()},
     )
     temporary.replace(kept)
   with np.load(kept) as found:
-    return Tested(slates=records.slates().take(chosen), **found)
+    arrays = dict(found)
+  judged = {k: arrays.pop(k) for k in tuple(arrays) if k.startswith(_CLAIMS)}
+  return Tested(
+    slates=records.slates().take(chosen),
+    claims={k.removeprefix(_CLAIMS): v for k, v in judged.items()},
+    **arrays,
+  )

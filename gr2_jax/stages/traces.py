@@ -2,21 +2,26 @@
 
 `targeted` (Eq. 1) sees a positive and puts it first; `rejection` (Eq. 2) does
 not, and is asked again until its first choice is one, `tries` times at most;
-then the slate is dropped, kept apart and counted.
+then the slate is dropped, kept apart and counted. What is lost is not a random
+draw: the results say how hard the slates were that were kept and lost.
 
-What an endpoint answers is kept in `answers/` beside the stages' folders, by
-request: not only a killed run, but also one with another limit or another
-length of reasoning asks for nothing twice.
+The teacher is a heuristic, a policy of this codebase or a model behind an
+endpoint. A policy's answers are kept in `parts/` until the stage is done, so
+that a killed run goes on. What an endpoint answers is kept in `answers/`
+beside the stages' folders, by request: not only a killed run, but also one with
+another limit or another length of reasoning asks for nothing twice.
 """
 
 import contextlib
 import json
 import pathlib
+import shutil
 from typing import Any
 
+import jax
 import numpy as np
 
-from gr2_jax import artifacts, policy, reporting
+from gr2_jax import artifacts, policy, policy_teacher, reporting
 from gr2_jax.data import (
   dialogue,
   endpoint,
@@ -28,12 +33,16 @@ from gr2_jax.data import (
   teachers,
 )
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.ops import metrics
 
 ACCEPTED = 'traces.array_record'
 REJECTED = 'rejected.array_record'
 ANSWERS = 'answers'  # a folder beside the stages'
+PARTS = 'parts'  # a folder of what a policy said, until all is said
 KINDS = ('rejection', 'targeted')
-TEACHERS = ('heuristic', 'http')
+TEACHERS = ('heuristic', 'policy', 'http')
+
+_PART = 256  # slates that a killed run of a policy has to ask about again
 
 
 def run(
@@ -46,16 +55,18 @@ def run(
     inputs: slates, tokenizer, backbone.
     workdir: of this stage. Both files appear whole or not at all. A trace of
       the heuristic teacher is a function of (seed, slate): a killed run starts
-      again. An endpoint's answers are read from its ledger.
+      again. A policy's is one too, up to rounding: what it has said is read
+      from `parts/`. An endpoint's answers are read from its ledger.
 
   Returns:
-    Counts, mean tries, and how often the teacher's own first choice is a
-    positive (None where it was shown one); of an endpoint, verdicts, tokens
-    and cost; of a judge, its mean marks.
+    Counts, tries, and how often the teacher's own first choice is a positive
+    (None where it was shown one); how hard the slates were that were kept and
+    lost; of an endpoint, verdicts, tokens and cost; of a judge, its mean marks.
 
   Raises:
     ValueError: an unknown kind or teacher, or a teacher of whose answers none
       could be kept.
+    ArtifactError: the teacher's policy cannot be used.
     endpoint.EndpointError: the endpoint cannot be used.
     ledger.OverLimit: the next request might exceed the limit on tokens.
   """
@@ -90,6 +101,8 @@ def run(
         endpoint.Endpoint(_settings(stage), kept_answers)
       )
       teacher = remote_teacher.Remote(words, asked, config.prompt.order)
+    elif stage.teacher == 'policy':
+      teacher = _policy(config, setup, inputs)
     else:
       names = slates_lib.read_meta(inputs['slates'])['evidence']
       teacher = teachers.Heuristic(
@@ -98,8 +111,12 @@ def run(
         columns=tuple(names.index(c) for c in stage.believes),
         noise=stage.noise,
       )
-    kept, lost = _ask(teacher, slates, indices.tolist(), stage, config.seed)
+    parts = workdir / PARTS if stage.teacher == 'policy' else None
+    kept, lost = _ask(
+      teacher, slates, indices.tolist(), stage, config.seed, parts
+    )
     results = _results(stage, kept, lost)
+    results |= _hardness(slates_lib.read(inputs['slates'], 'train'), kept, lost)
     if stage.teacher == 'http':
       results |= _spent(stage, teacher.report())
       if not kept:
@@ -107,6 +124,14 @@ def run(
           f'{stage.endpoint}, model {stage.model!r}: no answer is fit to be a '
           f'trace: {results["verdicts"]}; see {kept_answers.path}'
         )
+    elif not kept:
+      raise ValueError(
+        f'traces.teacher={stage.teacher!r}: in {stage.tries} tries its first '
+        f'choice was right on none of {len(lost)} slates; raise traces.tries, '
+        'or take a better teacher'
+      )
+    else:
+      results |= _left_out(kept)
     if stage.judged:
       judge = stack.enter_context(
         endpoint.Endpoint(_judge_settings(stage), kept_answers)
@@ -117,14 +142,56 @@ def run(
       )
   records.write(workdir / REJECTED, lost)
   records.write(workdir / ACCEPTED, kept)
+  shutil.rmtree(workdir / PARTS, ignore_errors=True)
   return results
 
 
-def _ask(teacher: teachers.Teacher, slates, indices: list[int], stage, seed):
-  """Records of the traces that are kept and of those that are not."""
-  found = {}
-  with reporting.progress(len(indices), 'traces', unit='slate') as bar:
-    traces = teacher.traces(slates, indices, stage.kind, stage.tries, seed)
+def _policy(
+  config, setup: policy.Setup, inputs
+) -> policy_teacher.PolicyTeacher:
+  """The policy that `traces.policy` names, as a teacher of this one."""
+  stage = config.traces
+  if not stage.policy:
+    raise ValueError(
+      "traces.teacher='policy' needs traces.policy: the folder of a finished "
+      'midtrain, sft, opd or rl'
+    )
+  return policy_teacher.restore(
+    stage.policy,
+    config.mesh,
+    setup.prompter,
+    inputs,
+    kind=stage.kind,
+    temperature=stage.temperature,
+    batch_size=stage.batch_size,
+  )
+
+
+def _ask(
+  teacher: teachers.Teacher,
+  slates,
+  indices: list[int],
+  stage,
+  seed: int,
+  parts: pathlib.Path | None,
+):
+  """Records of the traces that are kept and of those that are not.
+
+  Args:
+    teacher: who is asked.
+    slates: random access to records.
+    indices: of the slates in question.
+    stage: section `traces`.
+    seed: of all that is drawn.
+    parts: folder for what is known so far; None to begin anew each time.
+  """
+  found = _known(parts) if parts else {}
+  left = [index for index in indices if index not in found]
+  new = []
+  with reporting.progress(
+    len(indices), 'traces', len(indices) - len(left), unit='slate'
+  ) as bar:
+    traces = teacher.traces(slates, left, stage.kind, stage.tries, seed)
     with contextlib.closing(traces):
       for index, trace in traces:
         found[index] = {
@@ -133,13 +200,28 @@ def _ask(teacher: teachers.Teacher, slates, indices: list[int], stage, seed):
           'ranking': trace.ranking,
           'tries': np.int32(trace.tries),
           'verdict': np.int32(teachers.VERDICTS.index(trace.verdict)),
+          'unknown': np.int32(trace.unknown),
+          'clipped': np.int32(trace.clipped),
         }
         bar.update()
+        new.append(found[index])
+        if parts and len(new) == _PART:
+          records.write(parts / f'{len(found)}.array_record', new)
+          new = []
   kept, lost = [], []
   for index in indices:
     verdict = teachers.VERDICTS[found[index]['verdict']]
     (kept if verdict in teachers.KEPT else lost).append(found[index])
   return kept, lost
+
+
+def _known(parts: pathlib.Path) -> dict[int, dict[str, np.ndarray]]:
+  """Records that a killed run left, by the index of their slates."""
+  found = {}
+  for path in parts.glob('*.array_record'):
+    part = records.Records(path)
+    found |= {int(record['slate']): record for record in part}
+  return found
 
 
 def _results(stage, kept, lost) -> dict[str, Any]:
@@ -155,6 +237,35 @@ def _results(stage, kept, lost) -> dict[str, Any]:
   }
 
 
+def _hardness(slates: slates_lib.Slates, kept, lost) -> dict[str, Any]:
+  """What the slates of two piles of traces were like, in the incoming order.
+
+  Returns:
+    hardness: pile -> number of slates, and means over them (None without any):
+    n@5 and r@1 of the incoming order, rank of the first positive in it (from
+    1), positives. tries: pile -> how many took 1, 2, .. tries.
+  """
+  grades = slates.grades
+  incoming = np.broadcast_to(np.arange(grades.shape[1]), grades.shape)
+  found = jax.jit(metrics.ranking_metrics)(incoming, grades, slates.count)
+  values = {
+    'n@5': np.asarray(found['n@5']),
+    'r@1': np.asarray(found['r@1']),
+    'first_positive': 1 + np.argmax(grades > 0, -1),
+    'positives': np.sum(grades > 0, -1),
+  }
+  hardness, tries = {}, {}
+  for pile, rows in (('kept', kept), ('lost', lost)):
+    at = [int(r['slate']) for r in rows]
+    hardness[pile] = {'slates': len(rows)} | {
+      name: float(np.mean(value[at], dtype=float)) if rows else None
+      for name, value in values.items()
+    }
+    counted = np.bincount([r['tries'] for r in rows], minlength=2)
+    tries[pile] = counted[1:].tolist()
+  return {'hardness': hardness, 'tries_histogram': tries}
+
+
 def _spent(stage, report: dict[str, Any]) -> dict[str, Any]:
   """What the answers cost, None where no price is given."""
   cost = None
@@ -164,6 +275,14 @@ def _spent(stage, report: dict[str, Any]) -> dict[str, Any]:
       + report['completion_tokens'] * stage.answer_price
     ) / 1e6
   return {'model': stage.model, **report, 'cost': cost}
+
+
+def _left_out(kept) -> dict[str, int]:
+  """Tokens that the kept traces lack, of an endpoint's traces see `_spent`."""
+  return {
+    'unknown_tokens': sum(int(r['unknown']) for r in kept),
+    'clipped_tokens': sum(int(r['clipped']) for r in kept),
+  }
 
 
 def _settings(stage) -> endpoint.Settings:

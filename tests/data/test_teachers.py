@@ -73,6 +73,27 @@ def test_without_noise_the_evidence_decides(teacher):
     assert trace.ranking.tolist() == np.argsort(-values).tolist()
 
 
+def test_ties_are_drawn_and_not_taken_from_the_incoming_order(teacher):
+  sure = dataclasses.replace(teacher, columns=(2,), noise=0.0)
+  firsts = []
+  for seed in range(200):
+    slate = tiny_data.slate(seed, 4)
+    slate['evidence'][:4, 2] = 1 / 3
+    one, two = (sure.rejection(slate, rng(seed), 1).ranking for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    assert sorted(one) == list(range(4))
+    firsts.append(one[0])
+  assert np.bincount(firsts).min() > 30  # 50 each, but for chance.
+
+
+def test_only_ties_are_drawn(teacher):
+  sure = dataclasses.replace(teacher, columns=(2,), noise=0.0)
+  slate = tiny_data.slate(0, 4)
+  slate['evidence'][:4, 2] = (0, 1, 0, 2)
+  found = {tuple(sure.rejection(slate, rng(s), 1).ranking) for s in range(20)}
+  assert found == {(3, 1, 0, 2), (3, 1, 2, 0)}
+
+
 def test_reasoning_cites_the_history_and_names_the_top_three(teacher):
   words = teacher.prompter.vocabulary
   sids = teacher.prompter.items['sid']
@@ -102,4 +123,6 @@ def test_long_reasoning_is_cut(teacher):
   short = dataclasses.replace(
     teacher, prompter=dataclasses.replace(teacher.prompter, reasoning=4)
   )
-  assert len(short.targeted(slates()[5], rng(0)).reasoning) == 4
+  cut, whole = (t.targeted(slates()[5], rng(0)) for t in (short, teacher))
+  assert cut.reasoning == whole.reasoning[:4]
+  assert (cut.clipped, whole.clipped) == (len(whole.reasoning) - 4, 0)

@@ -105,3 +105,50 @@ def test_an_impossible_token_stays_finite_and_an_unknown_kind_is_an_error():
   assert np.isfinite(value)
   with pytest.raises(ValueError, match="'k4'"):
     kl.sampled_kl(jnp.zeros(1), jnp.zeros(1), kind='k4')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'whose'), [('k1', None), ('k2', 'reverse'), ('k3', 'forward')]
+)
+def test_what_an_estimator_s_gradient_is_the_gradient_of(kind, whose):
+  student, teacher = pair(4)
+  drawn = jax.nn.softmax(student)  # Of the tokens; no gradient flows into it.
+
+  def sampled(logits):
+    each = kl.sampled_kl(
+      jax.nn.log_softmax(logits), jax.nn.log_softmax(teacher), kind=kind
+    )
+    return jnp.sum(drawn * each)
+
+  def exact(logits):
+    if whose is None:
+      return 0.0 * jnp.sum(logits)
+    everything = jnp.ones(logits.shape, bool)
+    return jnp.sum(kl.divergence(whose, logits, teacher, everything))
+
+  np.testing.assert_allclose(
+    jax.grad(sampled)(student), jax.grad(exact)(student), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('kind', kl.EXACT)
+def test_an_empty_support_has_no_divergence_and_no_gradient(kind):
+  student, teacher = pair(5)
+  support = np.zeros((5, 12), bool)
+  support[:3, :4] = True
+
+  def total(logits):
+    found = kl.divergence(kind, logits, teacher, support)
+    return jnp.sum(found), found
+
+  (_, found), gradient = jax.value_and_grad(total, has_aux=True)(student)
+  assert (np.asarray(found[:3]) > 0).all()
+  np.testing.assert_array_equal(found[3:], 0)
+  assert np.asarray(gradient[:3, :4]).any()
+  np.testing.assert_array_equal(gradient[3:], 0)
+  np.testing.assert_array_equal(gradient[:, 4:], 0)
+
+
+def test_a_divergence_of_another_name_is_an_error():
+  with pytest.raises(ValueError, match="'sideways'.*reverse"):
+    kl.divergence('sideways', *pair(), np.ones((5, 12), bool))

@@ -183,3 +183,20 @@ def test_equivalence_needs_a_margin_and_two_users():
     statistics.equivalence(np.ones(3), np.ones(3), np.arange(3), margin=0)
   with pytest.raises(ValueError, match='one cluster'):
     statistics.equivalence(np.ones(3), np.ones(3), np.zeros(3), margin=1)
+
+
+def test_the_share_of_a_gain_and_its_interval():
+  rng = np.random.default_rng(0)
+  users = np.repeat(np.arange(60), 5)
+  base = rng.normal(size=300)
+  teacher = base + 1.0 + 0.3 * rng.normal(size=300)
+  student = base + 0.8 + 0.3 * rng.normal(size=(3, 300))
+  found = statistics.share_of_gain(student, teacher, base, users)
+  wanted = (student - base).mean() / (teacher - base).mean()
+  np.testing.assert_allclose(found.estimate, wanted)
+  assert 0.7 < found.low < found.estimate < found.high < 0.9
+  again = statistics.share_of_gain(teacher[None], teacher, base, users)
+  assert again == (1.0, 1.0, 1.0)
+  wide = student + np.array([[-0.5], [0.0], [0.5]])  # Seeds that disagree.
+  spread = statistics.share_of_gain(wide, teacher, base, users)
+  assert spread.high - spread.low > 3 * (found.high - found.low)

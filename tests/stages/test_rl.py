@@ -9,7 +9,7 @@ from gr2_jax import learner, policy_gradient, reporting, rollouts, sharding
 from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import parsing, rewards
-from gr2_jax.stages import rl
+from gr2_jax.stages import on_policy, rl
 
 from .. import tiny, tiny_world
 
@@ -213,7 +213,8 @@ class Spy:
     self._compiled = 0
     jax.monitoring.register_event_duration_secs_listener(self._heard)
     for module, name in (
-      (rl.rewards, 'reward'), (policy_gradient.losses, 'clipped_surrogate')
+      (on_policy.rewards, 'reward'),
+      (policy_gradient.losses, 'clipped_surrogate'),
     ):  # fmt: skip
       patch.setattr(module, name, self._counting(getattr(module, name)))
     make_act, make_update = rollouts.make_act, learner.make_update
@@ -234,9 +235,9 @@ class Spy:
     def spying_update(*arguments):
       update = make_update(*arguments)
 
-      def call(state, frozen, batch):
+      def call(state, frozen, batch, *rest):
         self.batches.append(batch)
-        return update(state, frozen, batch)
+        return update(state, frozen, batch, *rest)
 
       return call
 
@@ -395,7 +396,7 @@ def test_the_terms_of_the_reward_are_watched(variants):
 
 def test_the_reference_is_the_start(variants):
   _, workdir, _ = variants('reasoning')
-  found = [row['reference_kl'] for row in steps_of(workdir)]
+  found = [row['teacher_kl'] for row in steps_of(workdir)]
   # The first update is the warm-up's, at a rate of 0.
   assert abs(found[0]) < 1e-6
   assert abs(found[1]) < 1e-6

@@ -1,9 +1,10 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from gr2_jax import artifacts
+from gr2_jax import artifacts, policy_teacher
 from gr2_jax.data import endpoint, ledger, records, teachers
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.stages import traces
@@ -41,6 +42,132 @@ def test_every_slate_is_kept_or_rejected_and_counted(world, tmp_path):
   np.testing.assert_allclose(results['tries'], np.mean(tries))
   first = sum(r['tries'] == 1 for r in kept)
   np.testing.assert_allclose(results['first_try'], first / len(slates))
+
+
+def test_how_hard_the_slates_were_that_were_lost(world, tmp_path):
+  results, kept, lost = run(world, tmp_path, noise=4.0, tries=3)
+  slates = slates_lib.read(world['slates'], 'train')
+  for pile, rows in (('kept', kept), ('lost', lost)):
+    dcg, first, positives = [], [], []
+    for row in rows:
+      grades = slates.grades[int(row['slate'])].astype(float)
+      gains, best = (2.0**g - 1 for g in (grades, np.sort(grades)[::-1]))
+      discount = np.log2(np.arange(2, len(grades) + 2))
+      dcg.append((gains / discount).sum() / (best / discount).sum())
+      first.append(np.flatnonzero(grades)[0] + 1)
+      positives.append(np.count_nonzero(grades))
+    found = results['hardness'][pile]
+    assert found.pop('slates') == len(rows)
+    wanted = {
+      'n@5': np.mean(dcg),  # No slate here has more than five.
+      'r@1': np.mean(np.equal(first, 1)),
+      'first_positive': np.mean(first),
+      'positives': np.mean(positives),
+    }
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+      np.testing.assert_allclose(found[name], value, rtol=1e-5)
+    tries = np.array([row['tries'] for row in rows])
+    counted = [np.sum(tries == n) for n in range(1, tries.max() + 1)]
+    assert results['tries_histogram'][pile] == counted
+  assert results['tries_histogram']['lost'][:2] == [0, 0]
+
+
+def test_where_nothing_is_lost_there_is_nothing_to_report(world, tmp_path):
+  results, *_ = run(world, tmp_path, kind='targeted', slates=3)
+  assert results['tries_histogram'] == {'kept': [3], 'lost': [0]}
+  lost = results['hardness']['lost']
+  assert lost.pop('slates') == 0
+  assert set(lost.values()) == {None}
+
+
+def test_a_teacher_that_is_never_right_is_an_error(
+  world, tmp_path, monkeypatch
+):
+  plain = teachers.Heuristic.rejection
+
+  def wrong(self, slate, rng, tries):
+    trace = plain(self, slate, rng, tries)
+    return dataclasses.replace(trace, verdict='rejected')
+
+  monkeypatch.setattr(teachers.Heuristic, 'rejection', wrong)
+  with pytest.raises(ValueError, match='in 2 tries .*none of 5 slates'):
+    run(world, tmp_path, tries=2, slates=5)
+  assert not (tmp_path / traces.ACCEPTED).exists()
+
+
+def ask_policy(world, workdir, **changes):
+  fields = dict(teacher='policy', policy=str(world['sft']), slates=40, tries=2)
+  return run(world, workdir, **fields | changes)
+
+
+def test_a_policy_is_a_teacher(world, tmp_path):
+  results, kept, lost = ask_policy(world, tmp_path)
+  slates = slates_lib.source(world['slates'], 'train')
+  setup = tiny_world.setup(world)
+  assert results['teacher'] == 'policy'
+  assert (len(kept), len(lost)) == (results['traces'], results['rejected'])
+  assert len(kept) + len(lost) == 40
+  assert kept
+  assert lost
+  for record in [*kept, *lost]:
+    slate = slates[int(record['slate'])]
+    right = slate['grades'][record['ranking'][0]] > 0
+    verdict = 'accepted' if right else 'rejected'
+    assert teachers.VERDICTS[record['verdict']] == verdict
+    assert sorted(record['ranking']) == list(range(slate['count']))
+    assert len(record['reasoning']) <= setup.prompter.reasoning
+  unknown = sum(int(record['unknown']) for record in kept)
+  assert results['unknown_tokens'] == unknown
+  assert results['clipped_tokens'] == 0
+  assert not (tmp_path / traces.PARTS).exists()
+
+
+def test_a_killed_run_of_a_policy_asks_only_for_what_is_missing(
+  world, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(traces, '_PART', 6)
+  whole, *_ = ask_policy(world, tmp_path / 'whole')
+  plain = policy_teacher.PolicyTeacher._ask
+  asked = []
+
+  def dies(self, rows, labels, seed):
+    if len(asked) == 2:
+      raise KeyboardInterrupt
+    asked.append(labels)
+    return plain(self, rows, labels, seed)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(policy_teacher.PolicyTeacher, '_ask', dies)
+    with pytest.raises(KeyboardInterrupt):
+      ask_policy(world, tmp_path / 'killed')
+  parts = list((tmp_path / 'killed' / traces.PARTS).iterdir())
+  known = {
+    int(record['slate']) for path in parts for record in records.Records(path)
+  }
+  assert known
+  assert len(known) == 6 * len(parts)
+  asked = set()
+
+  def spy(self, rows, labels, seed):
+    asked.update(index for index, _ in labels)
+    return plain(self, rows, labels, seed)
+
+  monkeypatch.setattr(policy_teacher.PolicyTeacher, '_ask', spy)
+  resumed, *_ = ask_policy(world, tmp_path / 'killed')
+  assert resumed == whole
+  assert len(asked) == 40 - len(known)
+  assert not asked & known
+  for name in (traces.ACCEPTED, traces.REJECTED):
+    one, two = (tmp_path / run / name for run in ('whole', 'killed'))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_policy_has_to_be_named(world, tmp_path):
+  with pytest.raises(ValueError, match='needs traces.policy: the folder'):
+    ask_policy(world, tmp_path, policy='')
+  with pytest.raises(artifacts.ArtifactError, match='leaves no policy'):
+    ask_policy(world, tmp_path, policy=str(world['traces']))
 
 
 def test_one_try_that_fails_is_no_first_try(world, tmp_path):

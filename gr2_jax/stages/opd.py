@@ -1,0 +1,74 @@
+"""On-policy distillation (Eq. 4): the student samples, a teacher is asked.
+
+The surrogate of RL, on the same rewards, plus a divergence of the student from
+its teacher at every token the student wrote. The teacher is another artifact's
+policy (`opd.policy`), or the student's own start with a view of more than the
+student has.
+"""
+
+import pathlib
+from typing import Any
+
+from gr2_jax import distillation, policy
+from gr2_jax.ops import kl
+from gr2_jax.stages import on_policy
+
+
+def run(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Trains from the parameters of the stage before; validation chooses.
+
+  Args:
+    config: sections prompt, model, mesh, opd; seed.
+    inputs: slates, tokenizer, backbone, and the stage that `opd.start` names.
+    workdir: of this stage.
+
+  Returns:
+    The chosen step, its validation numbers, and why training stopped.
+
+  Raises:
+    ValueError: a teacher or a view that cannot be.
+    ArtifactError: the teacher's artifact cannot be used.
+  """
+  stage = config.opd
+  check(stage)
+  setup = policy.load(
+    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
+  )
+  if stage.policy:
+    teacher = distillation.restore(
+      stage.policy, setup, inputs, config.mesh, stage.view, stage.sharpness
+    )
+  else:
+    start = setup.load_params(stage.init_from or inputs[stage.start])
+    teacher = distillation.itself(setup, start, stage.view, stage.sharpness)
+  return on_policy.train('opd', config, inputs, workdir, setup, teacher)
+
+
+def check(stage) -> None:
+  """Raises a ValueError that names the field of `opd` that cannot be."""
+  if stage.view not in distillation.VIEWS:
+    raise ValueError(
+      f'opd.view={stage.view!r}: must be one of {", ".join(distillation.VIEWS)}'
+    )
+  if stage.view == 'same' and not stage.policy:
+    raise ValueError(
+      "opd.view='same' without a policy teaches nothing: name the folder of a "
+      'finished artifact as opd.policy, or another view'
+    )
+  if stage.view == 'thinking' and stage.thinking:
+    raise ValueError(
+      "opd.view='thinking' is for a student that answers at once: set "
+      'opd.thinking=False'
+    )
+  if stage.view == 'readout' and stage.kl_kind not in kl.EXACT:
+    raise ValueError(
+      f'opd.kl_kind={stage.kl_kind!r}: the view readout speaks of all '
+      f'candidates at once; it must be one of {", ".join(kl.EXACT)}'
+    )
+  if stage.kl_weight <= 0:
+    raise ValueError(
+      f'opd.kl_weight={stage.kl_weight}: must be above 0; without a teacher '
+      'the stage is rl'
+    )
