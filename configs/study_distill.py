@@ -16,46 +16,49 @@ RECIPE = {'tokenizer.codebook_size': 32, 'prompt.text_tokens': 200}
 # Sections of who teaches, and of who learns.
 TEACHER = {
   'model': dict(
-    d_model=64, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=32, d_ff=192
+    d_model=96, num_layers=4, num_heads=3, num_kv_heads=3, head_dim=32, d_ff=288
   ),
   'sft': dict(privileged=True),
 }
 STUDENT = {
   'model': dict(
-    d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=48
+    d_model=32, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64
+  ),
+  # A small model is slow to learn to compare candidates: it points first.
+  'midtrain': dict(
+    learning_rate=4e-3, pointers=4, mixture=dict(pointing=0.8, sequence=0.1)
   ),
   'traces': dict(teacher='policy', temperature=1.0),
-  'sft': dict(rank_by='trace', listwise_weight=0.0),
-  'opd': dict(start='midtrain', view='same', kl_kind='reverse'),
+  'sft': dict(rank_by='trace', listwise_weight=0.0, learning_rate=4e-3),
+  'opd': dict(
+    start='midtrain', view='same', kl_kind='forward', learning_rate=4e-3
+  ),
+  'rl': dict(learning_rate=5e-4, credit='placement', warmup=10),
 }
 SIZES = {
-  'teacher': {'sft': dict(steps=600, eval_every=200, eval_slates=512)},
+  'teacher': {'sft': dict(steps=300, eval_every=150, eval_slates=512)},
   'student': {
-    'midtrain': dict(steps=150, eval_every=150),
-    'traces': dict(slates=4000),
-    'sft': dict(steps=600, eval_every=200, eval_slates=512),
+    'midtrain': dict(steps=500, eval_every=250),
+    'traces': dict(slates=2000),
+    'sft': dict(steps=300, eval_every=150, eval_slates=512),
     'opd': dict(steps=300, eval_every=100, eval_slates=512),
     'rl': dict(
-      steps=150,
-      eval_every=50,
-      eval_slates=512,
-      refills=0,
-      refill_size=32,
-      learning_rate=1e-3,
+      steps=80, eval_every=40, eval_slates=512, refills=0, refill_size=32
     ),
   },
 }
 
-# Row of the table -> the stage that makes it, which traces it learned from, and
-# where it started.
-ROWS = {
-  'SFT, targeted traces': dict(stage='sft', kind='targeted'),
-  'SFT, rejection traces': dict(stage='sft', kind='rejection'),
-  'OPD': dict(stage='opd'),
-  'RL': dict(stage='rl', start='midtrain'),
-  'SFT, then RL': dict(stage='rl', start='sft', kind='rejection'),
-  'OPD, then RL': dict(stage='rl', start='opd'),
-}
+# Rows of the table: name, the stage that makes it, the kind of traces that it
+# or its start learned from, and the stage it starts from; empty where there is
+# none.
+ROWS = (
+  ('SFT, targeted traces', 'sft', 'targeted', ''),
+  ('SFT, rejection traces', 'sft', 'rejection', ''),
+  ('OPD', 'opd', '', 'midtrain'),
+  ('RL', 'rl', '', 'midtrain'),
+  ('SFT, then RL', 'rl', 'rejection', 'sft'),
+  ('OPD, then RL', 'rl', '', 'opd'),
+)
 
 
 def get_config(arg: str = '') -> ConfigDict:
@@ -75,7 +78,7 @@ def section(test: bool = False) -> ConfigDict:
   if not test:
     config.teacher.update(SIZES['teacher'])
     config.student.update(SIZES['student'])
-  config.rows = ConfigDict(ROWS)
+  config.rows = ROWS
   config.test_slates = 64 if test else 2048  # of the test split, a fixed draw
   config.resamples = 200 if test else 2000  # of the bootstrap
   return config

@@ -4,6 +4,7 @@ python -m gr2_jax.main --config=configs/rl.py --workdir=runs
 """
 
 import hashlib
+import importlib
 import os
 import pathlib
 import platform
@@ -16,7 +17,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gr2_jax import artifacts, command_line, stages
-from gr2_jax.stages import evaluate
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file; presets after a colon.', lock_config=True
@@ -39,8 +39,9 @@ def run(config: ml_collections.ConfigDict, root: str) -> None:
     for seed in seeds:
       directory = artifacts.run_stage(config, target, root, seed)
       print(f'results: {directory / "results.json"}')
-  if target == 'evaluate':
-    print(evaluate.summary(artifacts.read_results(directory)))
+  module = importlib.import_module(f'gr2_jax.stages.{target}')
+  if hasattr(module, 'summary'):  # Evaluation and studies have a table.
+    print(module.summary(artifacts.read_results(directory)))
 
 
 def _use_compile_cache() -> None:

@@ -193,7 +193,8 @@ def found_vocabulary(
     slates: artifact of that stage.
     tokenizer: likewise.
     home: where vocabulary and BINS go.
-    phrases: text beside the catalog's that is worth pieces of its own.
+    phrases: text beside the catalog's whose words are worth a piece each, as
+      those of category names are.
     backbone: an `hf.Backbone`, or None.
   """
   meta = slates_lib.read_meta(slates)
@@ -221,10 +222,14 @@ def found_vocabulary(
       chat_template=backbone.chat_template,
     )
   else:
-    sentences = [*phrases, *catalog.titles]
-    sentences += [' > '.join(path) for path in catalog.categories]
+    paths = [' > '.join(path) for path in catalog.categories]
+    names = (name for path in catalog.categories for name in path)
     vocabulary.train(
-      home / vocabulary.TRAINED, sentences, layout, config.prompt.text_tokens
+      home / vocabulary.TRAINED,
+      [*catalog.titles, *paths],
+      layout,
+      config.prompt.text_tokens,
+      words={word for text in (*phrases, *names) for word in text.split()},
     )
   prompts.save_bins(home / BINS, bins)  # Last: it says that both are there.
 

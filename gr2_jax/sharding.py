@@ -6,7 +6,7 @@ parameters' embedding axis, `tensor` splits heads, feed-forward and vocabulary.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,13 +34,24 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+# An axis that stays whole where its mesh axis does not divide it: a pretrained
+# vocabulary with our symbols behind it has as many rows as it has.
+WHOLE_IF_UNEVEN = ('vocab',)
+
+
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """Builds the mesh over all devices.
 
   Args:
     data: size of the data axis; -1 takes the devices the others leave.
     fsdp: size of the axis that shards parameters and batch.
     tensor: size of the axis that shards heads, feed-forward and vocabulary.
+    devices: those of a topology; by default all that this process knows.
 
   Returns:
     A mesh with axes `data`, `fsdp`, `tensor`, all of type Auto.
@@ -48,7 +59,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
-  n = jax.device_count()
+  n = jax.device_count() if devices is None else len(devices)
   for name, size in zip(MESH_AXES, (data, fsdp, tensor), strict=True):
     if size < 1 and not (name == 'data' and size == -1):
       raise ValueError(f'mesh.{name}={size}: must be at least 1')
@@ -66,7 +77,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
       'all that are left'
     )
   return jax.make_mesh(
-    (data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3
+    (data, fsdp, tensor),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * 3,
+    devices=devices,
   )
 
 
@@ -96,6 +110,11 @@ def param_shardings(mesh: Mesh, abstract_variables: Any) -> Any:
         f'parameter {jax.tree_util.keystr(path)}: no rule for logical axis '
         f'{unknown[0]!r}; known: {", ".join(sorted(known))}'
       )
+  logical = jax.tree.map(
+    lambda x, spec: _whole_if_uneven(x.shape, spec, mesh),
+    unbox(abstract_variables),
+    logical,
+  )
   shardings = nn.logical_to_mesh_sharding(logical, mesh, RULES)
   jax.tree_util.tree_map_with_path(
     lambda path, x, sharding: _check_divides(
@@ -160,6 +179,21 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.make_array_from_process_local_data(sharding, x, shape)
 
   return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def _whole_if_uneven(
+  shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+) -> PartitionSpec:
+  """Drops the names of WHOLE_IF_UNEVEN where their axis does not divide."""
+  rules = dict(RULES)
+  return PartitionSpec(
+    *(
+      None
+      if name in WHOLE_IF_UNEVEN and size % mesh.shape[rules[name]]
+      else name
+      for size, name in zip(shape, spec, strict=False)
+    )
+  )
 
 
 def _check_divides(

@@ -31,6 +31,15 @@ def test_a_mesh_that_cannot_be_says_which_number(sizes, message):
     sharding.make_mesh(*sizes)
 
 
+def test_a_mesh_can_be_of_given_devices():
+  some = jax.devices()[:4]
+  mesh = sharding.make_mesh(-1, 2, 1, devices=some)
+  assert mesh.shape == {'data': 2, 'fsdp': 2, 'tensor': 1}
+  assert set(mesh.devices.flat) == set(some)
+  with pytest.raises(ValueError, match='but there are 4 devices'):
+    sharding.make_mesh(8, 1, 1, devices=some)
+
+
 class _Layer(nn.Module):
   axes: tuple[str | None, ...] = ('embed', 'mlp')
   shape: tuple[int, ...] = (8, 12)
@@ -64,6 +73,14 @@ def test_a_parameter_that_does_not_divide_is_named():
   mesh = sharding.make_mesh(1, 4, 2)
   with pytest.raises(ValueError, match=r"'w'.*size 10 of axis 0 .*by 4.*fsdp"):
     sharding.param_shardings(mesh, _abstract(('embed', 'mlp'), (10, 12)))
+
+
+def test_a_vocabulary_that_does_not_divide_stays_whole():
+  mesh = sharding.make_mesh(1, 4, 2)
+  even = sharding.param_shardings(mesh, _abstract(('vocab', 'embed'), (10, 8)))
+  assert even['params']['w'].spec == PartitionSpec('tensor', 'fsdp')
+  odd = sharding.param_shardings(mesh, _abstract(('vocab', 'embed'), (11, 8)))
+  assert odd['params']['w'].spec == PartitionSpec(None, 'fsdp')
 
 
 def test_an_unknown_logical_axis_is_named():

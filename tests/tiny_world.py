@@ -39,18 +39,25 @@ SIZES = {
   'model.d_ff': 24,
   'midtrain.batch_size': 8,
   'midtrain.sequence_items': 3,
-  'midtrain.caption_tokens': 12,
+  'midtrain.rows': 8,
+  'midtrain.row_tokens': 128,
+  'midtrain.retrieval_histories': 16,
+  'midtrain.beams': 10,
   'midtrain.pointers': 2,
   'sft.batch_size': 8,
   'sft.eval_slates': 8,
   'sft.eval_batch_size': 8,
+  'opd.batch_size': 8,
+  'opd.refill_size': 8,
+  'opd.eval_slates': 8,
+  'opd.eval_batch_size': 8,
   'rl.batch_size': 8,
   'rl.group_size': 4,
   'rl.eval_slates': 8,
   'rl.eval_batch_size': 8,
 } | {
   f'{stage}.{name}': value
-  for stage in ('midtrain', 'sft', 'rl')
+  for stage in ('midtrain', 'sft', 'opd', 'rl')
   for name, value in (('steps', 6), ('eval_every', 2), ('warmup', 1))
 }  # fmt: skip
 OVERRIDES = [

@@ -144,4 +144,4 @@ class Heuristic:
 
 
 # Phrases of the reasoning, for the vocabulary to learn whole.
-PHRASES = ('likes and as so fits', 'likes anything', 'other')
+PHRASES = ('likes and as so fits anything other',)

@@ -37,6 +37,10 @@ PAD = '<pad>'  # of an extended vocabulary; never its <eos>
 # Embeddings are padded to a round number of rows; more is another tokenizer.
 _MOST_UNUSED = 1024
 
+# How often a word that is to be one piece is shown: so many times, and once for
+# so many lines of text.
+_LEAST_SHOWN, _SHARE_SHOWN = 50, 50
+
 CONTROLS = (
   '<think>',  # the answer opens with a reasoning span
   '</think>',  # ... which ends here
@@ -288,23 +292,30 @@ def train(
   sentences: Iterable[str],
   layout: Layout,
   text_tokens: int,
+  words: Iterable[str] = (),
 ) -> Vocabulary:
   """Trains the SentencePiece model and writes it.
 
   Args:
     path: where to; appears whole or not at all.
-    sentences: titles, categories and phrases; the catalog's text.
+    sentences: the catalog's text; one that is there often counts once.
     layout: the symbol families.
     text_tokens: pieces of text to learn at most; fewer where the text is
       short. Bytes stand in for characters never seen.
+    words: each is worth a piece of its own, and is made as frequent as that
+      takes; beside itself it is shown with a comma, since a piece that but one
+      spelling has is left out.
 
   Returns:
     The vocabulary.
   """
   symbols = layout.symbols()
   model = io.BytesIO()
+  text = sorted({s for s in sentences if s.strip()})
+  shown = [f'{word}{end}' for word in sorted(set(words)) for end in ('', ',')]
+  text += shown * (_LEAST_SHOWN + len(text) // _SHARE_SHOWN)
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(sorted({s for s in sentences if s.strip()})),
+    sentence_iterator=iter(text),
     model_writer=model,
     vocab_size=3 + 1 + 256 + len(symbols) + text_tokens,
     hard_vocab_limit=False,

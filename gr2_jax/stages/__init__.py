@@ -43,6 +43,13 @@ _TRAINED = (
   'sft',
 )
 
+_FILES = (
+  'data.path',
+  'model.source',
+  'tokenizer.text_source',
+  'midtrain.text_file',
+)
+
 # Which stages a config field may name as the one to start from.
 STARTS = {
   'opd.start': ('sft', 'midtrain'),
@@ -65,6 +72,7 @@ STAGES: dict[str, Stage] = {
     ('slates', 'tokenizer', 'backbone'),
     ('data', 'prompt', 'model', 'mesh', 'midtrain'),
     seeded=True,
+    files=('midtrain.text_file',),
   ),
   'traces': Stage(
     ('slates', 'tokenizer', 'backbone'),
@@ -115,16 +123,16 @@ STAGES: dict[str, Stage] = {
   'study_hacking': Stage(
     (),
     (*_TRAINED, 'opd', 'rl', 'study_hacking', 'seeds'),
-    files=('data.path', 'model.source', 'tokenizer.text_source'),
+    files=_FILES,
   ),
   'study_distill': Stage(
     (),
     (*_TRAINED, 'opd', 'rl', 'study_distill', 'seeds'),
-    files=('data.path', 'model.source', 'tokenizer.text_source'),
+    files=_FILES,
   ),
   'study_tokenizer': Stage(
     (),
     (*_TRAINED, 'study_tokenizer', 'seeds'),
-    files=('data.path', 'model.source', 'tokenizer.text_source'),
+    files=_FILES,
   ),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from gr2_jax import checkpoint, policy
-from gr2_jax.data import teachers, vocabulary
+from gr2_jax.data import midtraining, teachers, vocabulary
 from gr2_jax.models import new_rows
 
 
@@ -48,7 +48,7 @@ def run(
       inputs['slates'],
       inputs['tokenizer'],
       workdir,
-      teachers.PHRASES,
+      (*teachers.PHRASES, *midtraining.PHRASES),
       backbone,
     )
   setup = policy.load(config, inputs['slates'], inputs['tokenizer'], workdir)

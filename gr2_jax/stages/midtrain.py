@@ -1,24 +1,42 @@
 """Mid-training: the catalog's language, its users' habits, and pointing.
 
-Three tasks, mixed batch by batch:
+Five tasks. Four are documents, packed into rows ahead of time and mixed by
+tokens (`data/midtraining.py` says what each looks like):
 
 * `sequence`: semantic IDs of a history in the order of engagement;
-* `caption`: an item's text from its semantic ID, and the other way round;
+* `persona`: a history, and the user in words; either from the other;
+* `caption`: an item's title and category path from its semantic ID, and the
+  other way round;
+* `text`: general text of a file, so that a pretrained model keeps its language.
+
+The fifth has batches of its own:
+
 * `pointing`: the candidates of a slate sorted by a named evidence column. Its
   answers are free and unlimited, and it builds the circuit that compares
   candidates and copies a slot.
+
+Where the backbone is pretrained, the rows of the symbols added to it train
+alone at first, so that what is new does not disturb what is not.
+
+The stage is judged by held-out losses, one a task, and by retrieval: how often
+the next item of a held-out history is among the first that a beam search over
+the catalog finds, beside the most popular items.
 """
 
+import json
+import logging
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 
-from gr2_jax import learner, policy, sharding
-from gr2_jax.data import batches, prompts
+from gr2_jax import learner, policy, retrieval, row_warmup, sharding
+from gr2_jax.data import batches, midtraining, packing, prompts, records
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.models import semantic_ids
 from gr2_jax.stages import training
 
 
@@ -33,64 +51,103 @@ def run(
     workdir: of this stage.
 
   Returns:
-    Held-out loss per task and the chosen step.
+    The chosen step and its held-out numbers; the shares as used; what was
+    packed; the popularity baseline of retrieval; how many steps were of new
+    rows alone.
+
+  Raises:
+    DataError: `text_file` is missing or no text.
+    ValueError: a share is negative or none is positive, or a row is too short.
   """
   stage = config.midtrain
   setup = policy.load(
     config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
   )
   pretrained = (inputs['backbone'] / policy.PARAMS).is_dir()
+  used = shares(stage)
+  packed = {k: v for k, v in used.items() if k in packing.TASKS}
 
-  # Input: one pipeline a task, mixed in whole batches of one shape each.
-  train = slates_lib.source(inputs['slates'], 'train')
-  held_out = slates_lib.source(inputs['slates'], 'validation')
-  shares = {k: v for k, v in stage.mixture.items() if v > 0}
-  renders = renderers(setup, stage)
-  pipelines = {
-    task: batches.dataset(
-      range(len(setup.catalog)) if task == 'caption' else train,
-      renders[task],
-      stage.batch_size,
-      config.seed,
+  # Documents, packed before the first step; a killed run finds them whole.
+  train, held_out = midtraining.sources(
+    inputs['slates'], stage, len(setup.catalog)
+  )
+  renders = midtraining.renderers(
+    setup.prompter,
+    setup.catalog,
+    stage.sequence_items,
+    config.prompt.title_tokens,
+    stage.row_tokens,
+  )
+  pointing = pointing_renderer(setup.prompter, stage.pointers)
+  pipelines, facts = {}, {}
+  if packed:
+    rows = stage.steps * stage.rows * sum(packed.values())
+    facts = packing.write(
+      workdir,
+      packing.rows(packed, train, renders, stage.row_tokens, config.seed),
+      stage.row_tokens,
+      int(np.ceil(rows)) + stage.rows,
     )
-    for task in shares
-  }
+    logging.info('midtrain: packed %s', json.dumps(facts))
+    pipelines['packed'] = packing.dataset(
+      records.Records(workdir / packing.ROWS),
+      setup.prompter,
+      stage.rows,
+    )
+  if 'pointing' in used:
+    pipelines['pointing'] = batches.dataset(
+      train['pointing'], pointing, stage.batch_size, config.seed
+    )
+
+  # Input: whole batches of rows, and whole batches of slates.
+  weights = [sum(packed.values()), used.get('pointing', 0.0)]
   mixed = grain.MapDataset.mix(
-    list(pipelines.values()), weights=list(shares.values())
+    list(pipelines.values()), weights=[w for w in weights if w]
   )
   iterator = batches.iterate(mixed)
 
-  # Loss and held-out losses.
+  # Loss, held-out losses, retrieval.
   loss_fn = learner.supervised_loss(
     setup.model, setup.grammar, listwise_weight=0.0
   )
   held = {
-    task: batches.first_batches(
-      range(len(setup.catalog)) if task == 'caption' else held_out,
-      renders[task],
+    task: _held_out_rows(task, held_out, renders, setup.prompter, stage)
+    for task in packed
+  }
+  if 'pointing' in used:
+    held['pointing'] = batches.first_batches(
+      held_out['pointing'],
+      pointing,
       stage.batch_size,
       stage.eval_batches,
       seed=1,
     )
-    for task in shares
-  }
+  retrieve, baseline = None, {}
+  if 'sequence' in used:
+    retrieve, baseline = retriever(inputs, setup, stage)
   measure = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
 
   def validate(params):
     found = {}
-    for task, rows in held.items():
+    for task in used:
       each = [
         measure(
           params, sharding.shard_batch(learner.Examples(**row), setup.mesh)
         )
-        for row in rows
+        for row in held[task]
       ]
       found[f'{task}_loss'] = float(np.mean([float(x) for x in each]))
-    mean = np.average(list(found.values()), weights=list(shares.values()))
-    return found | {'score': -float(mean)}
+    mean = np.average(list(found.values()), weights=list(used.values()))
+    found['score'] = -float(mean)
+    if retrieve:
+      measured = retrieve(params)
+      found |= {f'retrieval_{name}': x for name, x in measured.items()}
+    return found
 
-  optimizer = learner.make_optimizer(stage)
-  return training.fit(
+  # Training.
+  warm = warm_steps(stage, pretrained)
+  optimizer = row_warmup.make_optimizer(stage, setup.adapters, warm)
+  result = training.fit(
     stage,
     setup=setup,
     workdir=workdir,
@@ -103,58 +160,60 @@ def run(
     inherited=inputs['backbone'] if pretrained else None,
     desc='midtrain',
   )
+  return result | {
+    'shares': used,
+    'packed': facts,
+    'popularity': baseline,
+    'warm_rows': warm,
+  }
 
 
-def renderers(setup: policy.Setup, stage) -> dict[str, Any]:
-  """Task -> `(record, rng) -> example`.
+def shares(stage) -> dict[str, float]:
+  """Task -> its share of the mixture as it is used; they sum to one.
 
   Args:
-    setup: tokens.
-    stage: section `midtrain`.
+    stage: section `midtrain`; without a `text_file`, `text` has no share.
+
+  Raises:
+    ValueError: a share is negative, or none is left.
   """
-  prompter, words = setup.prompter, setup.vocabulary
-  sids = prompter.items['sid']
-  titles = prompter.items['title']
-  levels = words.layout.levels
+  given = stage.mixture.to_dict()
+  for task, share in given.items():
+    if share < 0:
+      raise ValueError(f'midtrain.mixture.{task}={share}: must be 0 or more')
+  if given['text'] and not stage.text_file:
+    logging.info(
+      'midtrain: without midtrain.text_file the share of general text, %g, '
+      'goes to the other tasks',
+      given['text'],
+    )
+    given['text'] = 0.0
+  total = sum(given.values())
+  if not total:
+    raise ValueError(
+      'midtrain.mixture: no task has a share'
+      + ('' if stage.text_file else ' (text needs midtrain.text_file)')
+    )
+  return {task: share / total for task, share in given.items() if share}
 
-  def text(ids: list[int], length: int) -> dict[str, np.ndarray]:
-    """A row without a slate: the prompt is <bos>, the rest is learned."""
-    ids = ids[:length]
-    K = prompter.num_candidates
-    prompt = {
-      'prompt': np.array([words.bos], np.int32),
-      'slots': np.zeros(K, np.int32),
-      'grades': np.zeros(K, np.float32),
-      'count': np.int32(0),
-    }
-    row = batches.Completion(ids, [1.0] * len(ids))
-    return batches.examples(prompt, [row], 1, length)
 
-  def sequence(slate, rng):
-    del rng
-    items = slate['history'][: int(slate['history_length'])]
-    items = items[-stage.sequence_items :]
-    ids = [words.control['<next>']]
-    for item in items:
-      ids.extend(sids[item])
-    return text(ids, 1 + stage.sequence_items * levels)
+def pointing_renderer(
+  prompter: prompts.Prompter, pointers: int
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Rendering of the pointing task: `(slate, rng) -> example`.
 
-  def caption(item, rng):
-    ids: list[int] = []
-    while len(ids) < stage.caption_tokens:
-      both = [list(sids[item]), list(titles[item])]
-      if rng.random() < 0.5:
-        both.reverse()
-      ids += [words.control['<caption>'], *both[0], *both[1], words.eos]
-      item = int(rng.integers(len(sids)))
-    return text(ids, stage.caption_tokens)
+  Args:
+    prompter: token ids.
+    pointers: columns asked for on one slate.
+  """
+  words = prompter.vocabulary
 
-  def pointing(slate, rng):
+  def render(slate, rng):
     count = int(slate['count'])
     order = prompts.presentation(count, 'shuffled', rng)
     bins = prompter.bins(slate['evidence'], count)[order]
     columns = rng.choice(
-      bins.shape[1], stage.pointers, replace=bins.shape[1] < stage.pointers
+      bins.shape[1], pointers, replace=bins.shape[1] < pointers
     )
     completions = []
     for column in columns:
@@ -170,4 +229,67 @@ def renderers(setup: policy.Setup, stage) -> dict[str, Any]:
       1 + prompter.answer_tokens,
     )
 
-  return {'sequence': sequence, 'caption': caption, 'pointing': pointing}
+  return render
+
+
+def retriever(
+  inputs: dict[str, pathlib.Path], setup: policy.Setup, stage
+) -> tuple[retrieval.Retriever | None, dict[str, float]]:
+  """Held-out retrieval, and the popularity baseline on the same questions.
+
+  Args:
+    inputs: slates, tokenizer.
+    setup: tokens and shapes.
+    stage: section `midtrain`.
+
+  Returns:
+    Parameters -> numbers, and the baseline's; None and nothing where every
+    held-out history ends in an item that it had before.
+  """
+  asked = retrieval.questions(
+    slates_lib.read(inputs['slates'], 'validation'),
+    [setup.vocabulary.bos, setup.vocabulary.control['<next>']],
+    setup.prompter.items['sid'],
+    stage.sequence_items - 1,
+    stage.retrieval_histories,
+  )
+  if not len(asked):
+    return None, {}
+  popular = retrieval.popular(
+    slates_lib.read(inputs['slates'], 'train'), asked.seen, stage.beams
+  )
+  return (
+    retrieval.Retriever(
+      setup,
+      semantic_ids.load(inputs['tokenizer']),
+      asked,
+      stage.batch_size,
+      stage.beams,
+    ),
+    retrieval.summary(popular, asked.target) | {'histories': len(asked)},
+  )
+
+
+def _held_out_rows(
+  task: str, source, renders, prompter: prompts.Prompter, stage
+) -> list[dict[str, np.ndarray]]:
+  """Batches of one task's held-out rows, the same at every call."""
+  rows = packing.rows({task: 1.0}, source, renders, stage.row_tokens, seed=1)
+  encoded = [
+    packing.encode(next(rows), stage.row_tokens)
+    for _ in range(stage.eval_batches * stage.rows)
+  ]
+  data = packing.dataset(encoded, prompter, stage.rows)
+  return [data[i] for i in range(stage.eval_batches)]
+
+
+def warm_steps(stage, pretrained: bool) -> int:
+  """Steps in which new rows train alone.
+
+  They are `warm_rows`, at most a quarter of all, where training starts from a
+  pretrained backbone's parameters. From scratch every row is new, and those of
+  `init_from` have been trained.
+  """
+  if not pretrained or stage.init_from:
+    return 0
+  return min(stage.warm_rows, stage.steps // 4)

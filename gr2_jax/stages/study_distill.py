@@ -90,18 +90,18 @@ def _study(
   learning = _with(own, stage.student)
   learning.traces.policy = learning.opd.policy = str(teacher)
   plans = {}
-  for name, row in stage.rows.items():
+  for name, target, kind, start in stage.rows:
     plans[name] = plan = learning.copy_and_resolve_references()
-    plan.traces.kind = row.get('kind', plan.traces.kind)
-    if row.get('start'):
-      plan[row.stage].start = row.start
+    plan.traces.kind = kind or plan.traces.kind
+    if start:
+      plan[target].start = start
     for seed in config.seeds:
-      artifacts.run_stage(plan, row.stage, root, seed)
+      artifacts.run_stage(plan, target, root, seed)
 
   # On the test slates, only now.
   tested = {TEACHER: _rank(teaching, 'sft', workdir)}
-  for name, plan in plans.items():
-    tested[name] = _rank(plan, stage.rows[name].stage, workdir)
+  for name, target, _, _ in stage.rows:
+    tested[name] = _rank(plans[name], target, workdir)
   first = tested[TEACHER][0]
   watched = {
     name: [
@@ -153,11 +153,11 @@ def _study(
       for a, b in itertools.combinations(plans, 2)
     ],
     'traces': {
-      plan.traces.kind: artifacts.read_results(
-        artifacts.plan(plan, 'traces').directory(root)
+      kind: artifacts.read_results(
+        artifacts.plan(plans[name], 'traces').directory(root)
       )
-      for name, plan in plans.items()
-      if 'kind' in stage.rows[name]
+      for name, _, kind, _ in stage.rows
+      if kind
     },
     'n_slates': len(users),
     'n_users': len(np.unique(users)),

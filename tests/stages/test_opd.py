@@ -24,21 +24,31 @@ def run(world, workdir, **changes):
 
 VIEWS = {
   'same': dict(start='midtrain', thinking=True),
-  'privileged': dict(kl_kind='forward', policy=''),
-  'thinking': dict(kl_kind='k3', policy='', thinking=False),
-  'readout': dict(policy=''),
+  'privileged': dict(kl_kind='forward'),
+  'thinking': dict(kl_kind='k3', thinking=False),
+  'readout': dict(kl_kind='reverse'),
 }
 
 
 @pytest.fixture(scope='module')
-def runs(world, tmp_path_factory):
+def teacher(world):
+  """An SFT that went somewhere, in its six steps."""
+  config = tiny_world.config(
+    sft__learning_rate=5e-2, sft__privileged=True, sft__thinking=False
+  )
+  root = world['sft'].parent
+  with artifacts.lock(root):
+    return artifacts.run_stage(config, 'sft', root, 0, lambda _: None)
+
+
+@pytest.fixture(scope='module')
+def runs(world, teacher, tmp_path_factory):
   @functools.lru_cache
   def get(view):
     workdir = tmp_path_factory.mktemp(view)
-    options = {'policy': str(world['sft'])} | VIEWS[view]
     result = run(
-      world, workdir, view=view, steps=20, eval_every=10, learning_rate=2e-2,
-      warmup=2, **options,
+      world, workdir, view=view, policy=str(teacher), steps=20, eval_every=20,
+      learning_rate=2e-2, warmup=2, kl_weight=30.0, **VIEWS[view],
     )  # fmt: skip
     return result, workdir
 
@@ -114,7 +124,7 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
     (dict(view='same', policy=''), 'name the folder'),
     (dict(view='thinking', thinking=True), 'opd.thinking=False'),
     (dict(view='readout', kl_kind='k3'), 'opd.kl_kind.*reverse, forward'),
-    (dict(kl_kind='k9'), 'opd.kl_kind.*k1'),
+    (dict(view='thinking', thinking=False, kl_kind='k9'), 'opd.kl_kind.*k1'),
     (dict(kl_weight=0.0), 'opd.kl_weight'),
     (dict(refill_size=3), 'opd.refill_size=3 does not divide opd.batch_size'),
   ],

@@ -18,7 +18,7 @@ def make_config():
   own = config.study_distill
   own.datasets = ('world',)
   own.evidence.world = config.prompt.evidence
-  own.rows = {name: recipe.ROWS[name] for name in ROWS}
+  own.rows = tuple(row for row in recipe.ROWS if row[0] in ROWS)
   own.teacher = {}  # The world's own SFT.
   own.student = recipe.STUDENT | {'model': SMALL, 'traces': {
     'teacher': 'policy', 'tries': 3, 'batch_size': 8,
@@ -86,5 +86,5 @@ def test_the_recipe_is_a_student_a_tenth_of_its_teacher():
   for section in (own.teacher, own.student):
     changed = config.copy_and_resolve_references()
     changed.update(section.to_dict())  # Every field is one that there is.
-  assert {row.stage for row in own.rows.values()} == {'sft', 'opd', 'rl'}
+  assert {row[1] for row in own.rows} == {'sft', 'opd', 'rl'}
   assert own.student.sft.listwise_weight == 0  # It sees no label.

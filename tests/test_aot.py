@@ -1,0 +1,164 @@
+"""Planning for TPU slices; what needs `libtpu` is skipped without it."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import common
+from gr2_jax import abstract, planning, sharding, topologies
+from gr2_jax.bench import weak_scaling
+
+LOAD = abstract.Load(slates=8, prompt_tokens=32, text_rows=500)
+
+
+def _config(**overrides):
+  config = common.compose('rl', 'test')
+  config.update_from_flattened_dict({'model.num_layers': 2} | overrides)
+  return config
+
+
+def _programs(config, mesh, load=LOAD):
+  setup = abstract.make_setup(config, mesh, load.text_rows)
+  return {one.name: one for one in abstract.lower(config.rl, setup, load)}
+
+
+@pytest.mark.parametrize(
+  ('topology', 'message'),
+  [
+    ('v9:2x2', "unknown topology 'v9:2x2'.*v5e: 1x1.*v5p: 2x2x1.*v6e: 1x1"),
+    ('v5p:3x3', "unknown topology 'v5p:3x3'.*of v5p: 2x2x1 .* 4x4x4"),
+    ('v5e', "unknown topology 'v5e'.*v5e: 1x1 2x2"),
+  ],
+)
+def test_an_unknown_topology_names_the_known_ones(topology, message):
+  with pytest.raises(topologies.TopologyError, match=message):
+    topologies.chip(topology)
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+  monkeypatch.setattr(topologies, 'available', lambda: False)
+  with pytest.raises(topologies.TopologyError, match=r'gr2_jax\[tpu\]'):
+    topologies.devices('v5e:2x2')
+
+
+def test_the_command_says_it_in_a_line():
+  command = '--config=configs/rl.py:test --topology=v5e:3x3'
+  done = subprocess.run(
+    [sys.executable, '-m', 'gr2_jax.aot', *command.split()],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 1
+  assert done.stderr.strip().startswith("error: unknown topology 'v5e:3x3'")
+
+
+def test_slices_grow():
+  for family in topologies.CHIPS:
+    sizes = [topologies.size(name) for name in topologies.slices(family)]
+    assert sizes == sorted(set(sizes))
+
+
+def test_the_step_is_lowered_without_data_or_memory():
+  mesh = sharding.make_mesh(1, 4, 2)
+  config = _config(**{'rl.epochs': 2, 'rl.minibatches': 2})
+  found = _programs(config, mesh)
+  assert list(found) == ['act', 'update']
+  assert found['act'].unknown_trips == 16 + 1 + 10 + 1 - 1
+  assert found['update'].runs == 4
+  state, frozen, batch = found['update'].program.args_info[0]
+  assert all(leaf.donated for leaf in jax.tree.leaves(state))
+  assert not frozen
+  assert batch.prompt.shape == (4, 32)
+
+
+def test_what_stays_beside_the_rollouts_counts():
+  mesh = sharding.make_mesh(1, 8, 1)
+  config = _config()
+  setup = abstract.make_setup(config, mesh, LOAD.text_rows)
+  size = abstract.state_bytes(config.rl, setup)
+  params = abstract.held(setup.abstract_params())
+  beside = _programs(config, mesh)['act'].beside
+  # The moments of AdamW are two more copies of the parameters.
+  assert 2 * params <= beside <= 2 * params + 100
+  assert 3 * params <= size <= 3 * params + 100
+  whole = abstract.make_setup(
+    config, sharding.make_mesh(8, 1, 1), LOAD.text_rows
+  )
+  assert params < abstract.held(whole.abstract_params()) / 7
+
+
+def test_adapters_have_a_small_state():
+  config = _config(**{'model.lora_rank': 4})
+  mesh = sharding.make_mesh(1, 8, 1)
+  found = _programs(config, mesh)
+  state, frozen, _ = found['update'].program.args_info[0]
+  assert set(state.params) == {'down', 'up', 'rows', 'readout'}
+  setup = abstract.make_setup(config, mesh, LOAD.text_rows)
+  assert frozen.keys() == setup.abstract_params().keys()
+  assert not any(leaf.donated for leaf in jax.tree.leaves(frozen))
+  # The joined copy of the rollouts is still there when the update runs.
+  assert found['update'].beside == abstract.held(setup.abstract_params())
+
+
+def test_an_update_on_a_mesh_never_gathers_the_whole_tree():
+  mesh = sharding.make_mesh(1, 8, 1)
+  config = _config()
+  program = planning.read(_programs(config, mesh)['update'])
+  setup = abstract.make_setup(config, mesh, LOAD.text_rows)
+  tree = sum(x.size * 4 for x in jax.tree.leaves(setup.abstract_params()))
+  assert 0 < program.account.largest('all-gather') < tree / 2
+  assert program.account.unknown_loops == 0
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'load', 'message'),
+  [
+    ({'rl.kl_weight': 0.1}, LOAD, 'rl.kl_weight=0.1'),
+    ({'rl.minibatches': 3}, LOAD, 'rl.minibatches=3 does not divide the 8'),
+    ({}, abstract.Load(4, 32, 500), r'--slates=4 does not split over the 8'),
+  ],
+)
+def test_a_step_that_cannot_be_says_which_number(overrides, load, message):
+  with pytest.raises(ValueError, match=message):
+    _programs(_config(**overrides), sharding.make_mesh(1, 8, 1), load)
+
+
+def test_work_of_a_device_stays_flat_as_devices_and_batch_grow():
+  one = weak_scaling.measure(_config(), 1, 4)
+  eight = weak_scaling.measure(_config(), 8, 4)
+  assert set(one) == {'act', 'update'}
+  for name, cost in one.items():
+    for key, tolerance in (('flops', 0.01), ('bytes accessed', 0.05)):
+      assert eight[name][key] == pytest.approx(cost[key], rel=tolerance), name
+
+
+needs_libtpu = pytest.mark.skipif(
+  not topologies.available(), reason='libtpu (extra tpu) is not installed'
+)
+
+
+@needs_libtpu
+def test_a_tiny_step_compiles_for_a_slice_and_the_report_says_how_it_fits():
+  report = planning.plan(_config(), 'v5e:2x2', LOAD)
+  assert report.fits
+  assert report.mesh == {'data': 1, 'fsdp': 4, 'tensor': 1}
+  assert 0 < report.seconds < 1
+  shown = planning.text(report)
+  assert 'act' in shown
+  assert 'update: the largest all-gather is' in shown
+  assert 'fits' in planning.summary(report)
+  found = planning.suggest(_config(), 'v5e', LOAD, report, say=lambda _: None)
+  assert found.topology == 'v5e:1x1'
+
+
+@needs_libtpu
+def test_a_step_that_is_too_large_does_not_fit():
+  config = _config(
+    **{'model.d_model': 8192, 'model.d_ff': 32768, 'model.num_layers': 2}
+  )
+  report = planning.plan(config, 'v5e:1x1', LOAD, stop_early=True)
+  assert not report.fits
+  assert 'does not fit' in planning.text(report)

@@ -1,0 +1,206 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gr2_jax import hlo, sharding
+
+# A loop of 3 that gathers and multiplies, a loop whose end the data decides,
+# an asynchronous all-gather that runs beside two fusions, a reduce-scatter in
+# the form of a fusion, and a fusion that reads a slice of its operand.
+TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%cond (p: (s32[], f32[4,8])) -> pred[] {
+  %p = (s32[], f32[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p = (s32[], f32[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %wide = f32[16,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %dot = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, \
+rhs_contracting_dims={1}
+  ROOT %out = (s32[], f32[4,8]{1,0}) tuple(%next, %x)
+}
+
+%until (p: (s32[], pred[])) -> pred[] {
+  %p = (s32[], pred[]) parameter(0)
+  ROOT %go = pred[] get-tuple-element(%p), index=1
+}
+
+%again (p: (s32[], pred[])) -> (s32[], pred[]) {
+  %p = (s32[], pred[]) parameter(0)
+  %go = pred[] get-tuple-element(%p), index=1
+  %any = pred[]{:T(512)} all-reduce(%go), channel_id=2, to_apply=%add
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %out = (s32[], pred[]) tuple(%i, %any)
+}
+
+%all-reduce-scatter (p: bf16[32]) -> bf16[4] {
+  %p = bf16[32]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %sum = bf16[32]{0} all-reduce(%p), channel_id=3, to_apply=%add
+  ROOT %mine = bf16[4]{0} dynamic-slice(%sum, %zero), dynamic_slice_sizes={4}
+}
+
+%starts (p: f32[4]) -> f32[32] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %g = f32[32]{0:S(1)} all-gather(%p), channel_id=4, dimensions={0}
+}
+
+%goes_on (p: f32[4]) -> f32[32] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %h = f32[32]{0:S(1)} all-gather(%p), channel_id=4, dimensions={0}
+}
+
+%sliced (p: f32[100,8], i: s32[]) -> f32[1,8] {
+  %p = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %row = f32[1,8]{1,0} dynamic-slice(%p, %i, %zero), \
+dynamic_slice_sizes={1,8}
+}
+
+ENTRY %main (a: f32[4,8], b: bf16[32], c: f32[4], d: f32[100,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = bf16[32]{0} parameter(1)
+  %c = f32[4]{0} parameter(2)
+  %d = f32[100,8]{1,0} parameter(3)
+  %one = s32[] constant(1)
+  %true = pred[] constant(true)
+  %begin = (s32[], f32[4,8]{1,0}) tuple(%one, %a)
+  %loop = (s32[], f32[4,8]{1,0}) while(%begin), condition=%cond, body=%body
+  %flag = (s32[], pred[]) tuple(%one, %true)
+  %open = (s32[], pred[]) while(%flag), condition=%until, body=%again
+  %rs = bf16[4]{0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter
+  %g1 = f32[32]{0:S(1)} fusion(%c), kind=kCustom, calls=%starts
+  %g2 = f32[32]{0:S(1)} fusion(%c), kind=kCustom, calls=%goes_on
+  %row = f32[1,8]{1,0} fusion(%d, %one), kind=kLoop, calls=%sliced
+  %moved = (f32[4]{0:S(1)}, f32[4]{0}, u32[]{:S(2)}) copy-start(%c)
+  ROOT %out = f32[4,8]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+  found = hlo.account(TEXT, unknown_trips=5)
+  assert found.by_kind() == {
+    'all-gather': (3 + 1, 3 * 16 * 8 * 4 + 32 * 4),
+    'all-reduce': (5, 5),
+    'reduce-scatter': (1, 64),
+  }
+  assert found.unknown_loops == 1
+  assert found.largest('all-gather') == 16 * 8 * 4
+  assert found.largest('all-to-all') == 0
+  assert found.sent() == 3 * 512 + 128 + 2 * 5 + 64
+
+
+def test_products_in_a_loop_count_every_time():
+  assert hlo.account(TEXT).flops == 3 * 2 * 4 * 4 * 8
+
+
+def test_a_slice_is_read_not_the_whole_and_only_main_memory_counts():
+  lines = TEXT.splitlines()
+  loops = [line for line in lines if ' while(' in line]
+  text = '\n'.join(line for line in lines if line not in loops)
+  text = text.replace('get-tuple-element(%loop), index=1', 'bitcast(%a)')
+  reduce_scatter, gathers, row, moved = 64 + 8, 2 * 16, 2 * 32 + 4, 16
+  assert hlo.account(text).bytes == reduce_scatter + gathers + row + moved
+
+
+@pytest.mark.parametrize(
+  ('shape', 'want'),
+  [
+    ('f32[2,3]{1,0:T(8,128)}', 24),
+    ('(bf16[4]{0}, /*index=1*/s32[], pred[3])', 15),
+    ('s4[6]', 3),
+    ('f8e4m3fn[7]', 7),
+    ('token[]', 0),
+  ],
+)
+def test_bytes_of_a_shape(shape, want):
+  assert hlo.size(shape) == want
+
+
+def _convolution(left, right, out, window, labels):
+  return hlo.account(
+    f'ENTRY %main (a: f32[{left}], b: f32[{right}]) -> f32[{out}] {{\n'
+    f'  %a = f32[{left}] parameter(0)\n'
+    f'  %b = f32[{right}] parameter(1)\n'
+    f'  ROOT %c = f32[{out}] convolution(%a, %b), window={{{window}}}, '
+    f'dim_labels={labels}\n}}\n'
+  ).flops
+
+
+def test_a_product_in_the_form_of_a_convolution():
+  plain = _convolution('5,7', '7,3', '5,3', '', 'bf_io->bf')
+  assert plain == 2 * 5 * 7 * 3
+  # A batch of 8 products: every output place meets one input.
+  batched = _convolution(
+    '8,5,7', '8,7,3', '8,5,3', 'size=8 stride=7 lhs_dilate=8', '0bf_0io->0bf'
+  )
+  assert batched == 8 * 2 * 5 * 7 * 3
+  # Heads as places of the kernel, turned round and padded.
+  heads = _convolution(
+    '5,1,7', '4,7,3', '5,4,3', 'size=4 pad=3_3 rhs_reversal=1', 'b0f_0io->b0f'
+  )
+  assert heads == 4 * 2 * 5 * 7 * 3
+
+
+def test_what_is_no_module_says_so():
+  with pytest.raises(ValueError, match='no HLO module'):
+    hlo.account('int main() {}')
+
+
+def _compile(f, mesh, shapes, specs, out):
+  arguments = [
+    jax.ShapeDtypeStruct(
+      shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+    )
+    for shape, spec in zip(shapes, specs, strict=True)
+  ]
+  place = NamedSharding(mesh, PartitionSpec(*out))
+  return jax.jit(f, out_shardings=place).lower(*arguments).compile()
+
+
+def test_a_compiled_gather_and_a_compiled_sum_are_of_known_size():
+  mesh = sharding.make_mesh(1, 8, 1)
+  gathers = _compile(lambda x: x * 2, mesh, [(64, 32)], [('fsdp',)], ())
+  assert hlo.account(gathers.as_text()).by_kind() == {
+    'all-gather': (1, 64 * 32 * 4)
+  }
+  sums = _compile(
+    lambda x, w: x @ w, mesh, [(16, 64), (64, 32)], [(None, 'fsdp'), ('fsdp',)],
+    (),
+  )  # fmt: skip
+  found = hlo.account(sums.as_text())
+  assert found.by_kind() == {'all-reduce': (1, 16 * 32 * 4)}
+  assert found.flops == 2 * 16 * 8 * 32
+  # XLA counts the additions of the sum, too.
+  assert sums.cost_analysis()['flops'] == found.flops + 16 * 32
+
+
+def test_layers_in_a_loop_count_each():
+  def layers(x, w):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+  x, w = np.zeros((4, 16), np.float32), np.zeros((5, 16, 16), np.float32)
+  compiled = jax.jit(layers).lower(x, w).compile()
+  found = hlo.account(compiled.as_text())
+  assert found.flops == 5 * 2 * 4 * 16 * 16
+  assert found.unknown_loops == 0
+  assert compiled.cost_analysis()['flops'] < found.flops  # XLA counts one.
