@@ -219,10 +219,12 @@ def prompt(dataset: str = 'movielens') -> ConfigDict:
   )  # of a line: sid title categories evidence
   config.history_fields = ('sid',)  # of a history's item: sid title categories
   config.system = SYSTEM  # who a chat model is told to be; else unused
+  config.knowledge = False  # a chat model is told what tends to hold (KP)
   config.evidence = EVIDENCE[dataset]  # columns of a candidate's line
   config.bins = 8  # tokens of each column
   config.order = 'shuffled'  # of candidates: shuffled, incoming, mixed
   config.num_slots = 20  # slot tokens: the longest slate there may be
+  config.budget = 0  # tokens of a prompt; oldest history goes first; 0: all
   config.text_tokens = 500  # pieces of text in the vocabulary
   config.title_tokens = 8  # of a title or category path, at most
   config.reasoning_tokens = 16  # of a reasoning span, at most

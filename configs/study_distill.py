@@ -36,7 +36,7 @@ STUDENT = {
   'rl': dict(learning_rate=5e-4, credit='placement', warmup=10),
 }
 SIZES = {
-  'teacher': {'sft': dict(steps=300, eval_every=150, eval_slates=512)},
+  'teacher': {'sft': dict(steps=400, eval_every=200, eval_slates=512)},
   'student': {
     'midtrain': dict(steps=500, eval_every=250),
     'traces': dict(slates=2000),

@@ -134,7 +134,8 @@ def load(
   words = vocabulary.Vocabulary(
     vocabulary.find(home), _layout(config.prompt, sids)
   )
-  turns = chat.turns(words, config.prompt.system)
+  known = chat.KNOWLEDGE if config.prompt.knowledge else ''
+  turns = chat.turns(words, f'{config.prompt.system}\n\n{known}'.strip())
   prompter = prompts.Prompter(
     vocabulary=words,
     bins=bins,
@@ -150,6 +151,7 @@ def load(
     history_fields=tuple(config.prompt.history_fields),
     num_candidates=slates_lib.read_meta(slates)['candidates'],
     reasoning=config.prompt.reasoning_tokens,
+    budget=config.prompt.budget,
   )
   own = config.model.to_dict()
   del own['source'], own['new_rows']  # What `backbone` alone reads.

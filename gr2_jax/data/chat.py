@@ -15,6 +15,14 @@ from gr2_jax.data import vocabulary as vocabulary_lib
 
 _MARK = 'THE-PROMPT-STANDS-HERE'
 
+# Knowledge priming: what tends to hold in any catalog.
+KNOWLEDGE = """\
+What tends to hold: the last few items say more than older ones. People go on \
+within a series or with the same maker, and from an item to what completes it, \
+not to a second copy of it. A narrow category that recurs says more than a \
+wide one. Where nothing else tells candidates apart, the better known is the \
+safer choice."""
+
 # Control token -> `enable_thinking`.
 _ASKS = {'<think>': True, '<answer>': False}
 

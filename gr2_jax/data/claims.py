@@ -174,10 +174,7 @@ class Reader:
   def _shown(self, slate) -> set[int]:
     """Items that the prompt shows."""
     items = set(slate['candidates'][: int(slate['count'])].tolist())
-    if 'history' in self.prompter.layout:
-      end = int(slate['history_length'])
-      begin = max(0, end - self.prompter.history)
-      items |= set(slate['history'][begin:end].tolist())
+    items |= set(self.prompter.shown(slate).tolist())
     return items
 
   @functools.cached_property

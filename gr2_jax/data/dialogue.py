@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gr2_jax.data import chat, prompts
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import prompts
 from gr2_jax.data.endpoint import Message
 from gr2_jax.ops import parsing
 
@@ -28,14 +28,6 @@ the candidates that match. Name items only by their numbers in brackets: [h2] \
 for one of the history, [3] for a candidate. Then write one last line with the \
 numbers of all {count} candidates, each once, the most relevant first:
 RANKING: {example}"""
-
-# Knowledge priming: what tends to hold in any catalog.
-KNOWLEDGE = """\
-What tends to hold: the last few items say more than older ones. People go on \
-within a series or with the same maker, and from an item to what completes it, \
-not to a second copy of it. A narrow category that recurs says more than a \
-wide one. Where nothing else tells candidates apart, the better known is the \
-safer choice."""
 
 _TARGET = """\
 The user engaged with [{target}] next. Put it first, and reason towards it \
@@ -103,7 +95,7 @@ class Dialogue:
     count = len(order)
     example = ', '.join(map(str, range(count, 0, -1)))
     form = _FORMAT.format(words=self.words, count=count, example=example)
-    system = [self.system, form, KNOWLEDGE if self.knowledge else '']
+    system = [self.system, form, chat.KNOWLEDGE if self.knowledge else '']
     user = [self.describe(slate, order)]
     if target is not None:
       place = int(np.argsort(order)[target])
@@ -118,7 +110,7 @@ class Dialogue:
     lines = {
       'history': [
         self._line(f'h{place}', item)
-        for place, item in enumerate(self._history(slate), 1)
+        for place, item in enumerate(self.prompter.shown(slate), 1)
       ],
       'candidates': [
         self._line(str(place), slate['candidates'][rank])
@@ -202,7 +194,7 @@ class Dialogue:
       Prose. What cites no item of the slate shows as the symbols it is.
     """
     words, sids = self.prompter.vocabulary, self.prompter.items['sid']
-    history = self._history(slate)
+    history = self.prompter.shown(slate)
     names = {
       (words.slot_base + int(rank),): f'[{place}]'
       for place, rank in enumerate(order, 1)
@@ -222,11 +214,6 @@ class Dialogue:
       ids, text = ids[size:], []
     return ' '.join(filter(None, [*shown, words.decode(text)]))
 
-  def _history(self, slate) -> np.ndarray:
-    """The items of the history that the policy is shown."""
-    items = slate['history'][: int(slate['history_length'])]
-    return items[len(items) - min(self.prompter.history, len(items)) :]
-
   def _line(self, name: str, item: int) -> str:
     year = int(self.catalog.years[item])
     parts = [
@@ -242,7 +229,7 @@ class Dialogue:
   ) -> Iterator['_Piece | None']:
     """Prose and citations in turn; None for what is not there."""
     words, sids = self.prompter.vocabulary, self.prompter.items['sid']
-    history = self._history(slate)
+    history = self.prompter.shown(slate)
     at = 0
     for match in _CITATION.finditer(text):
       yield _Piece(self._encode(text[at : match.start()]), True)

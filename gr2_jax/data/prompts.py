@@ -113,9 +113,12 @@ class Prompter:
     history_fields: of each of them, in order.
     num_candidates: K, candidates that a prompt has room for.
     reasoning: tokens of a reasoning span, at most; longer ones are cut.
+    budget: tokens of a prompt, at most; the oldest items of a history are left
+      out of one that is longer. 0 for no limit.
 
   Raises:
-    ValueError: a field that there is not.
+    ValueError: a field that there is not, or a budget that the candidates alone
+      exceed.
   """
 
   vocabulary: vocabulary_lib.Vocabulary
@@ -130,8 +133,15 @@ class Prompter:
   history_fields: tuple[str, ...]
   num_candidates: int
   reasoning: int
+  budget: int = 0
 
   def __post_init__(self):
+    if 0 < self.budget < self._least_tokens:
+      raise ValueError(
+        f'prompt.budget={self.budget}: a prompt without any history may take '
+        f'{self._least_tokens} tokens; raise it, or show less of the '
+        'candidates (prompt.fields, prompt.title_tokens)'
+      )
     for name, known in (
       ('fields', FIELDS),
       ('history_fields', tuple(f for f in FIELDS if f != 'evidence')),
@@ -145,14 +155,17 @@ class Prompter:
   @functools.cached_property
   def prompt_tokens(self) -> int:
     """Length that every prompt of this data set fits in."""
-    blocks = sum(
-      1 + self.history * self._longest(self.history_fields)
-      if block == 'history'
-      else 1 + self.num_candidates * (1 + self._longest(self.fields))
-      for block in self.layout
-    )
+    longest = self._least_tokens
+    if 'history' in self.layout:
+      longest += self.history * self._longest(self.history_fields)
+    return min(longest, self.budget or longest)
+
+  @functools.cached_property
+  def _least_tokens(self) -> int:
+    """Length of the longest prompt whose history is empty."""
+    lines = self.num_candidates * (1 + self._longest(self.fields))
     ends = len(self.opening) + len(self.closing) + self.ask_tokens
-    return ends + blocks
+    return ends + len(self.layout) + lines * ('candidates' in self.layout)
 
   @property
   def ask_tokens(self) -> int:
@@ -196,20 +209,13 @@ class Prompter:
     for block in self.layout:
       ids.append(self.vocabulary.control[f'<{block}>'])
       if block == 'history':
-        shown = slate['history'][: int(slate['history_length'])]
-        for item in shown[len(shown) - min(self.history, len(shown)) :]:
-          for field in self.history_fields:
-            ids.extend(self.items[field][item])
+        for item in self.shown(slate):
+          ids.extend(self._line(item, self.history_fields))
         continue
       bins = self.vocabulary.bins(self.bins(slate['evidence'], count))
       for place, rank in enumerate(order):
         item = slate['candidates'][rank]
-        for field in self.fields:
-          ids.extend(
-            bins[rank].tolist()
-            if field == 'evidence'
-            else self.items[field][item]
-          )
+        ids.extend(self._line(item, self.fields, bins[rank].tolist()))
         slots[place] = len(ids)
         ids.append(self.vocabulary.slot_base + place)
     ids.extend(self.closing)
@@ -224,6 +230,35 @@ class Prompter:
       'incoming': incoming,
       'count': np.int32(count),
     }
+
+  def shown(self, slate: dict[str, np.ndarray]) -> np.ndarray:
+    """Items of the history that the prompt shows, oldest first: int32 [..].
+
+    The most recent `history` of them, or as many of these as the budget has
+    room for behind this slate's candidates.
+    """
+    if 'history' not in self.layout:
+      return slate['history'][:0]
+    end = int(slate['history_length'])
+    recent = slate['history'][max(0, end - self.history) : end]
+    if not self.budget:
+      return recent
+    room = self.prompt_tokens - self._least_tokens
+    if 'candidates' in self.layout:
+      spare = (1 + self._longest(self.fields)) * self.num_candidates
+      for item in slate['candidates'][: int(slate['count'])]:
+        spare -= 1 + len(self._line(item, self.fields, self.bins.columns))
+      room += spare
+    lengths = [len(self._line(item, self.history_fields)) for item in recent]
+    fits = np.cumsum(lengths[::-1]) <= room
+    return recent[len(recent) - int(fits.sum()) :]
+
+  def _line(self, item: int, fields: tuple[str, ...], bins=()) -> list[int]:
+    """Token ids of an item's fields."""
+    ids: list[int] = []
+    for field in fields:
+      ids.extend(bins if field == 'evidence' else self.items[field][item])
+    return ids
 
   def ask(self, control: str, target: int | None = None) -> list[int]:
     """What stands behind the blocks and asks for an answer.

@@ -125,10 +125,9 @@ class Heuristic:
       c for item in history for c in self.catalog.categories[item]
     )
     pattern = [name for name, _ in liked.most_common(2)]
-    shown = history[-max(1, self.prompter.history) :]
     cited = [
       item
-      for item in shown
+      for item in self.prompter.shown(slate)
       if set(self.catalog.categories[item]) & set(pattern)
     ][-1:]
     target = self.catalog.categories[slate['candidates'][ranking[0]]]

@@ -5,6 +5,7 @@ mid-training starts from random parameters. With it, the symbols are added to
 the model's own tokenizer and rows for them to its embedding.
 """
 
+import logging
 import pathlib
 import re
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import jax
 
 from gr2_jax import checkpoint, policy
-from gr2_jax.data import midtraining, teachers, vocabulary
+from gr2_jax.data import midtraining, prompts, splits, teachers, vocabulary
+from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import new_rows
 
 
@@ -58,6 +60,7 @@ def run(
     'symbols': len(words.layout.symbols()),
     'prompt_tokens': setup.prompter.prompt_tokens,
     'source': config.model.source,
+    'history_left_out': left_out(setup.prompter, inputs['slates']),
   }
   if not backbone:
     return found
@@ -86,6 +89,27 @@ def run(
     'added_rows': len(texts),
     'parameters': sum(leaf.size for leaf in jax.tree.leaves(abstract)),
   }
+
+
+def left_out(
+  prompter: prompts.Prompter, slates: pathlib.Path
+) -> dict[str, dict[str, int]]:
+  """What the budget of a prompt costs: split -> slates cut, items left out."""
+  found = {}
+  for split in splits.SPLITS if prompter.budget else ():
+    records = slates_lib.source(slates, split)
+    missing = [
+      min(int(slate['history_length']), prompter.history)
+      - len(prompter.shown(slate))
+      for slate in map(records.__getitem__, range(len(records)))
+    ]
+    found[split] = {
+      'slates': len(missing),
+      'cut': sum(n > 0 for n in missing),
+      'items': sum(missing),
+    }
+    logging.info('backbone: prompt.budget in %s: %s', split, found[split])
+  return found
 
 
 def symbol_texts(setup: policy.Setup) -> list[list[int]]:

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gr2_jax.data import dialogue
+from gr2_jax.data import chat, dialogue
 from gr2_jax.ops import parsing
 
 from .. import tiny_data
@@ -62,8 +62,8 @@ def test_a_chat_does_not_depend_on_labels_unless_targeted(words):
 
 def test_knowledge_is_a_switch(words):
   primed = dataclasses.replace(words, knowledge=True)
-  assert dialogue.KNOWLEDGE in primed.messages(slate(), ORDER)[0]['content']
-  assert dialogue.KNOWLEDGE not in words.messages(slate(), ORDER)[0]['content']
+  assert chat.KNOWLEDGE in primed.messages(slate(), ORDER)[0]['content']
+  assert chat.KNOWLEDGE not in words.messages(slate(), ORDER)[0]['content']
 
 
 @pytest.mark.parametrize(

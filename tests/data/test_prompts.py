@@ -152,6 +152,57 @@ def test_no_history_is_shown_where_none_is_wanted(prompter):
   assert ids[1:3] == [control['<history>'], control['<candidates>']]
 
 
+def history_of(prompter, row, slate):
+  """Items of the history in a prompt, by their lines."""
+  ids = row['prompt'].tolist()
+  control = prompter.vocabulary.control
+  begin = ids.index(control['<history>']) + 1
+  end = ids.index(control['<candidates>'])
+  found, at = [], begin
+  shown = slate['history'][: int(slate['history_length'])][::-1]
+  lines = {}
+  for item in shown:
+    line = [prompter.items[f][item] for f in prompter.history_fields]
+    lines[sum(line, ())] = item
+  while at < end:
+    size = next(
+      n for n in range(1, end - at + 1) if tuple(ids[at : at + n]) in lines
+    )
+    found.append(lines[tuple(ids[at : at + size])])
+    at += size
+  return found
+
+
+def test_a_budget_leaves_out_the_oldest_items_first(prompter):
+  slate = tiny_data.slate()
+  whole = prompter.prompt(slate, np.arange(K))
+  every = history_of(prompter, whole, slate)
+  assert len(every) > 1
+  np.testing.assert_array_equal(every, prompter.shown(slate))
+  longest, kept = prompter.prompt_tokens, []
+  for budget in range(prompter._least_tokens, longest + 1):
+    other = dataclasses.replace(prompter, budget=budget)
+    assert other.prompt_tokens == budget
+    row = other.prompt(slate, np.arange(K))
+    assert len(row['prompt']) + other.ask_tokens <= budget
+    shown = other.shown(slate)
+    np.testing.assert_array_equal(history_of(other, row, slate), shown)
+    np.testing.assert_array_equal(shown, every[len(every) - len(shown) :])
+    line = sum(len(prompter.items[f][0]) for f in prompter.history_fields)
+    room = budget - len(row['prompt']) - other.ask_tokens
+    assert len(shown) == len(every) or room < line + 20
+    kept.append(len(shown))
+  assert kept == sorted(kept)
+  assert kept[-1] == len(every)
+  assert len(set(kept)) > 1
+
+
+def test_a_budget_too_small_for_the_candidates_says_so(prompter):
+  least = prompter._least_tokens
+  with pytest.raises(ValueError, match=f'prompt.budget=7: .* {least} tokens'):
+    dataclasses.replace(prompter, budget=7)
+
+
 def test_bins_are_quantiles_and_rise_with_the_evidence():
   slates = tiny_data.many(400)
   bins = prompts.EvidenceBins.fit(

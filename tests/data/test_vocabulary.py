@@ -105,6 +105,39 @@ def test_codes_and_bins_are_the_symbols_they_are_called(either):
   ]
 
 
+def test_words_that_are_worth_a_piece_are_one_piece_among_much_text(tmp_path):
+  rng = np.random.default_rng(0)
+  letters = np.array(list('abcdefghij'))
+  titles = [
+    ' '.join(''.join(rng.choice(letters, 5)) for _ in range(3))
+    for _ in range(800)
+  ]
+  wanted = ('likes', 'fits', 'Sci-Fi', 'so')
+  for words, most in (((), 5), (wanted, 1)):
+    path = tmp_path / f'{len(words)}.model'
+    found = vocabulary.train(path, titles, tiny_data.LAYOUT, 120, words)
+    sizes = [len(found.encode(word)) for word in ('likes', 'fits', 'so')]
+    assert (max(sizes) == 1) == (most == 1), sizes
+
+
+def test_a_token_is_translated_by_its_spelling(tmp_path, words, pretrained):
+  same = vocabulary.translate(words, words)
+  spelt = [words.pieces.spelling(i) for i in range(len(words))]
+  assert [spelt[i] for i in same] == spelt  # Equal spellings are one token.
+  found = vocabulary.translate(words, pretrained)
+  assert found.shape == (len(words),)
+  for role in ('pad', 'bos', 'eos', 'slot_base', 'sid_base', 'bin_base'):
+    assert found[getattr(words, role)] == getattr(pretrained, role)
+  for name, number in words.control.items():
+    assert found[number] == pretrained.control[name]
+  text = [i for i in range(len(words)) if 0 <= found[i] < 200]
+  for i in text:
+    if i not in (words.pad, words.bos, words.eos):
+      spelling = pretrained.pieces.spelling(int(found[i]))
+      assert words.pieces.spelling(i) == spelling
+  assert (found == -1).any()  # It has no bytes, and other pieces.
+
+
 def test_slots_are_told_from_their_neighbours(either):
   ids = either.slot_base + np.arange(-1, 9)
   assert either.is_slot(ids).tolist() == [False, *[True] * 8, False]
