@@ -106,9 +106,12 @@ class Account:
       found[one.kind][1] += one.times * one.bytes
     return {kind: (n, size) for kind, (n, size) in found.items() if n}
 
-  def largest(self, kind: str) -> int:
-    """Bytes of the largest collective of a kind; 0 without any."""
-    return max((c.bytes for c in self.collectives if c.kind == kind), default=0)
+  def largest(self) -> Collective | None:
+    """The largest collective of any kind; None without any.
+
+    Of any, since a compiler may write a gather as a sum of padded parts.
+    """
+    return max(self.collectives, key=lambda c: c.bytes, default=None)
 
   def sent(self) -> float:
     """Bytes that leave the device, at most: an all-reduce goes round twice."""

@@ -12,9 +12,8 @@ import sys
 import traceback
 
 import jax
-import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from gr2_jax import artifacts, command_line, stages
 
@@ -25,7 +24,7 @@ _WORKDIR = flags.DEFINE_string('workdir', 'runs', 'Where artifacts go.')
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 
-def run(config: ml_collections.ConfigDict, root: str) -> None:
+def run(config: ConfigDict, root: str) -> None:
   """Runs the config's target and what it needs; prints the table of results.
 
   Args:
@@ -39,9 +38,9 @@ def run(config: ml_collections.ConfigDict, root: str) -> None:
     for seed in seeds:
       directory = artifacts.run_stage(config, target, root, seed)
       print(f'results: {directory / "results.json"}')
-  module = importlib.import_module(f'gr2_jax.stages.{target}')
-  if hasattr(module, 'summary'):  # Evaluation and studies have a table.
-    print(module.summary(artifacts.read_results(directory)))
+  stage = importlib.import_module(f'gr2_jax.stages.{target}')
+  if hasattr(stage, 'summary'):  # Evaluation and studies have a table.
+    print(stage.summary(artifacts.read_results(directory)))
 
 
 def _use_compile_cache() -> None:
@@ -58,7 +57,7 @@ def _use_compile_cache() -> None:
 
 
 def _is_ours(file: str) -> bool:
-  return pathlib.Path(file).is_relative_to(pathlib.Path(__file__).parent)
+  return pathlib.Path(__file__).parent in pathlib.Path(file).parents
 
 
 def _quiet_libraries() -> None:

@@ -263,11 +263,12 @@ def text(report: Report) -> str:
         f'{program.name}: {loops} loop ends when the data says so, and is '
         'counted in full'
       )
-    largest = program.account.largest('all-gather')
-    lines.append(
-      f'{program.name}: the largest all-gather is {largest / 1e9:.2f} GB, '
-      f'{largest / report.parameter_bytes:.1%} of all parameters'
-    )
+    if largest := program.account.largest():
+      lines.append(
+        f'{program.name}: its largest collective is {largest.kind}, '
+        f'{largest.bytes / 1e9:.2f} GB, '
+        f'{largest.bytes / report.parameter_bytes:.1%} of all parameters'
+      )
   return '\n'.join([*lines, '', summary(report)])
 
 

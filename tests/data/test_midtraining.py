@@ -128,9 +128,10 @@ def test_phrases_make_the_fixed_words_pieces(tmp_path):
   own = tiny_data.catalog()
   words = vocabulary.train(
     tmp_path / 'vocabulary.model',
-    [*midtraining.PHRASES, *own.titles],
+    own.titles,
     tiny_data.LAYOUT,
     100,
+    words=' '.join(midtraining.PHRASES).split(),
   )
   for word in ('mostly', 'and', 'lately', 'from', 'decades', '1990', '2000'):
     assert len(words.encode(word)) == 1, word

@@ -260,8 +260,12 @@ def test_the_table_has_the_start_where_there_is_one(
   monkeypatch.setattr(evaluate, '_ranked', ranked)
   monkeypatch.setattr(baselines, 'read_scores', lambda *_: scores)
   inputs = {name: found[name] for name in ('slates', 'tokenizer', 'backbone')}
-  results = evaluate.run(own, inputs | {'baselines': tmp_path}, tmp_path)
-  rows = [r for r in evaluate.RANKERS if r != 'policy_start' or pretrained]
+  inputs |= {'baselines': tmp_path, 'sft@0': tmp_path, 'rl@0': tmp_path}
+  results = evaluate.run(own, inputs, tmp_path)
+  others = {'policy_start'} if not pretrained else set()
+  for stage in ('opd', 'midtrain'):
+    others |= {f'policy_{stage}', f'policy_{stage}_readout'}
+  rows = [r for r in evaluate.RANKERS if r not in others]
   assert set(results['metrics']) == set(rows)
   assert set(asked) == {'rl@0', 'sft@0'} | (
     {'backbone'} if pretrained else set()
