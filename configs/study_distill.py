@@ -30,11 +30,11 @@ STUDENT = {
   ),
   'traces': dict(teacher='policy', temperature=1.0),
   'sft': dict(rank_by='trace', listwise_weight=0.0, learning_rate=4e-3),
-  'opd': dict(
-    start='midtrain', view='same', kl_kind='forward', learning_rate=4e-3
-  ),
+  'opd': dict(start='midtrain', kl_kind='forward', learning_rate=4e-3),
   'rl': dict(learning_rate=5e-4, credit='placement', warmup=10),
 }
+# On MovieLens so short a training teaches the read-out, not yet the answer.
+VIEWS = {'world': 'same', 'movielens': 'readout'}
 SIZES = {
   'teacher': {'sft': dict(steps=400, eval_every=200, eval_slates=512)},
   'student': {
@@ -73,6 +73,7 @@ def section(test: bool = False) -> ConfigDict:
   config = ConfigDict()
   config.datasets = ('world',) if test else ('world', 'movielens')
   config.evidence = ConfigDict(common.EVIDENCE)  # prompt.evidence of each
+  config.views = ConfigDict(VIEWS)  # opd.view on each
   config.teacher = ConfigDict(TEACHER)  # sections that the teacher changes
   config.student = ConfigDict(STUDENT)  # likewise
   if not test:

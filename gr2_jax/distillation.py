@@ -10,7 +10,7 @@ semantic IDs, of any size; what sets it above the student is its view:
 | `same` | reads what the student reads: it is another, better policy |
 | `privileged` | is told a positive (`sft.privileged` teaches it to use that) |
 | `thinking` | reasons first, where the student answers at once |
-| `readout` | speaks through the scores at its slot tokens |
+| `readout` | ranks by the scores at its slot tokens; reasons as it does |
 
 Axes: P prompts, G group, T completion time, K candidates, V the student's
 vocabulary, D' the teacher's width.
@@ -179,7 +179,9 @@ def make_look(
     )
     if teacher.view == 'readout':
       scores = transformer.slot_scores(params, hidden, batch.teacher_slots)
-      return batch.replace(teacher_scores=teacher.sharpness * scores), {}
+      batch = batch.replace(teacher_scores=teacher.sharpness * scores)
+      if not sampler.thinking:
+        return batch, {}
     tokens = jnp.where(known, table, setup.grammar.pad)[batch.tokens]
     hidden = transformer.completion_hidden(
       setup.model, params, hidden, prefix, tokens

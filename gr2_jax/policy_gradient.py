@@ -128,8 +128,8 @@ def make_loss(
     average: what sums over tokens are divided by.
     kl_weight: above 0, the batch must hold what the divergence asks for.
     divergence: of `DIVERGENCES`: on the sampled tokens, where the batch has
-      `teacher_logp`; over the vocabulary, where it has `teacher_hidden`; or
-      over the candidates still left, where it has `teacher_scores`.
+      `teacher_logp`; over the vocabulary, where it has `teacher_hidden`; in
+      answers over the candidates still left, where it has `teacher_scores`.
 
   Returns:
     `(params, batch, rows, known) -> (loss, metrics)`, the last two of
@@ -186,6 +186,7 @@ def _apart(
     progress = sampling.replay(grammar, batch.tokens, config.thinking)
     left = parsing.answer_mask(progress.emitted, batch.count[:, None, None])
     left = left[..., :-1] & progress.answering[..., None]
+    counts = jnp.any(left, axis=-1)
     apart = kl.divergence(
       divergence,
       scores.slot_logp,
@@ -194,7 +195,10 @@ def _apart(
       ),
       left,
     )
-    return apart, written & jnp.any(left, axis=-1)
+    if batch.teacher_hidden is not None:
+      apart = jnp.where(progress.answering, apart, scores.divergence)
+      counts |= ~progress.answering
+    return apart, written & counts
   if batch.teacher_hidden is not None:
     return scores.divergence, written
   if batch.teacher_knows is not None:

@@ -175,6 +175,7 @@ def test_the_readout_speaks_of_the_candidates_still_left(thinking):
   (_, metrics), _ = loss_of(config, 'reverse')(
     tiny.params(), batch, *found.rows()
   )
+  logits = plain_logp(found, batch)  # Of its tokens, for the reasoning.
   scores = np.asarray(batch.teacher_scores, np.float64)
   logp = tiny.plain_logp(
     tiny.params(), batch.prompt, batch.prompt_length, batch.tokens, TEMPERATURE
@@ -183,6 +184,16 @@ def test_the_readout_speaks_of_the_candidates_still_left(thinking):
   for p, g in np.ndindex(batch.length.shape):
     tokens = batch.tokens[p, g, : batch.length[p, g]]
     begin = 1 + list(tokens).index(G.think_end) if thinking else 0
+    remaining = 10 - np.arange(begin)
+    for t in range(begin):
+      if remaining[t] <= batch.count[p] + 2:
+        apart.append(0.0)  # It had to close: nothing to choose.
+        continue
+      allowed = ~np.isin(np.arange(V), [G.eos, G.pad])
+      mine, its = logp[p, g, t, allowed], logits[p, g, t, allowed]
+      mine = mine - scipy.special.logsumexp(mine)
+      its = its - scipy.special.logsumexp(its)
+      apart.append((np.exp(mine) * (mine - its)).sum())
     left = list(range(batch.count[p]))
     for t in range(begin, begin + int(batch.count[p])):
       mine = logp[p, g, t, [G.slot_base + k for k in left]]

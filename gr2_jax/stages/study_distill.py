@@ -22,7 +22,7 @@ from gr2_jax.stages import studies
 
 TABLE = 'distill.md'
 FIGURE = 'distill.png'
-TEACHER = 'teacher'
+TEACHER, READOUT = 'teacher', 'teacher, read-out'
 METRICS = ('r@1', 'n@5', 'copied', 'top3_unchanged', 'kendall_tau')
 CLAIMS = ('total', 'citations', 'categories', 'conclusion', 'claimed')
 COLUMNS = (
@@ -89,6 +89,7 @@ def _study(
 
   learning = _with(own, stage.student)
   learning.traces.policy = learning.opd.policy = str(teacher)
+  learning.opd.view = stage.views[dataset]
   plans = {}
   for name, target, kind, start in stage.rows:
     plans[name] = plan = learning.copy_and_resolve_references()
@@ -110,6 +111,9 @@ def _study(
     ]
     for name, tests in tested.items()
   }
+  spoken = ranker.watch(first.readout, first.slates.grades, first.slates.count)
+  watched = {TEACHER: watched[TEACHER], READOUT: [spoken]} | watched
+  best = READOUT if stage.views[dataset] == 'readout' else TEACHER
   scores = {
     name: np.stack([w['n@5'] for w in watches])
     for name, watches in watched.items()
@@ -126,7 +130,7 @@ def _study(
       )._asdict(),
       'n@5_kept': statistics.share_of_gain(
         scores[name],
-        scores[TEACHER][0],
+        scores[best][0],
         base,
         users,
         resamples=stage.resamples,
@@ -135,7 +139,7 @@ def _study(
       'claims': {
         c: float(np.nanmean([t.claims[c] for t in tested[name]]))
         for c in CLAIMS
-        if tested[name][0].claims
+        if name in tested and tested[name][0].claims
       },
     }
     rows.append({'row': name} | means | measured)
@@ -256,7 +260,7 @@ def _draw(results: dict[str, Any], path: pathlib.Path) -> None:
     place = -np.arange(len(rows))
     for at, row in zip(place, rows, strict=True):
       gain = row['n@5_gain']
-      colour = 'C1' if row['row'] == TEACHER else 'C0'
+      colour = 'C1' if row['row'] in (TEACHER, READOUT) else 'C0'
       gains.plot([gain['low'], gain['high']], [at, at], color=colour)
       gains.plot(gain['estimate'], at, 'o', color=colour)
     gains.axvline(0, color='grey', linewidth=0.8)

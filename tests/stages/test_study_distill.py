@@ -49,7 +49,9 @@ def test_the_rows_say_what_is_kept_of_the_teacher(study):
   _, results = study
   (found,) = results['data']
   rows = {row['row']: row for row in found['rows']}
-  assert list(rows) == ['incoming', 'teacher', *ROWS]
+  assert list(rows) == [
+    'incoming', 'teacher', 'teacher, read-out', *ROWS
+  ]  # fmt: skip
   for name in ('teacher', *ROWS):
     row = rows[name]
     for interval in (row['n@5_gain'], row['n@5_kept']):
