@@ -24,9 +24,10 @@ class Chip:
   slices: tuple[str, ...]  # shapes of one slice, small to large
 
 
-# Per chip, from docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}. The interconnect
-# is documented in both directions together (400, 1,200, 800 GB/s): half of it
-# leaves the chip.
+# Per chip, from docs.cloud.google.com/tpu/docs/{v5e,v5p-training,v6e}. The
+# interconnect of v5e and v6e is documented in both directions together (400 and
+# 800 GB/s): half of it leaves the chip. That of v5p is 4,800 Gb/s, read as one
+# direction, as the older 1,600 Gb/s of v5e is.
 CHIPS = {
   'v5e': Chip(
     hbm=16e9,
