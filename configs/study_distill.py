@@ -41,9 +41,9 @@ SIZES = {
     'midtrain': dict(steps=500, eval_every=250),
     'traces': dict(slates=2000),
     'sft': dict(steps=300, eval_every=150, eval_slates=512),
-    'opd': dict(steps=300, eval_every=100, eval_slates=512),
+    'opd': dict(steps=300, eval_every=150, eval_slates=512),
     'rl': dict(
-      steps=80, eval_every=40, eval_slates=512, refills=0, refill_size=32
+      steps=50, eval_every=50, eval_slates=512, refills=0, refill_size=32
     ),
   },
 }
@@ -80,6 +80,6 @@ def section(test: bool = False) -> ConfigDict:
     config.teacher.update(SIZES['teacher'])
     config.student.update(SIZES['student'])
   config.rows = ROWS
-  config.test_slates = 64 if test else 2048  # of the test split, a fixed draw
+  config.test_slates = 64 if test else 1024  # of the test split, a fixed draw
   config.resamples = 200 if test else 2000  # of the bootstrap
   return config
