@@ -126,7 +126,9 @@ def render(record, rng):
   del rng
   row = tiny.examples(size=1, seed=int(record))
   return {
-    field.name: getattr(row, field.name)[0] for field in dataclasses.fields(row)
+    field.name: getattr(row, field.name)[0]
+    for field in dataclasses.fields(row)
+    if getattr(row, field.name) is not None
   }
 
 

@@ -22,6 +22,35 @@ def run(world, workdir, **changes):
   return opd.run(config, inputs, workdir)
 
 
+def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
+  world, tmp_path, monkeypatch
+):
+  options = dict(
+    view='same', start='midtrain', policy=str(world['sft']), steps=5,
+    eval_every=2,
+  )  # fmt: skip
+  wanted = run(world, tmp_path / 'whole', **options)
+  write = reporting.MetricsWriter.write
+
+  def dying(self, step, metrics):
+    if step == 4:
+      raise KeyboardInterrupt
+    write(self, step, metrics)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(reporting.MetricsWriter, 'write', dying)
+    with pytest.raises(KeyboardInterrupt):
+      run(world, tmp_path / 'killed', **options)
+  assert run(world, tmp_path / 'killed', **options) == wanted
+  config = tiny_world.config(**{f'opd__{k}': v for k, v in options.items()})
+  one, two = (
+    tiny_world.left(world, 'opd', tmp_path / name, config)
+    for name in ('killed', 'whole')
+  )
+  assert one[1:] == two[1:]
+  tiny.assert_trees_equal(one[0], two[0])
+
+
 VIEWS = {
   'same': dict(start='midtrain', thinking=True),
   'privileged': dict(kl_kind='forward'),
@@ -31,7 +60,15 @@ VIEWS = {
 
 
 @pytest.fixture(scope='module')
-def teacher(world):
+def one_device(world):
+  """The world's own runs were on all devices, as is the killed one below."""
+  with pytest.MonkeyPatch.context() as patch:
+    tiny_world.on_one_device(patch)
+    yield
+
+
+@pytest.fixture(scope='module')
+def teacher(world, one_device):
   """An SFT that went somewhere, in its six steps."""
   config = tiny_world.config(
     sft__learning_rate=5e-2, sft__privileged=True, sft__thinking=False
@@ -42,7 +79,7 @@ def teacher(world):
 
 
 @pytest.fixture(scope='module')
-def runs(world, teacher, tmp_path_factory):
+def runs(world, teacher, one_device, tmp_path_factory):
   @functools.lru_cache
   def get(view):
     workdir = tmp_path_factory.mktemp(view)
@@ -86,35 +123,6 @@ def test_the_teacher_of_another_shape_is_restored_with_its_own(
   assert row['teacher_knows'] == 1
   assert row['teacher_kl'] != other['teacher_kl']
   assert row['reward'] == other['reward']  # The same student, the same draws.
-
-
-def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
-  world, tmp_path, monkeypatch
-):
-  options = dict(
-    view='same', start='midtrain', policy=str(world['sft']), steps=5,
-    eval_every=2,
-  )  # fmt: skip
-  wanted = run(world, tmp_path / 'whole', **options)
-  write = reporting.MetricsWriter.write
-
-  def dying(self, step, metrics):
-    if step == 4:
-      raise KeyboardInterrupt
-    write(self, step, metrics)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(reporting.MetricsWriter, 'write', dying)
-    with pytest.raises(KeyboardInterrupt):
-      run(world, tmp_path / 'killed', **options)
-  assert run(world, tmp_path / 'killed', **options) == wanted
-  config = tiny_world.config(**{f'opd__{k}': v for k, v in options.items()})
-  one, two = (
-    tiny_world.left(world, 'opd', tmp_path / name, config)
-    for name in ('killed', 'whole')
-  )
-  assert one[1:] == two[1:]
-  tiny.assert_trees_equal(one[0], two[0])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -27,8 +28,10 @@ def make_config():
 
 
 @pytest.fixture(scope='module')
-def study(world):
-  root = world['rl'].parent
+def study(world, tmp_path_factory):
+  root = tmp_path_factory.mktemp('study')
+  for name in ('slates', 'tokenizer', 'backbone', 'midtrain', 'traces', 'sft'):
+    shutil.copytree(world[name], root / world[name].name)
   with artifacts.lock(root):
     directory = artifacts.run_stage(
       make_config(), 'study_distill', root, say=lambda _: None
