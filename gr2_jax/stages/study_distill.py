@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 
 from gr2_jax import artifacts, policy, ranker, reporting
+from gr2_jax.data import claims
 from gr2_jax.ops import statistics
 from gr2_jax.stages import studies
 
@@ -136,11 +137,7 @@ def _study(
         resamples=stage.resamples,
       )._asdict(),
       'n@5_seeds': scores[name].mean(1).tolist(),
-      'claims': {
-        c: float(np.nanmean([t.claims[c] for t in tested[name]]))
-        for c in CLAIMS
-        if name in tested and tested[name][0].claims
-      },
+      'claims': claims.summary(_marks(tested.get(name, []))),
     }
     rows.append({'row': name} | means | measured)
   return {
@@ -166,6 +163,13 @@ def _study(
     'n_slates': len(users),
     'n_users': len(np.unique(users)),
   }
+
+
+def _marks(tests: list[studies.Tested]) -> dict[str, np.ndarray]:
+  """What the reasoning of all seeds was found to be; empty without any."""
+  if not tests or not tests[0].claims:
+    return {}
+  return {c: np.concatenate([t.claims[c] for t in tests]) for c in CLAIMS}
 
 
 def _with(
@@ -266,7 +270,7 @@ def _draw(results: dict[str, Any], path: pathlib.Path) -> None:
     gains.axvline(0, color='grey', linewidth=0.8)
     gains.set_yticks(place, [row['row'] for row in rows])
     gains.set_title(f'{found["data"]}: N@5 gain over the incoming order')
-    quality = [row['claims'].get('total', 0.0) for row in rows]
+    quality = [row['claims'].get('total') or 0.0 for row in rows]
     marks.barh(place, quality, color='C2')
     marks.set_xlim(0, 1)
     marks.set_yticks(place, [])
