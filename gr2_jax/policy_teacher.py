@@ -205,19 +205,10 @@ def restore(
       f'traces.policy={path} was never told a target: train it with '
       "sft.privileged, or ask it with traces.kind='rejection'"
     )
-  files = [
-    vocabulary.find(home).read_bytes()
-    for home in (path.parent / found['inputs']['backbone'], inputs['backbone'])
-  ]
-  words = teacher.setup.vocabulary
   return PolicyTeacher(
     policy=teacher,
     student=student,
-    tokens=(
-      np.arange(len(words), dtype=np.int32)
-      if files[0] == files[1]
-      else vocabulary.translate(words, student.vocabulary)
-    ),
+    tokens=vocabulary.translate(teacher.setup.vocabulary, student.vocabulary),
     order=found['config']['prompt']['order'],
     temperature=temperature,
     batch_size=batch_size,

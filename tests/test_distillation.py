@@ -114,7 +114,7 @@ def test_the_divergence_equals_a_numpy_oracle(divergence, lacks_some):
   lacks = tuple(np.unique(tokens).tolist()) if lacks_some else ()
   config, found, batch, watches = looked(divergence, lacks=lacks)
   (_, metrics), _ = loss_of(config, divergence)(
-    tiny.params(), batch, *found.rows()
+    tiny.params(), batch, *found.rows
   )
   wanted = divergence_by_hand(divergence, config, found, batch)
   np.testing.assert_allclose(metrics['teacher_kl'], wanted, rtol=2e-4)
@@ -134,7 +134,7 @@ def test_the_gradient_equals_finite_differences(divergence, view):
   still = dataclasses.replace(
     batch, advantage=np.zeros_like(batch.advantage)
   )  # The surrogate has its own test.
-  params, rows = tiny.params(), found.rows()
+  params, rows = tiny.params(), found.rows
   _, gradient = loss(params, still, *rows)
   rng = np.random.default_rng(0)
   direction = jax.tree.map(
@@ -160,7 +160,7 @@ def test_groups_that_compare_nothing_still_have_a_teacher():
   config, found, batch, _ = looked('reverse')
   none = dataclasses.replace(batch, use=np.zeros(5, bool))
   (loss, metrics), gradient = loss_of(config, 'reverse')(
-    tiny.params(), none, *found.rows()
+    tiny.params(), none, *found.rows
   )
   assert float(loss) == float(metrics['teacher_kl']) > 0.1
   assert any(np.asarray(x).any() for x in jax.tree.leaves(gradient))
@@ -173,7 +173,7 @@ def test_the_readout_speaks_of_the_candidates_still_left(thinking):
   look = distillation.make_look(found, G, config, 'reverse')
   batch, _ = look(batch_for(config))
   (_, metrics), _ = loss_of(config, 'reverse')(
-    tiny.params(), batch, *found.rows()
+    tiny.params(), batch, *found.rows
   )
   logits = plain_logp(found, batch)  # Of its tokens, for the reasoning.
   scores = np.asarray(batch.teacher_scores, np.float64)
@@ -227,7 +227,7 @@ def test_a_policy_is_no_way_from_itself():
     batch, watches = look(tiny.policy_batch(config))
     assert float(watches['teacher_knows']) == 1
     (_, metrics), _ = loss_of(config, divergence)(
-      tiny.params(), batch, *itself.rows()
+      tiny.params(), batch, *itself.rows
     )
     assert abs(float(metrics['teacher_kl'])) < 1e-5
 

@@ -50,9 +50,8 @@ from gr2_jax.data import log as log_lib
 from gr2_jax.data import prompts
 from gr2_jax.ops import parsing
 
-BETWEEN = (
-  3  # words, signs too, between a category and the slots that it is said of
-)
+# Words, signs too, between a category and the slots that it is said of.
+BETWEEN = 3
 PARTS = ('citations', 'categories', 'conclusion')
 
 _TEXT, _SLOT, _CODE, _SYMBOL = range(4)

@@ -274,14 +274,16 @@ def translate(source: Vocabulary, target: Vocabulary) -> np.ndarray:
   Returns:
     int32 [len(source)], ids of `target`; -1 where it has no such token.
   """
-  found = np.full(len(source), -1, np.int32)
-  spelt: dict[str, int] = {}
-  for token in range(len(target)):
-    spelling = target.pieces.spelling(token)
-    if spelling:
-      spelt.setdefault(spelling, token)
-  for token in range(len(source)):
-    found[token] = spelt.get(source.pieces.spelling(token) or '', -1)
+  own, other = (
+    [words.pieces.spelling(token) for token in range(len(words))]
+    for words in (source, target)
+  )
+  if own == other:  # Also where two tokens, or parts of characters, look alike.
+    return np.arange(len(own), dtype=np.int32)
+  spelt = {name: token for token, name in reversed(list(enumerate(other)))}
+  found = np.array(
+    [spelt.get(name, -1) if name else -1 for name in own], np.int32
+  )
   for role in ('pad', 'bos', 'eos'):
     found[getattr(source, role)] = getattr(target, role)
   return found

@@ -94,7 +94,7 @@ def train(
     look = distillation.make_look(
       teacher, setup.grammar, sampler, stage.kl_kind
     )
-    said = teacher.rows() if stage.kl_kind in kl.EXACT else ()
+    said = teacher.rows if stage.kl_kind in kl.EXACT else ()
   weigh = make_weigh(setup, sampler, stage)
   optimizer = learner.make_optimizer(stage, stage.epochs * stage.minibatches)
   update = learner.make_update(
