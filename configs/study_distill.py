@@ -33,15 +33,20 @@ STUDENT = {
   'opd': dict(start='midtrain', kl_kind='forward', learning_rate=4e-3),
   'rl': dict(learning_rate=5e-4, credit='placement', warmup=10),
 }
-# On MovieLens so short a training teaches the read-out, not yet the answer.
-VIEWS = {'world': 'same', 'movielens': 'readout'}
+# On MovieLens the answer learns to rank long after the read-out does.
+STEPS = {
+  'world': dict(teacher=400, opd=300),
+  'movielens': dict(teacher=1200, opd=900),
+}
+# `readout` is for a teacher whose answers do not rank yet.
+VIEWS = {'world': 'same', 'movielens': 'same'}
 SIZES = {
-  'teacher': {'sft': dict(steps=400, eval_every=200, eval_slates=512)},
+  'teacher': {'sft': dict(eval_every=200, eval_slates=512)},
   'student': {
     'midtrain': dict(steps=500, eval_every=250),
     'traces': dict(slates=2000),
     'sft': dict(steps=300, eval_every=150, eval_slates=512),
-    'opd': dict(steps=300, eval_every=150, eval_slates=512),
+    'opd': dict(eval_every=150, eval_slates=512),
     'rl': dict(
       steps=50, eval_every=50, eval_slates=512, refills=0, refill_size=32
     ),
@@ -76,6 +81,9 @@ def section(test: bool = False) -> ConfigDict:
   config.views = ConfigDict(VIEWS)  # opd.view on each
   config.teacher = ConfigDict(TEACHER)  # sections that the teacher changes
   config.student = ConfigDict(STUDENT)  # likewise
+  config.steps = ConfigDict(STEPS)  # on each: sft of the teacher, opd
+  if test:
+    config.steps = ConfigDict(dict.fromkeys(STEPS, dict(teacher=10, opd=6)))
   if not test:
     config.teacher.update(SIZES['teacher'])
     config.student.update(SIZES['student'])

@@ -190,19 +190,7 @@ def lower(stage, setup: policy.Setup, load: Load) -> list[Lowered]:
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = _at(key, sharding.replicated(setup.mesh))
   act = rollouts.make_act(setup, sampler, stage)
-  update = learner.make_update(
-    setup.adapters.wrap(
-      policy_gradient.make_loss(
-        setup.model,
-        setup.grammar,
-        sampler,
-        clip_low=stage.clip_low,
-        clip_high=stage.clip_high,
-        average=stage.average,
-      )
-    ),
-    optimizer,
-  )
+  update = policy_gradient.make_update(setup, sampler, stage, optimizer)
 
   def part(x):
     """Of a batch leaf: what one update sees."""
@@ -237,6 +225,31 @@ def state_bytes(stage, setup: policy.Setup) -> int:
   """Bytes of parameters and optimizer on one chip."""
   optimizer = learner.make_optimizer(stage)
   return held(make_state(setup, optimizer))
+
+
+def least_bytes(stage, setup: policy.Setup, load: Load) -> int:
+  """Bytes that an update takes on one chip, whatever the compiler does.
+
+  Beside the state, first what stands between layers, which the loop over them
+  keeps for its way back; later all gradients, whose norm is clipped before the
+  first of them is used.
+
+  Args:
+    stage: section `rl`.
+    setup: of `make_setup`.
+    load: a step.
+  """
+  state, frozen = make_state(setup, learner.make_optimizer(stage))
+  item = jnp.dtype(setup.model.dtype).itemsize
+  gradients = held(state.params) * item // 4
+  chips = setup.mesh.shape['data'] * setup.mesh.shape['fsdp']
+  sampler = setup.sampling(
+    stage.group_size, stage.thinking, stage.temperature, stage.constrained
+  )
+  tokens = load.prompt_tokens + stage.group_size * sampler.max_tokens
+  tokens *= load.slates // stage.minibatches // chips
+  between = setup.model.num_layers * tokens * setup.model.d_model * item
+  return held((state, frozen)) + max(gradients, between)
 
 
 def held(tree: Any) -> int:

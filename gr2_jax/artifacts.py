@@ -24,7 +24,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import stages
+from gr2_jax import cluster, stages
 
 
 class ArtifactError(ValueError):
@@ -65,7 +65,9 @@ def plan(
   Returns:
     The artifact. Its fingerprint is SHA-256 over the stage's name, the JSON of
     its config sections, the content of the files they name, its seed, and its
-    inputs' names and fingerprints.
+    inputs' names and fingerprints. The section `mesh` is left out: where
+    something is computed is no part of what is computed, and a run may go on
+    elsewhere.
   """
   stage = stages.STAGES[name]
   seed = (config.seeds[0] if seed is None else seed) if stage.seeded else None
@@ -78,7 +80,9 @@ def plan(
   content = {
     'stage': name,
     'seed': seed,
-    'config': _sections(config, stage),
+    'config': {
+      k: v for k, v in _sections(config, stage).items() if k != 'mesh'
+    },
     'files': _hash_files(config, stage),
     'inputs': {key: a.fingerprint for key, a in inputs.items()},
   }
@@ -136,10 +140,15 @@ def read_results(directory: os.PathLike[str] | str) -> dict[str, Any]:
 def lock(root: os.PathLike[str] | str) -> Iterator[None]:
   """Holds a workdir for this process; the system frees it if we are killed.
 
+  Of several processes the first one holds it for all.
+
   Raises:
     ArtifactError: another process holds it.
   """
   root = pathlib.Path(root)
+  if not cluster.leads():
+    yield
+    return
   root.mkdir(parents=True, exist_ok=True)
   with (root / '.lock').open('a+', encoding='ascii') as file:
     try:
@@ -179,50 +188,71 @@ def _run(
   root: pathlib.Path,
   say: Callable[[str], None],
 ) -> pathlib.Path:
-  """Brings one artifact, whose inputs are finished, to its end."""
+  """Brings one artifact, whose inputs are finished, to its end.
+
+  Process 0 decides, writes and speaks; the others help where all are needed.
+  """
   directory = artifact.directory(root)
   results = directory / 'results.json'
+  together = stages.STAGES[artifact.stage].together
+  if not cluster.leads():
+    if not cluster.told(False) and together:
+      _call(config, artifact, inputs, directory)
+    cluster.wait_for(results)
+    return directory
   seed = '' if artifact.seed is None else f' seed {artifact.seed}'
   label = f'{artifact.stage}{seed}'.ljust(18)
-  stage = stages.STAGES[artifact.stage]
   resumed = directory.is_dir()
   if resumed:
     _check_config(directory, artifact)
-  if results.exists():
+  if cluster.told(results.exists()):
     read_results(directory)
     say(f'{label} finished before: {directory}')
     return directory
   say(f'{label} {"resumes" if resumed else "starts"} in {directory}')
   start = time.monotonic()
+  with contextlib.nullcontext() if together else cluster.alone():
+    found = _call(config, artifact, inputs, directory)
+  _write_json(results, found)
+  say(f'{label} done in {time.monotonic() - start:.1f} s')
+  return directory
+
+
+def _call(
+  config: ml_collections.ConfigDict,
+  artifact: Artifact,
+  inputs: dict[str, pathlib.Path],
+  directory: pathlib.Path,
+) -> dict[str, Any]:
+  """Runs the stage's function, with its config written beforehand."""
   try:
-    directory.mkdir(parents=True, exist_ok=True)
-    sections = _sections(config, stage)
-    _write_json(
-      directory / 'config.json',
-      {
-        'stage': artifact.stage,
-        'seed': artifact.seed,
-        'fingerprint': artifact.fingerprint,
-        'inputs': {key: path.name for key, path in inputs.items()},
-        'config': sections,
-      },
-    )
+    sections = _sections(config, stages.STAGES[artifact.stage])
+    if cluster.leads():
+      directory.mkdir(parents=True, exist_ok=True)
+      _write_json(
+        directory / 'config.json',
+        {
+          'stage': artifact.stage,
+          'seed': artifact.seed,
+          'fingerprint': artifact.fingerprint,
+          'inputs': {key: path.name for key, path in inputs.items()},
+          'config': sections,
+        },
+      )
     own = ml_collections.ConfigDict(sections)
     if artifact.seed is not None:
       own.seed = artifact.seed
     module = importlib.import_module(f'gr2_jax.stages.{artifact.stage}')
-    _write_json(results, module.run(own.lock(), inputs, directory))
+    return module.run(own.lock(), inputs, directory)
   except Exception as e:
     if not _is_disk_full(e):
       raise
-    free = shutil.disk_usage(root).free / 2**20
+    free = shutil.disk_usage(directory.parent).free / 2**20
     raise ArtifactError(
       f'{directory}: no space left on the disk ({free:.0f} MiB free); make '
       'room and give the same command again: it goes on from the last '
       'checkpoint'
     ) from e
-  say(f'{label} done in {time.monotonic() - start:.1f} s')
-  return directory
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 Orbax writes into a temporary sibling and renames it, so a killed save leaves
 no half checkpoint. Saves are synchronous: what `save` returned from is on disk.
+All processes that act together save and restore together, each its own parts of
+the arrays; a checkpoint is of no mesh and of no number of processes.
 """
 
 import os
 import pathlib
 from typing import Any
 
-import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+
+from gr2_jax import cluster
 
 
 class Checkpointer:
@@ -23,12 +27,15 @@ class Checkpointer:
 
   def __init__(self, directory: os.PathLike[str] | str, keep: int = 2):
     self._directory = pathlib.Path(directory).absolute()
+    self._directory.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
+        create=False,
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
+        multiprocessing_options=_processes(),
       ),
     )
 
@@ -44,7 +51,8 @@ class Checkpointer:
     Args:
       step: number of finished steps; larger than any saved before.
       state: tree of jax.Arrays, typed PRNG keys included.
-      iterator: the Grain iterator the next batch will be drawn from.
+      iterator: the Grain iterator the next batch will be drawn from; its state
+        is a position, the same on every process.
       meta: JSON-able facts.
 
     Raises:
@@ -57,11 +65,11 @@ class Checkpointer:
         'saved one'
       )
     items = {
-      'state': ocp.args.StandardSave(state),
+      'state': ocp.args.StandardSave(_at_hand(state)),
       'meta': ocp.args.JsonSave(meta or {}),
     }
     if iterator is not None:
-      items['data'] = grain.checkpoint.CheckpointSave(iterator)
+      items['data'] = ocp.args.JsonSave(iterator.get_state())
     self._manager.save(step, args=ocp.args.Composite(**items))
     self._manager.wait_until_finished()
 
@@ -97,8 +105,10 @@ class Checkpointer:
           f'{self._directory / str(step)}: saved without a data iterator, '
           'cannot resume one from it'
         )
-      items['data'] = grain.checkpoint.CheckpointRestore(iterator)
+      items['data'] = ocp.args.JsonRestore()
     found = self._manager.restore(step, args=ocp.args.Composite(**items))
+    if iterator is not None:
+      iterator.set_state(found.data)
     return found.state, step, found.meta
 
   def close(self) -> None:
@@ -119,8 +129,12 @@ def save_params(path: os.PathLike[str] | str, params: Any) -> None:
     path: the checkpoint's folder; appears whole or not at all.
     params: tree of arrays.
   """
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(pathlib.Path(path).absolute(), params, force=True)
+  with ocp.StandardCheckpointer(
+    multiprocessing_options=_processes()
+  ) as checkpointer:
+    checkpointer.save(
+      pathlib.Path(path).absolute(), _at_hand(params), force=True
+    )
 
 
 def load_params(path: os.PathLike[str] | str, abstract_params: Any) -> Any:
@@ -142,8 +156,27 @@ def load_params(path: os.PathLike[str] | str, abstract_params: Any) -> Any:
   if not path.is_dir():
     raise FileNotFoundError(f'{path}: no checkpoint there')
   _check_matches(path, abstract_params)
-  with ocp.StandardCheckpointer() as checkpointer:
+  with ocp.StandardCheckpointer(
+    multiprocessing_options=_processes()
+  ) as checkpointer:
     return checkpointer.restore(path, _abstract(abstract_params))
+
+
+def _processes() -> ocp.options.MultiprocessingOptions:
+  """Who takes part in a save: all, or process 0 while the others wait."""
+  if not cluster.is_alone():
+    return ocp.options.MultiprocessingOptions()
+  return ocp.options.MultiprocessingOptions(
+    active_processes={0}, barrier_sync_key_prefix='alone'
+  )
+
+
+def _at_hand(tree: Any) -> Any:
+  """What Orbax saves: of arrays that one of several processes has, the values.
+
+  It takes no jax.Array that other processes do not know of.
+  """
+  return jax.tree.map(np.asarray, tree) if cluster.is_alone() else tree
 
 
 def _abstract(tree: Any) -> Any:

@@ -4,6 +4,7 @@ import difflib
 import pathlib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -88,15 +89,18 @@ def _value_of_config(argv: list[str]) -> str | None:
 def _check_fields(argv: list[str], config_argument: str) -> None:
   """Raises a UsageError for the first `--config.field` that does not exist."""
   config = flags.FLAGS['config'].parser.parse(config_argument)
-  known = set(_fields(config, 'config'))
+  known = {name for name, _ in fields(config)}
   for word in argv[1:]:
     field = word.lstrip('-').partition('=')[0]
     if field.startswith('config.') and field not in known:
       raise UsageError(f'no field {field}{nearest(field, known)}')
 
 
-def _fields(config: ml_collections.ConfigDict, prefix: str) -> Iterable[str]:
+def fields(
+  config: ml_collections.ConfigDict, prefix: str = 'config'
+) -> Iterable[tuple[str, Any]]:
+  """Yields every field's name, as on the command line, and its value."""
   for name, value in config.items():
-    yield f'{prefix}.{name}'
+    yield f'{prefix}.{name}', value
     if isinstance(value, ml_collections.ConfigDict):
-      yield from _fields(value, f'{prefix}.{name}')
+      yield from fields(value, f'{prefix}.{name}')

@@ -20,8 +20,9 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import optax
 
-from gr2_jax import learner, sampling
+from gr2_jax import learner, policy, sampling
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, losses, masking, parsing
 
@@ -171,6 +172,39 @@ def make_loss(
     return loss, metrics
 
   return loss_fn
+
+
+def make_update(
+  setup: policy.Setup,
+  sampler: sampling.SamplingConfig,
+  stage,
+  optimizer: optax.GradientTransformation,
+  kl_weight: float = 0.0,
+) -> Callable[..., tuple[learner.TrainState, dict[str, jax.Array]]]:
+  """Compiles the update of a stage whose policy learns from its own rollouts.
+
+  Args:
+    setup: tokens, shapes, and what of the parameters is trained.
+    sampler: how batches are sampled.
+    stage: section `rl` or `opd`: clip_low, clip_high, average, kl_kind.
+    optimizer: of `learner.make_optimizer`.
+    kl_weight: of the teacher; 0 without one.
+
+  Returns:
+    `(state, frozen, batch, *said) -> (state, metrics)`, `said` what the
+    teacher says of its vocabulary; the old state is donated.
+  """
+  loss_fn = make_loss(
+    setup.model,
+    setup.grammar,
+    sampler,
+    clip_low=stage.clip_low,
+    clip_high=stage.clip_high,
+    average=stage.average,
+    kl_weight=kl_weight,
+    divergence=stage.kl_kind,
+  )
+  return learner.make_update(setup.adapters.wrap(loss_fn), optimizer)
 
 
 def _apart(

@@ -9,18 +9,22 @@ Axes: n slates, B batch, K candidates, T completion tokens.
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import policy, reporting, sampling, sharding
+from gr2_jax import cluster, policy, reporting, sampling, sharding
 from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import transformer
 from gr2_jax.ops import masking, metrics
 
+# What an answer is made of: the read-out at the slots, in one prefill; a
+# ranking that is decoded; one that is decoded after its reasoning.
+MODES = ('score', 'rank', 'reason')
 SENSITIVITY_SLATES = 256  # Enough to see it, a fraction of a validation.
 
 
@@ -69,20 +73,73 @@ def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
   hidden, _ = transformer.encode_prompt(
     model, params, batch['prompt'], batch['prompt_length']
   )
-  scores = transformer.slot_scores(params, hidden, batch['slots'])
-  real = masking.length_mask(batch['count'], scores.shape[-1])
-  readout = jnp.argsort(jnp.where(real, -scores, jnp.inf), axis=-1)
-  incoming = batch['incoming']
-  return dict(
-    generated=metrics.in_incoming_ranks(answer.ranking, incoming),
-    readout=metrics.in_incoming_ranks(readout, incoming),
-    scores=jnp.take_along_axis(scores, jnp.argsort(incoming, -1), -1),
+  return _read_out(params, hidden, batch) | dict(
+    generated=metrics.in_incoming_ranks(answer.ranking, batch['incoming']),
     verdict=answer.verdict,
     tokens=tokens,
     length=length,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(model, params, batch) -> dict[str, jax.Array]:
+  """One prefill of one batch: its read-out is the answer, nothing decodes."""
+  hidden, _ = transformer.encode_prompt(
+    model, params, batch['prompt'], batch['prompt_length']
+  )
+  found = _read_out(params, hidden, batch)
+  none = jnp.zeros_like(batch['count'])
+  return found | dict(
+    generated=found['readout'], verdict=none, tokens=none[:, None], length=none
+  )
+
+
+def _read_out(params, hidden, batch) -> dict[str, jax.Array]:
+  """The fields of `Ranked` that a prefill gives."""
+  incoming = batch['incoming']
+  scores = transformer.slot_scores(params, hidden, batch['slots'])
+  real = masking.length_mask(batch['count'], scores.shape[-1])
+  order = jnp.argsort(jnp.where(real, -scores, jnp.inf), axis=-1)
+  return dict(
+    readout=metrics.in_incoming_ranks(order, incoming),
+    scores=jnp.take_along_axis(scores, jnp.argsort(incoming, -1), -1),
     presented=incoming,
     count=batch['count'],
   )
+
+
+def compiled(
+  setup: policy.Setup, mode: str, batch_size: int
+) -> Callable[[Any, Any], dict[str, jax.Array]]:
+  """Compiles the answer to batches of one size, ahead of time.
+
+  Args:
+    setup: tokens and shapes.
+    mode: of MODES; `score` decodes nothing, and its `generated` order is the
+      read-out's.
+    batch_size: a multiple of the devices that split a batch.
+
+  Returns:
+    (params, batch) -> arrays of `Ranked`; the batch is one of `batches.requests`
+    on the mesh, without its grades.
+  """
+  split = sharding.batch_sharding(setup.mesh)
+  K, T = setup.prompter.num_candidates, setup.prompter.prompt_tokens
+  widths = dict(
+    prompt=(T,), prompt_length=(), slots=(K,), incoming=(K,), count=()
+  )
+  batch = {
+    name: jax.ShapeDtypeStruct((batch_size, *width), jnp.int32, sharding=split)
+    for name, width in widths.items()
+  }
+  params = setup.abstract_params()
+  with sharding.activate(setup.mesh):
+    if mode == 'score':
+      return _score.lower(setup.model, params, batch).compile()
+    config = setup.sampling(1, mode == 'reason', 0.0, True)
+    return _answer.lower(
+      setup.model, setup.grammar, config, params, batch
+    ).compile()
 
 
 def rank(
@@ -130,7 +187,7 @@ def rank(
     for n, batch in batches.in_order(slates, render, batch_size, seed, first):
       batch.pop('grades')  # What the policy must not see.
       found = answer(params, sharding.shard_batch(batch, setup.mesh))
-      parts.append({k: np.asarray(v)[:n] for k, v in found.items()})
+      parts.append({k: v[:n] for k, v in cluster.fetch(found).items()})
       bar.update(n)
   return Ranked(**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 

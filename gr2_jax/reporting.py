@@ -11,6 +11,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from gr2_jax import cluster
+
 # Seconds between two lines of progress where the output is not a terminal.
 _LINE_INTERVAL = 10.0
 
@@ -23,7 +25,8 @@ class MetricsWriter:
   again) and drops a last line that a kill has torn.
 
   Args:
-    directory: where `metrics.jsonl` and the folder `tensorboard` go.
+    directory: where `metrics.jsonl` and the folder `tensorboard` go; of
+      several processes the first one writes.
     resume_step: the step of the checkpoint the run goes on from; 0 for none.
 
   Raises:
@@ -31,6 +34,9 @@ class MetricsWriter:
   """
 
   def __init__(self, directory: os.PathLike[str] | str, resume_step: int = 0):
+    self._file = self._tensorboard = None
+    if not cluster.leads():
+      return
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     self._path = directory / 'metrics.jsonl'
@@ -44,6 +50,8 @@ class MetricsWriter:
 
   def write(self, step: int, metrics: Mapping[str, object]) -> None:
     """Writes one line; values are scalars, non-finite ones become null."""
+    if self._file is None:
+      return
     values = {name: float(np.asarray(v)) for name, v in metrics.items()}
     line = {'step': int(step)} | {
       name: v if math.isfinite(v) else None for name, v in values.items()
@@ -55,8 +63,9 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Flushes and closes both files."""
-    self._file.close()
-    self._tensorboard.close()
+    if self._file is not None:
+      self._file.close()
+      self._tensorboard.close()
 
   def __enter__(self) -> 'MetricsWriter':
     return self
@@ -156,7 +165,9 @@ def progress(
     maxinterval=_LINE_INTERVAL,
     ncols=None if terminal else 0,
     dynamic_ncols=terminal,
-    disable=quiet or os.environ.get('TQDM_DISABLE', '0') not in ('', '0'),
+    disable=quiet
+    or not cluster.leads()
+    or os.environ.get('TQDM_DISABLE', '0') not in ('', '0'),
   )
 
 

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gr2_jax import cluster
+
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
 # Logical axis -> mesh axis. Where two logical axes of one array ask for the
@@ -51,7 +53,9 @@ def make_mesh(
     data: size of the data axis; -1 takes the devices the others leave.
     fsdp: size of the axis that shards parameters and batch.
     tensor: size of the axis that shards heads, feed-forward and vocabulary.
-    devices: those of a topology; by default all that this process knows.
+    devices: those of a topology; by default all that act together. What
+      process 0 does alone has a mesh of its own devices, of such sizes as they
+      allow.
 
   Returns:
     A mesh with axes `data`, `fsdp`, `tensor`, all of type Auto.
@@ -59,10 +63,16 @@ def make_mesh(
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
-  n = jax.device_count() if devices is None else len(devices)
+  of_topology = devices is not None
+  devices = devices if of_topology else cluster.devices()
+  n = len(devices)
   for name, size in zip(MESH_AXES, (data, fsdp, tensor), strict=True):
     if size < 1 and not (name == 'data' and size == -1):
       raise ValueError(f'mesh.{name}={size}: must be at least 1')
+  if cluster.is_alone() and not of_topology:
+    tensor = math.gcd(tensor, n)
+    fsdp = math.gcd(fsdp, n // tensor)
+    data = -1
   if data == -1:
     if n % (fsdp * tensor):
       raise ValueError(
@@ -156,11 +166,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-  """Puts a host batch on the mesh, split over its first axis.
+  """Puts a batch that every process has whole on the mesh, split by rows.
 
   Args:
-    batch: tree of arrays [B, ...], this process's share of the global batch;
-      scalars are replicated.
+    batch: tree of arrays [B, ...]; scalars are replicated.
     mesh: of `make_mesh`.
 
   Returns:
@@ -169,14 +178,73 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
   Raises:
     ValueError: a leaf's B is not divided by the data and fsdp axes.
   """
+  return _place(batch, mesh, None)
+
+
+def shard_share(share: Any, mesh: Mesh) -> Any:
+  """`shard_batch`, where every process has its own rows alone.
+
+  Args:
+    share: tree of arrays [own, ...], the rows of `own_rows`, in that order.
+    mesh: of `make_mesh`.
+  """
+  return _place(share, mesh, own_rows(mesh, _shards(mesh)))
+
+
+def own_rows(mesh: Mesh, size: int) -> np.ndarray:
+  """Which rows of a batch the devices of this process hold.
+
+  Args:
+    mesh: of `make_mesh`.
+    size: of the batch.
+
+  Returns:
+    int [own], ascending. Processes that hold the same parts have the same.
+
+  Raises:
+    ValueError: the size is not divided by the data and fsdp axes.
+  """
+  place = batch_sharding(mesh)
+  _check_divides('a batch', (size,), place)
+  held = place.addressable_devices_indices_map((size,)).values()
+  spans = {rows.indices(size)[:2] for (rows,) in held}
+  return np.concatenate([np.arange(*span) for span in sorted(spans)])
+
+
+def _shards(mesh: Mesh) -> int:
+  """Into how many parts a batch is split."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def _place(batch: Any, mesh: Mesh, parts: np.ndarray | None) -> Any:
+  """Puts rows on the mesh.
+
+  Args:
+    batch: tree of arrays.
+    mesh: of `make_mesh`.
+    parts: which of the equal parts of a batch its rows are; None for all.
+  """
   split, whole = batch_sharding(mesh), replicated(mesh)
+  shards = _shards(mesh)
+  parts = np.arange(shards) if parts is None else parts
 
   def put(path, x):
     x = np.asarray(x)
     sharding = split if x.ndim else whole
-    shape = (x.shape[0] * jax.process_count(), *x.shape[1:]) if x.ndim else ()
+    shape = x.shape
+    if x.ndim and len(parts) < shards:
+      shape = (x.shape[0] * shards // len(parts), *x.shape[1:])
     _check_divides(f'batch field {jax.tree_util.keystr(path)}', shape, sharding)
-    return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    def read(index):
+      if not x.ndim:
+        return x
+      start, stop, _ = index[0].indices(shape[0])
+      begin = np.searchsorted(parts, start * shards // shape[0])
+      begin *= shape[0] // shards
+      return x[begin : begin + stop - start]
+
+    return jax.make_array_from_callback(shape, sharding, read)
 
   return jax.tree_util.tree_map_with_path(put, batch)
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from gr2_jax.data import prompts
@@ -25,6 +24,7 @@ def dataset(
   render: Callable[[Any, np.random.Generator], dict[str, np.ndarray]],
   batch_size: int,
   seed: int,
+  rows: np.ndarray | None = None,
 ) -> grain.MapDataset:
   """Endless shuffled batches; each epoch has its own order and randomness.
 
@@ -33,27 +33,47 @@ def dataset(
     render: a record and a generator to a dict of arrays of static shape.
     batch_size: examples a batch over all hosts.
     seed: of order and randomness.
+    rows: which examples of every batch to make, of `sharding.own_rows`; None
+      for all.
 
   Returns:
-    Dicts of stacked arrays, this host's share.
+    Dicts of stacked arrays. What a batch holds, and an iterator's state, do
+    not depend on `rows`: another number of hosts goes on with the same.
 
   Raises:
-    ValueError: there are fewer records than a batch has, or the batch does
-      not split over the hosts.
+    ValueError: there are fewer records than a batch has.
   """
-  hosts = jax.process_count()
-  if batch_size % hosts:
-    raise ValueError(
-      f'batch_size={batch_size} does not split over {hosts} hosts'
-    )
   if len(source) < batch_size:
     raise ValueError(
       f'{len(source)} examples are fewer than batch_size={batch_size}: lower '
       'it, or bring more data'
     )
   data = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-  data = data[jax.process_index() :: hosts].random_map(render)
-  return data.batch(batch_size // hosts, drop_remainder=True)
+  return share(data.random_map(render), batch_size, rows)
+
+
+def share(
+  data: grain.MapDataset, batch_size: int, rows: np.ndarray | None
+) -> grain.MapDataset:
+  """Batches of an endless data set, or some rows of each."""
+  if rows is None or len(rows) == batch_size:
+    return data.batch(batch_size, drop_remainder=True)
+  return grain.MapDataset.source(_Share(data, batch_size, rows))
+
+
+class _Share:
+  """Random access to batches of which only some rows are made."""
+
+  def __init__(self, data: grain.MapDataset, batch_size: int, rows: np.ndarray):
+    self._data, self._batch_size, self._rows = data, batch_size, rows
+
+  def __len__(self) -> int:
+    return len(self._data) // self._batch_size
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    first = int(index) * self._batch_size
+    made = [self._data[first + int(row)] for row in self._rows]
+    return {k: np.stack([example[k] for example in made]) for k in made[0]}
 
 
 def iterate(data: grain.MapDataset) -> grain.DatasetIterator:

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
-from gr2_jax.data import prompts, records
+from gr2_jax import cluster
+from gr2_jax.data import batches, prompts, records
 
 TASKS = ('sequence', 'persona', 'caption', 'text')
 ROWS = 'packed.array_record'
@@ -148,7 +148,8 @@ def write(
   """Writes the first rows as ROWS, and what is in them as FACTS, last.
 
   Args:
-    workdir: where to. What a killed run left is made again, all of it.
+    workdir: where to. What a killed run left is made again, all of it; of
+      several processes the first one writes, the others wait.
     rows: of `pack`.
     tokens: T.
     most: number of rows.
@@ -158,6 +159,8 @@ def write(
     `tokens`, of each task.
   """
   path = workdir / FACTS
+  if not cluster.leads():
+    cluster.wait_for(path)
   if path.exists():
     return json.loads(path.read_text())
   counts: collections.Counter[str] = collections.Counter()
@@ -185,7 +188,10 @@ def write(
 
 
 def dataset(
-  source: Any, prompter: prompts.Prompter, batch_size: int
+  source: Any,
+  prompter: prompts.Prompter,
+  batch_size: int,
+  rows: np.ndarray | None = None,
 ) -> grain.MapDataset:
   """Endless batches of packed rows, in the order in which they were packed.
 
@@ -193,21 +199,14 @@ def dataset(
     source: random access to rows of `encode`.
     prompter: token ids and K.
     batch_size: rows a batch over all hosts.
+    rows: which of every batch to make; None for all.
 
   Returns:
-    Dicts with the fields of `learner.Examples`, this host's share.
-
-  Raises:
-    ValueError: the batch does not split over the hosts.
+    Dicts with the fields of `learner.Examples`.
   """
-  hosts = jax.process_count()
-  if batch_size % hosts:
-    raise ValueError(
-      f'midtrain.rows={batch_size} does not split over {hosts} hosts'
-    )
-  data = grain.MapDataset.source(source).repeat()[jax.process_index() :: hosts]
+  data = grain.MapDataset.source(source).repeat()
   data = data.map(lambda row: example(row, prompter))
-  return data.batch(batch_size // hosts, drop_remainder=True)
+  return batches.share(data, batch_size, rows)
 
 
 def example(

@@ -23,12 +23,15 @@ class Stage:
       `config.seed`.
     files: config fields (`section.field`) that may hold the path of a file or
       folder; its content counts like the config.
+    together: whether all processes of a cluster run it. Process 0 runs any
+      other stage on its own devices, and the others wait.
   """
 
   needs: tuple[str, ...]
   sections: tuple[str, ...]
   seeded: bool = False
   files: tuple[str, ...] = ()
+  together: bool = False
 
 
 # What an SFT policy depends on, all the way from the data.
@@ -72,6 +75,7 @@ STAGES: dict[str, Stage] = {
     ('slates', 'tokenizer', 'backbone'),
     ('data', 'prompt', 'model', 'mesh', 'midtrain'),
     seeded=True,
+    together=True,
     files=('midtrain.text_file',),
   ),
   'traces': Stage(
@@ -84,17 +88,20 @@ STAGES: dict[str, Stage] = {
     ('slates', 'tokenizer', 'backbone', 'midtrain', 'traces'),
     ('data', 'prompt', 'model', 'mesh', 'sft'),
     seeded=True,
+    together=True,
   ),
   'opd': Stage(
     ('slates', 'tokenizer', 'backbone', '{opd.start}'),
     ('data', 'prompt', 'model', 'mesh', 'opd'),
     seeded=True,
+    together=True,
     files=('opd.policy',),
   ),
   'rl': Stage(
     ('slates', 'tokenizer', 'backbone', '{rl.start}'),
     ('data', 'prompt', 'model', 'mesh', 'rl'),
     seeded=True,
+    together=True,
   ),
   'baselines': Stage(('slates',), ('data', 'baselines')),
   'evaluate': Stage(

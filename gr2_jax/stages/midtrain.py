@@ -93,10 +93,15 @@ def run(
       records.Records(workdir / packing.ROWS),
       setup.prompter,
       stage.rows,
+      sharding.own_rows(setup.mesh, stage.rows),
     )
   if 'pointing' in used:
     pipelines['pointing'] = batches.dataset(
-      train['pointing'], pointing, stage.batch_size, config.seed
+      train['pointing'],
+      pointing,
+      stage.batch_size,
+      config.seed,
+      sharding.own_rows(setup.mesh, stage.batch_size),
     )
 
   # Input: whole batches of rows, and whole batches of slates.

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gr2_jax import (
   distillation,
@@ -81,7 +80,13 @@ def train(
   source = slates_lib.source(inputs['slates'], 'train')
   drawn = stage.refill_size
   iterator = batches.iterate(
-    batches.dataset(source, render, drawn // views(stage), config.seed)
+    batches.dataset(
+      source,
+      render,
+      drawn // views(stage),
+      config.seed,
+      sharding.own_rows(setup.mesh, drawn // views(stage)),
+    )
   )
 
   # Sampler and learner: the same temperature, the same masks.
@@ -97,30 +102,27 @@ def train(
     said = teacher.rows if stage.kl_kind in kl.EXACT else ()
   weigh = make_weigh(setup, sampler, stage)
   optimizer = learner.make_optimizer(stage, stage.epochs * stage.minibatches)
-  update = learner.make_update(
-    setup.adapters.wrap(
-      policy_gradient.make_loss(
-        setup.model,
-        setup.grammar,
-        sampler,
-        clip_low=stage.clip_low,
-        clip_high=stage.clip_high,
-        average=stage.average,
-        kl_weight=stage.kl_weight if teacher is not None else 0.0,
-        divergence=stage.kl_kind,
-      )
-    ),
+  update = policy_gradient.make_update(
+    setup,
+    sampler,
+    stage,
     optimizer,
+    kl_weight=stage.kl_weight if teacher is not None else 0.0,
   )
   join = setup.adapters.joiner()
   split = jax.jit(policy_gradient.minibatches, static_argnums=(1, 2))
+  join_parts = jax.jit(
+    lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts),
+    out_shardings=sharding.batch_sharding(setup.mesh),
+  )
 
   def draw(size: int):
     """The next `size` rows, from as many of the iterator's as they take."""
-    parts = [next(iterator) for _ in range(size // drawn)]
-    rows = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-    rows = {k: v.reshape(-1, *v.shape[2:]) for k, v in rows.items()}
-    return sharding.shard_batch(rows, setup.mesh)
+    parts = [
+      {k: v.reshape(-1, *v.shape[2:]) for k, v in next(iterator).items()}
+      for _ in range(size // drawn)
+    ]
+    return join_parts([sharding.shard_share(p, setup.mesh) for p in parts])
 
   def take_step(state, frozen, step):
     key = jax.random.fold_in(jax.random.key(config.seed), step)

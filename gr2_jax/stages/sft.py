@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from gr2_jax import learner, policy, ranker
+from gr2_jax import learner, policy, ranker, sharding
 from gr2_jax.data import batches, prompts, records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.stages import traces, training
@@ -59,7 +59,11 @@ def run(
     slates_lib.source(inputs['slates'], 'train'),
   )
   data = batches.dataset(
-    source, renderer(setup, config), stage.batch_size, config.seed
+    source,
+    renderer(setup, config),
+    stage.batch_size,
+    config.seed,
+    sharding.own_rows(setup.mesh, stage.batch_size),
   )
   iterator = batches.iterate(data)
   optimizer = learner.make_optimizer(stage)

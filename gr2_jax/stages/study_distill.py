@@ -85,12 +85,14 @@ def _study(
   own.prompt.evidence = stage.evidence[dataset]
   own.seeds = config.seeds[:1]
   teaching = _with(own, stage.teacher)
+  teaching.sft.steps = stage.steps[dataset].teacher
   own.seeds = config.seeds
   teacher = artifacts.run_stage(teaching, 'sft', root)
 
   learning = _with(own, stage.student)
   learning.traces.policy = learning.opd.policy = str(teacher)
   learning.opd.view = stage.views[dataset]
+  learning.opd.steps = stage.steps[dataset].opd
   plans = {}
   for name, target, kind, start in stage.rows:
     plans[name] = plan = learning.copy_and_resolve_references()

@@ -2,6 +2,8 @@
 
 A stage brings how one step is taken; the loop brings the start, metrics,
 validation, the choice of the best parameters, checkpoints, and early stops.
+When the machine is to be taken away it saves after the step at hand and leaves;
+what goes on from there is bit for bit what would have been.
 """
 
 import math
@@ -13,7 +15,14 @@ from typing import Any
 import jax
 import optax
 
-from gr2_jax import checkpoint, learner, policy, reporting, sharding
+from gr2_jax import (
+  checkpoint,
+  cluster,
+  learner,
+  policy,
+  reporting,
+  sharding,
+)
 
 # (state, frozen parameters, step) -> (state, metrics). Draws its own batches.
 TakeStep = Callable[
@@ -56,14 +65,19 @@ def fit(
 
   Returns:
     The chosen step, its validation numbers, and why training stopped.
+
+  Raises:
+    Preempted: a signal to terminate came; the step at hand is saved.
   """
   with (
     sharding.activate(setup.mesh),
+    cluster.notices(),
     checkpoint.Checkpointer(workdir / 'checkpoints') as checkpoints,
   ):
     state, frozen, done, record = _start(
       config, checkpoints, setup, optimizer, seed, iterator, inherited
     )
+    cluster.agree(f'the last saved step of {workdir.name}', done)
     join = setup.adapters.joiner()
 
     def consider(step: int, found: dict[str, float], reward: float | None):
@@ -79,17 +93,19 @@ def fit(
           workdir / policy.PARAMS, join(state.params, frozen)
         )
 
-    # Without a checkpoint the start's own line, of step `done`, comes anew.
-    written = done if record['history'] else done - 1
+    # The start's own line, of step `done`, comes anew where it is not chosen.
+    judges_start = start_counts and not record['best']
+    written = done - 1 if judges_start else done
     with (
       reporting.MetricsWriter(workdir, written) as writer,
       reporting.progress(config.steps, desc, done) as bar,
     ):
-      if start_counts and not record['best']:
+      if judges_start:
         found = validate(join(state.params, frozen))
         consider(done, found, None)
         writer.write(done, {f'validation/{k}': v for k, v in found.items()})
-      pending, rewards, clock = None, [], time.monotonic()
+      pending, rewards = None, record.pop('rewards', [])
+      clock = time.monotonic()
       for step in range(done + 1, config.steps + 1):
         if record['stopped'] != NOT_STOPPED:
           break
@@ -100,7 +116,13 @@ def fit(
         pending = (step, metrics)
         rewards.append(metrics.get('reward'))
         bar.update()
+        leaving = cluster.preempted(step)
         if step % config.eval_every and step != config.steps:
+          if leaving:
+            _write_finite(writer, *pending)
+            since = [r if r is None else float(r) for r in rewards]
+            checkpoints.save(step, state, iterator, record | {'rewards': since})
+            raise cluster.Preempted(f'{desc}: saved at step {step}')
           continue
 
         # Validation, the choice, and the checkpoint.
@@ -119,6 +141,8 @@ def fit(
         value = record['history'][-1]['held_out']
         bar.set_postfix({choose: f'{value:.4f}'}, refresh=False)
         checkpoints.save(step, state, iterator, record)
+        if leaving and step != config.steps:
+          raise cluster.Preempted(f'{desc}: saved at step {step}')
   return record['best'] | {'stopped': record['stopped']}
 
 
@@ -176,7 +200,7 @@ def supervised_step(
   def take_step(state, frozen, step):
     del step
     batch = learner.Examples(**next(iterator))
-    return update(state, frozen, sharding.shard_batch(batch, setup.mesh))
+    return update(state, frozen, sharding.shard_share(batch, setup.mesh))
 
   return take_step
 

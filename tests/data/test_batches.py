@@ -68,17 +68,27 @@ def test_a_seed_decides_the_batches():
              for a, b in zip(one, other, strict=True))  # fmt: skip
 
 
-def test_hosts_share_every_batch(monkeypatch):
-  monkeypatch.setattr(batches.jax, 'process_count', lambda: 2)
-  parts = []
-  for host in range(2):
-    monkeypatch.setattr(batches.jax, 'process_index', lambda h=host: h)
-    data = batches.dataset(range(12), render, 4, seed=0)
-    parts.append(np.concatenate([data[i]['index'] for i in range(3)]))
-  assert [len(p) for p in parts] == [6, 6]
-  assert sorted(np.concatenate(parts)) == list(range(12))
-  with pytest.raises(ValueError, match='batch_size=5 does not split over 2'):
-    batches.dataset(range(12), render, 5, seed=0)
+@pytest.mark.parametrize('hosts', [[[0, 1], [2, 3]], [[0, 3], [1, 2]]])
+def test_hosts_share_every_batch(hosts):
+  whole = batches.dataset(range(12), render, 4, seed=0)
+  parts = [
+    batches.dataset(range(12), render, 4, seed=0, rows=np.array(rows))
+    for rows in hosts
+  ]
+  for i in (0, 1, 7):  # Of the first epoch and of a later one.
+    for rows, part in zip(hosts, parts, strict=True):
+      assert_same([part[i]], [{k: v[rows] for k, v in whole[i].items()}])
+
+
+def test_another_number_of_hosts_goes_on_with_the_same_batches():
+  one = batches.iterate(
+    batches.dataset(range(12), render, 4, seed=0, rows=np.array([2, 3]))
+  )
+  take(one, 5)
+  whole = batches.iterate(batches.dataset(range(12), render, 4, seed=0))
+  whole.set_state(one.get_state())
+  (follows,), (next_one,) = take(whole, 1), take(one, 1)
+  assert_same([next_one], [{k: v[2:] for k, v in follows.items()}])
 
 
 def test_too_few_records_are_an_error_that_says_so():

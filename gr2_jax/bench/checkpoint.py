@@ -1,0 +1,140 @@
+"""Host memory of a sharded checkpoint, written on one mesh and read on another.
+
+python -m gr2_jax.bench.checkpoint
+
+A tree of a billion parameters is made on a mesh of virtual CPU devices and
+saved by one process; another one restores it on a mesh of another shape. What
+each takes at its peak, beyond what it had before there was a tree, is compared
+with the tree: on these devices the arrays themselves are host memory.
+"""
+
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from gr2_jax import checkpoint, reporting, sharding
+from gr2_jax.models import transformer
+
+_LAYERS = flags.DEFINE_integer('layers', 19, 'Of width 2,048.', 1)
+_DIRECTORY = flags.DEFINE_string(
+  'directory', None, 'Where the checkpoint goes meanwhile; default: /tmp.'
+)
+_DEVICES = 8
+# No axis `data`: a device of it would hold a copy of what another one holds.
+MESHES = {
+  'saved': dict(data=1, fsdp=8, tensor=1),
+  'restored': dict(data=1, fsdp=4, tensor=2),
+}
+
+
+def shape(layers: int) -> transformer.TransformerConfig:
+  """Of Qwen3-1.7B, with fewer layers and a small vocabulary."""
+  return transformer.TransformerConfig(
+    vocab_size=32_768,
+    d_model=2048,
+    num_layers=layers,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    d_ff=6144,
+  )
+
+
+def abstract(layers: int, mesh: jax.sharding.Mesh):
+  """Shapes and shardings of the parameters."""
+  boxed = jax.eval_shape(
+    lambda key: transformer.init_params(shape(layers), key), jax.random.key(0)
+  )
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    sharding.unbox(boxed),
+    sharding.param_shardings(mesh, boxed),
+  )
+
+
+def _value(place: int, index: tuple[slice, ...], leaf) -> np.ndarray:
+  """What stands at a place of a leaf: different everywhere it may go wrong."""
+  starts = [s.indices(n)[0] for s, n in zip(index, leaf.shape, strict=True)]
+  sizes = [
+    len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)
+  ]
+  out = np.full(sizes, place, leaf.dtype)
+  for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+    ramp = (np.arange(start, start + size) % 251).astype(leaf.dtype)
+    out += ramp.reshape([-1 if a == axis else 1 for a in range(len(sizes))])
+  return out
+
+
+def part(name: str, layers: int, path: str, out) -> None:
+  """One process: saves or restores, and sends what it measured."""
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', _DEVICES)
+  wanted = abstract(layers, sharding.make_mesh(**MESHES[name]))
+  leaves, treedef = jax.tree.flatten(wanted)
+  size = sum(x.size * x.dtype.itemsize for x in leaves)
+  before = _peak()
+  if name == 'saved':
+    params = treedef.unflatten(
+      jax.make_array_from_callback(
+        x.shape, x.sharding, lambda index, i=i, x=x: _value(i, index, x)
+      )
+      for i, x in enumerate(leaves)
+    )
+    held = _peak()
+    clock = time.monotonic()
+    checkpoint.save_params(path, params)
+  else:
+    held = before
+    clock = time.monotonic()
+    params = checkpoint.load_params(path, wanted)
+    jax.block_until_ready(params)
+  seconds, peak = time.monotonic() - clock, _peak()
+  for i, x in enumerate(jax.tree.leaves(params)):
+    for shard in x.addressable_shards:
+      np.testing.assert_array_equal(shard.data, _value(i, shard.index, x))
+  out.put(
+    {
+      'tree': name,
+      'mesh': ' x '.join(f'{k} {v}' for k, v in MESHES[name].items()),
+      'parameters': f'{sum(x.size for x in leaves):,}',
+      'tree GB': f'{size / 1e9:.2f}',
+      'made GB': f'{(held - before) / 1e9:.2f}',
+      'peak GB': f'{(peak - before) / 1e9:.2f}',
+      'ratio': f'{(peak - before) / size:.2f}',
+      'seconds': f'{seconds:.1f}',
+    }
+  )
+
+
+def _peak() -> int:
+  """The most bytes that this process has held so far."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(argv: list[str]) -> None:
+  """Entry point of `app.run`."""
+  del argv
+  rows, context = [], multiprocessing.get_context('spawn')
+  with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
+    path = os.path.join(directory, 'params')
+    for name in MESHES:
+      out = context.Queue()
+      process = context.Process(
+        target=part, args=(name, _LAYERS.value, path, out)
+      )
+      process.start()
+      process.join()
+      if process.exitcode:
+        raise SystemExit(f'{name}: the process ended with {process.exitcode}')
+      rows.append(out.get())
+  print(reporting.table(rows, tuple(rows[0])))
+
+
+if __name__ == '__main__':
+  app.run(main)

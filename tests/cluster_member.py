@@ -1,0 +1,16 @@
+"""A process of a cluster: `gr2_jax.main`, up to stage `rl` and no further."""
+
+from absl import app
+
+from gr2_jax import artifacts, command_line, main
+
+
+def run(config, root):
+  """Instead of `main.run`, which would go on to an evaluation."""
+  with artifacts.lock(root):
+    artifacts.run_stage(config, 'rl', root, 0)
+
+
+if __name__ == '__main__':
+  main.run = run
+  app.run(main.main, flags_parser=command_line.parse)
