@@ -33,8 +33,10 @@ SECTIONS = {
   'evaluate': 'evaluate',
   'rerank': 'rerank',
   'export': 'export',
+  'internalize': 'internalize',
   'study_distill': 'study_distill',
   'study_hacking': 'study_hacking',
+  'study_internalize': 'study_internalize',
   'study_tokenizer': 'study_tokenizer',
 }
 

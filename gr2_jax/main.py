@@ -24,6 +24,8 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file; presets after a colon.', lock_config=True
 )
 _WORKDIR = flags.DEFINE_string('workdir', 'runs', 'Where artifacts go.')
+# Stages whose policies are measured once they are trained, and by what.
+_FOLLOWED = {'rl': 'evaluate', 'internalize': 'study_internalize'}
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 cluster.define_flags()
 
@@ -32,11 +34,11 @@ def run(config: ConfigDict, root: str) -> None:
   """Runs the config's target and what it needs; prints the table of results.
 
   Args:
-    config: the whole config. Its `stage` is the target, but `rl` is followed
-      by `evaluate`; a seeded target is run for each of its `seeds`.
+    config: the whole config. Its `stage` is the target, or what that is
+      followed by; a seeded target is run for each of its `seeds`.
     root: the workdir, locked meanwhile.
   """
-  target = 'evaluate' if config.stage == 'rl' else config.stage
+  target = _FOLLOWED.get(config.stage, config.stage)
   seeds = config.seeds if stages.STAGES[target].seeded else (None,)
   with artifacts.lock(root):
     for seed in seeds:
@@ -67,7 +69,8 @@ def main(argv: list[str]) -> None:
       _say(f'devices: {", ".join(map(str, jax.devices()))}')
       run(config, _WORKDIR.value)
   except KeyboardInterrupt:
-    sys.exit('interrupted: the same command goes on from here')
+    print('interrupted: the same command goes on from here', file=sys.stderr)
+    sys.exit(130)
   except cluster.Preempted as e:
     print(f'{e}: the same command goes on from here', file=sys.stderr)
     sys.exit(roster.AGAIN)

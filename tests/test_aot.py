@@ -1,5 +1,6 @@
 """Planning for TPU slices; what needs `libtpu` is skipped without it."""
 
+import math
 import subprocess
 import sys
 
@@ -7,7 +8,8 @@ import jax
 import pytest
 
 from configs import common
-from gr2_jax import abstract, planning, sharding, topologies
+from gr2_jax import abstract, hlo, planning, sharding, topologies
+from gr2_jax.bench import plan as bench_plan
 from gr2_jax.bench import weak_scaling
 
 LOAD = abstract.Load(slates=8, prompt_tokens=32, text_rows=500)
@@ -84,6 +86,8 @@ def test_what_stays_beside_the_rollouts_counts():
   # The moments of AdamW are two more copies of the parameters.
   assert 2 * params <= beside <= 2 * params + 100
   assert 3 * params <= size <= 3 * params + 100
+  # An update has gradients, too.
+  assert abstract.least_bytes(config.rl, setup, LOAD) >= size + params
   whole = abstract.make_setup(
     config, sharding.make_mesh(8, 1, 1), LOAD.text_rows
   )
@@ -103,16 +107,36 @@ def test_adapters_have_a_small_state():
   assert found['update'].beside == abstract.held(setup.abstract_params())
 
 
-def test_an_update_on_a_mesh_never_gathers_the_whole_tree():
-  mesh = sharding.make_mesh(1, 8, 1)
-  config = _config()
-  program = planning.read(_programs(config, mesh)['update'])
-  setup = abstract.make_setup(config, mesh, LOAD.text_rows)
+@pytest.fixture(scope='module')
+def updates():
+  """The update of 4 slates a device, compiled for 2 and for 8 devices."""
+  lowered = {
+    data * 2: weak_scaling.programs(_config(), 4, data=data, fsdp=2)
+    for data in (1, 4)
+  }
+  return {
+    count: found['update'].program.compile(weak_scaling.QUICK)
+    for count, found in lowered.items()
+  }
+
+
+def test_an_update_on_a_mesh_never_gathers_the_whole_tree(updates):
+  setup = abstract.make_setup(
+    _config(), sharding.make_mesh(4, 2, 1), weak_scaling.TEXT_ROWS
+  )
   tree = sum(x.size * 4 for x in jax.tree.leaves(setup.abstract_params()))
-  found = program.account.collectives
-  gathered = [one.bytes for one in found if one.kind == 'all-gather']
-  assert 0 < max(gathered) < tree / 2
-  assert program.account.unknown_loops == 0
+  account = hlo.account(updates[8].as_text())
+  assert account.unknown_loops == 0
+  assert account.largest_gather().kind == 'all-gather'
+  assert 0 < account.largest_gather().gathered < tree / 2
+
+
+def test_work_of_a_device_stays_flat_as_devices_and_batch_grow(updates):
+  two, eight = (weak_scaling.cost(updates[count]) for count in (2, 8))
+  assert eight['flops'] == pytest.approx(two['flops'], rel=0.01)
+  assert eight['bytes accessed'] == pytest.approx(
+    two['bytes accessed'], rel=0.05
+  )
 
 
 @pytest.mark.parametrize(
@@ -128,13 +152,31 @@ def test_a_step_that_cannot_be_says_which_number(overrides, load, message):
     _programs(_config(**overrides), sharding.make_mesh(1, 8, 1), load)
 
 
-def test_work_of_a_device_stays_flat_as_devices_and_batch_grow():
-  one = weak_scaling.measure(_config(), 1, 4)
-  eight = weak_scaling.measure(_config(), 8, 4)
-  assert set(one) == {'act', 'update'}
-  for name, cost in one.items():
-    for key, tolerance in (('flops', 0.01), ('bytes accessed', 0.05)):
-      assert eight[name][key] == pytest.approx(cost[key], rel=tolerance), name
+def test_the_table_tells_what_was_compiled_from_what_is_only_bounded():
+  cells = {
+    ('a', 'v5e'): {'topology': 'v5e:2x4', 'memory': 0.5, 'seconds': 1.23},
+    ('a', 'v6e'): {'topology': 'v6e:1x1', 'least': 0.314},
+    ('b', 'v5e'): {'topology': None},
+  }
+  lines = [
+    [cell.strip() for cell in line.split('|')[1:-1]]
+    for line in bench_plan.table(cells).splitlines()
+  ]
+  assert lines[0] == ['model', 'v5e', 'v6e']
+  assert lines[2] == ['a', '2x4, 50%, 1.2 s', '>= 1x1, 31%']
+  assert lines[3][:2] == ['b', 'none']
+
+
+@pytest.mark.parametrize(
+  ('message', 'size'),
+  [
+    ('RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm.', 20.5 * 2**30),
+    ('memory required for HLO temporaries (33.65G) exceeds', 33.65 * 2**30),
+    ('RESOURCE_EXHAUSTED: no room', math.inf),
+  ],
+)
+def test_what_a_compiler_asked_for_in_vain_is_read(message, size):
+  assert planning.wanted(message) == size
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -143,17 +185,32 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
+def test_every_slice_can_be_described():
+  for family in topologies.CHIPS:
+    for name in topologies.slices(family):
+      assert len(topologies.devices(name)) == topologies.size(name)
+
+
+@needs_libtpu
 def test_a_tiny_step_compiles_for_a_slice_and_the_report_says_how_it_fits():
-  report = planning.plan(_config(), 'v5e:2x2', LOAD)
+  config = _config()
+  report = planning.plan(config, 'v5p:2x2x1', LOAD)
   assert report.fits
   assert report.mesh == {'data': 1, 'fsdp': 4, 'tensor': 1}
   assert 0 < report.seconds < 1
+  update = report.programs[1]
+  assert 0 < update.account.largest_gather().gathered < report.parameter_bytes
   shown = planning.text(report)
   assert 'act' in shown
-  assert 'update: its largest collective is' in shown
+  assert 'update: gathers at most' in shown
   assert 'fits' in planning.summary(report)
-  found = planning.suggest(_config(), 'v5e', LOAD, report, say=lambda _: None)
-  assert found.topology == 'v5e:1x1'
+  # The smallest of its family, so that nothing more is compiled.
+  found = planning.suggest(config, 'v5p', LOAD, report, say=pytest.fail)
+  assert found is report
+  # The bound that rules slices out is one.
+  mesh = abstract.open_mesh(config, report.topology, LOAD.slates)
+  setup = abstract.make_setup(config, mesh, LOAD.text_rows)
+  assert abstract.least_bytes(config.rl, setup, LOAD) <= update.memory
 
 
 @needs_libtpu
@@ -164,3 +221,6 @@ def test_a_step_that_is_too_large_does_not_fit():
   report = planning.plan(config, 'v5e:1x1', LOAD, stop_early=True)
   assert not report.fits
   assert 'does not fit' in planning.text(report)
+  first, size = next(planning.roomy(config, 'v5e', LOAD))
+  assert first == 'v5e:2x2'
+  assert size < topologies.chip(first).hbm < 4 * size

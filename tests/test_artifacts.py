@@ -18,17 +18,20 @@ from gr2_jax import artifacts, stages
 
 def _config(**changes):
   sections = 'data tokenizer prompt model mesh midtrain traces sft opd rl'
-  sections += ' baselines evaluate rerank export study_hacking'
+  sections += ' internalize baselines evaluate rerank export study_hacking'
   config = ConfigDict({name: {'x': 1} for name in sections.split()})
   config.seed, config.seeds = 0, (0, 1)
   config.opd.start, config.rl.start = 'sft', 'opd'
+  config.internalize.start = 'rl'
   config.update_from_flattened_dict(changes)
   return config
 
 
+AFTER_RL = ('evaluate', 'rerank', 'export', 'internalize')
 STUDIES = {
   'study_distill',
   'study_hacking',
+  'study_internalize',
   'study_tokenizer',
 }  # They make runs of their own.
 
@@ -42,7 +45,7 @@ def _fingerprints(config):
     for a in artifact.inputs.values():
       visit(a)
 
-  for last in ('evaluate', 'rerank', 'export'):
+  for last in ('evaluate', 'rerank', 'export', 'internalize'):
     visit(artifacts.plan(config, last))
   return found
 
@@ -64,16 +67,15 @@ def test_every_stage_is_reached_and_seeded_ones_once_per_seed():
 @pytest.mark.parametrize(
   ('field', 'want'),
   [
-    ('rl.x', {'rl', 'evaluate', 'rerank', 'export'}),
+    ('rl.x', {'rl', *AFTER_RL}),
+    ('internalize.x', {'internalize'}),
+    ('mesh.x', set()),  # Where something is computed.
     ('evaluate.x', {'evaluate'}),
     ('rerank.x', {'rerank'}),
     ('export.x', {'export'}),
     ('baselines.x', {'baselines', 'evaluate'}),
-    (
-      'traces.x',
-      {'traces', 'sft', 'opd', 'rl', 'evaluate', 'rerank', 'export'},
-    ),
-    ('opd.x', {'opd', 'rl', 'evaluate', 'rerank', 'export'}),
+    ('traces.x', {'traces', 'sft', 'opd', 'rl', *AFTER_RL}),
+    ('opd.x', {'opd', 'rl', *AFTER_RL}),
     ('tokenizer.x', set(stages.STAGES) - STUDIES - {'slates', 'baselines'}),
     ('data.x', set(stages.STAGES) - STUDIES),
     ('seed', set()),

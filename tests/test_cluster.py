@@ -32,12 +32,7 @@ def _start(root, count, others=()):
     *(f'--config.{name}={value}' for name, value in _CHANGES.items()),
   ]  # fmt: skip
   place = [f'--coordinator=localhost:{port}', f'--num_processes={count}']
-  environment = {
-    name: value
-    for name, value in os.environ.items()
-    if name not in ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')
-  }
-  environment['JAX_NUM_CPU_DEVICES'] = str(_DEVICES // count)
+  environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(_DEVICES // count)}
   return [
     subprocess.Popen(
       [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gr2_jax import hlo, sharding
+from gr2_jax import hlo, hlo_text, sharding
 
 # A loop of 3 that gathers and multiplies, a loop whose end the data decides,
 # an asynchronous all-gather that runs beside two fusions, a reduce-scatter in
@@ -104,9 +104,108 @@ def test_collectives_are_counted_as_often_as_they_run():
     'reduce-scatter': (1, 64),
   }
   assert found.unknown_loops == 1
-  assert found.largest().kind == 'all-gather'
-  assert found.largest().bytes == 16 * 8 * 4
+  assert found.largest_gather().kind == 'all-gather'
+  assert found.largest_gather().gathered == 16 * 8 * 4
+  assert found.largest_other().kind == 'reduce-scatter'
   assert found.sent() == 3 * 512 + 128 + 2 * 5 + 64
+
+
+# A gather in the form of a sum: each device's four of 32 numbers stand in
+# zeros, within a fusion whose operand is that zero.
+SUM = """\
+HloModule jit_f, is_scheduled=true
+
+%add (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[] parameter(0)
+  %y = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%x, %y)
+}
+
+%lay (p: bf16[4], i: s32[], z: bf16[]) -> bf16[32] {
+  %p = bf16[4]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = bf16[] parameter(2)
+  %wide = bf16[32]{0} broadcast(%z), dimensions={}
+  ROOT %laid = bf16[32]{0} dynamic-update-slice(%wide, %p, %i)
+}
+
+ENTRY %main (p: bf16[4], i: s32[], q: bf16[64]) -> (bf16[32], bf16[64]) {
+  %p = bf16[4]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %q = bf16[64]{0} parameter(2)
+  %z = bf16[] constant(ZERO)
+  %laid = bf16[32]{0} fusion(%p, %i, %z), kind=kLoop, calls=%lay
+  %turned = bf16[32]{0} copy(%laid)
+  ROOT %all = (bf16[32]{0}, bf16[64]{0}) all-reduce(%turned, %q), \
+channel_id=1, to_apply=%add
+}
+"""
+
+# A loop of 4 that hands a part round twice, to the left and to the right, and
+# one more array that is another one after each round.
+RING = """\
+HloModule jit_f, is_scheduled=true
+
+%cond (p: (s32[], f32[8], f32[8], f32[2])) -> pred[] {
+  %p = (s32[], f32[8]{0}, f32[8]{0}, f32[2]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(8)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[8], f32[8], f32[2])) -> \
+(s32[], f32[8], f32[8], f32[2]) {
+  %p = (s32[], f32[8]{0}, f32[8]{0}, f32[2]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %l1 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), \
+channel_id=1
+  %m1 = f32[8]{0} collective-permute-done(%l1)
+  %l2 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%m1), \
+channel_id=2
+  %m2 = f32[8]{0} collective-permute-done(%l2)
+  %y = f32[8]{0} get-tuple-element(%p), index=2
+  %r1 = f32[8]{0} collective-permute(%y), channel_id=3
+  %r2 = f32[8]{0} collective-permute(%r1), channel_id=4
+  %s = f32[2]{0} get-tuple-element(%p), index=3
+  %moved = f32[2]{0} collective-permute(%s), channel_id=5
+  %sum = f32[2]{0} add(%moved, %s)
+  ROOT %out = (s32[], f32[8]{0}, f32[8]{0}, f32[2]{0}) \
+tuple(%next, %m2, %r2, %sum)
+}
+
+ENTRY %main (a: f32[8], b: f32[2]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[2]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %begin = (s32[], f32[8]{0}, f32[8]{0}, f32[2]{0}) tuple(%zero, %a, %a, %b)
+  %loop = (s32[], f32[8]{0}, f32[8]{0}, f32[2]{0}) while(%begin), \
+condition=%cond, body=%body
+  ROOT %out = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_sum_of_parts_in_zeros_is_a_gather():
+  found = hlo.account(SUM.replace('ZERO', '0'))
+  (one,) = found.collectives
+  assert one.kind == 'all-reduce'
+  # The other array of the same sum is no gather.
+  assert one.gathered == 32 * 2
+  assert one.bytes == (32 + 64) * 2
+  assert not hlo.account(SUM.replace('ZERO', '1')).largest_gather()
+
+
+def test_a_ring_gathers_what_comes_by():
+  found = hlo.account(RING)
+  most = found.largest_gather()
+  assert most.kind == 'collective-permute'
+  assert most.gathered == 4 * 4 * 32
+  # What is added to on its way is a sum.
+  assert found.largest_other().shape == 'f32[2]{0}'
+  assert sum(one.times for one in found.collectives) == 4 * 5
 
 
 def test_products_in_a_loop_count_every_time():
@@ -133,7 +232,7 @@ def test_a_slice_is_read_not_the_whole_and_only_main_memory_counts():
   ],
 )
 def test_bytes_of_a_shape(shape, want):
-  assert hlo.size(shape) == want
+  assert hlo_text.size(shape) == want
 
 
 def _convolution(left, right, out, window, labels):

@@ -22,7 +22,7 @@ def start(root):
   return subprocess.Popen(
     [*_COMMAND, f'--workdir={root}'],
     cwd=_ROOT,
-    env=os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'},
+    env=os.environ | {'JAX_NUM_CPU_DEVICES': '8'},
     stdin=subprocess.DEVNULL,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,

@@ -21,7 +21,8 @@ from absl import app, flags
 from gr2_jax import checkpoint, reporting, sharding
 from gr2_jax.models import transformer
 
-_LAYERS = flags.DEFINE_integer('layers', 19, 'Of width 2,048.', 1)
+_LAYERS = flags.DEFINE_integer('layers', 19, 'Of the tree.', 1)
+_WIDTH = flags.DEFINE_integer('width', 2048, 'Of a layer.', 128)
 _DIRECTORY = flags.DEFINE_string(
   'directory', None, 'Where the checkpoint goes meanwhile; default: /tmp.'
 )
@@ -33,23 +34,23 @@ MESHES = {
 }
 
 
-def shape(layers: int) -> transformer.TransformerConfig:
-  """Of Qwen3-1.7B, with fewer layers and a small vocabulary."""
+def shape(layers: int, width: int) -> transformer.TransformerConfig:
+  """Of Qwen3-1.7B by default, with fewer layers and a small vocabulary."""
   return transformer.TransformerConfig(
-    vocab_size=32_768,
-    d_model=2048,
+    vocab_size=16 * width,
+    d_model=width,
     num_layers=layers,
     num_heads=16,
     num_kv_heads=8,
-    head_dim=128,
-    d_ff=6144,
+    head_dim=width // 16,
+    d_ff=3 * width,
   )
 
 
-def abstract(layers: int, mesh: jax.sharding.Mesh):
+def abstract(model: transformer.TransformerConfig, mesh: jax.sharding.Mesh):
   """Shapes and shardings of the parameters."""
   boxed = jax.eval_shape(
-    lambda key: transformer.init_params(shape(layers), key), jax.random.key(0)
+    lambda key: transformer.init_params(model, key), jax.random.key(0)
   )
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -71,11 +72,13 @@ def _value(place: int, index: tuple[slice, ...], leaf) -> np.ndarray:
   return out
 
 
-def part(name: str, layers: int, path: str, out) -> None:
+def part(
+  name: str, model: transformer.TransformerConfig, path: str, out
+) -> None:
   """One process: saves or restores, and sends what it measured."""
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', _DEVICES)
-  wanted = abstract(layers, sharding.make_mesh(**MESHES[name]))
+  wanted = abstract(model, sharding.make_mesh(**MESHES[name]))
   leaves, treedef = jax.tree.flatten(wanted)
   size = sum(x.size * x.dtype.itemsize for x in leaves)
   before = _peak()
@@ -121,13 +124,12 @@ def main(argv: list[str]) -> None:
   """Entry point of `app.run`."""
   del argv
   rows, context = [], multiprocessing.get_context('spawn')
+  model = shape(_LAYERS.value, _WIDTH.value)
   with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
     path = os.path.join(directory, 'params')
     for name in MESHES:
       out = context.Queue()
-      process = context.Process(
-        target=part, args=(name, _LAYERS.value, path, out)
-      )
+      process = context.Process(target=part, args=(name, model, path, out))
       process.start()
       process.join()
       if process.exitcode:

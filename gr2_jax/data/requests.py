@@ -44,7 +44,7 @@ class Request:
   Attributes:
     id: what the answer is to be called.
     names: the candidates' ids as they are written.
-    candidates: catalog indices of them.
+    candidates: catalog indices of them; -1 for one that the catalog lacks.
     scores: of the incoming ranker, float32 values.
     history: catalog indices, oldest first.
     unknown: items of the history that the catalog lacks.
@@ -87,69 +87,93 @@ def read(
     for number, text in enumerate(file, start=1):
       if text.strip():
         empty = False
-        yield _Line(path, number).request(text, index, most)
+        where = f'{path}, line {number}'
+        yield parse(_row(text, where), where, number, index, most)
   if empty:
     raise log_lib.DataError(
       f'{path}: the file is empty: it needs at least one slate'
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Line:
-  """Where errors are."""
+def parse(
+  row: object,
+  where: str,
+  default_id: int,
+  index: dict[str, int],
+  most: int,
+  strict: bool = True,
+) -> Request:
+  """Checks one slate.
 
-  path: pathlib.Path
-  number: int
+  Args:
+    row: what JSON holds.
+    where: it stands, for messages.
+    default_id: of a slate that gives none.
+    index: item id -> catalog index.
+    most: K, candidates that the policy has room for.
+    strict: a candidate that the catalog lacks is an error; otherwise its
+      catalog index is -1.
+
+  Raises:
+    DataError: what is wrong, with place, field and cure.
+  """
+  fields = _Fields(where)
+  if not isinstance(row, dict):
+    raise log_lib.DataError(
+      f'{where}: not a JSON object: write {{"history": [...], "candidates": '
+      '[...]}'
+    )
+  names = fields.names(row, 'candidates')
+  if not names:
+    fields.fail('candidates', 'an empty list', 'give one candidate or more')
+  if len(names) > most:
+    fields.fail(
+      'candidates',
+      f'{len(names)} of them, the policy has room for {most}',
+      'cut the list, or train with a larger data.candidates',
+    )
+  candidates = [index.get(str(name), -1) for name in names]
+  if strict and -1 in candidates:
+    fields.fail(
+      'candidates',
+      f'{names[candidates.index(-1)]!r} is not in the catalog',
+      'remove it, or train on items that have it',
+    )
+  for place, name in enumerate(names):
+    if str(name) in map(str, names[:place]):
+      fields.fail('candidates', f'{_short(name)} again', 'each item once')
+  known = [index.get(str(name), -1) for name in fields.names(row, 'history')]
+  history = tuple(item for item in known if item >= 0)
+  fields.name(row, 'user')
+  return Request(
+    id=fields.name(row, 'id', default_id),
+    names=tuple(names),
+    candidates=tuple(candidates),
+    scores=fields.scores(row, len(names)),
+    history=history,
+    unknown=len(known) - len(history),
+    time=fields.time(row),
+  )
+
+
+def _row(text: bytes, where: str) -> object:
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise log_lib.DataError(
+      f'{where}: not valid JSON ({error}): the file may be cut off here; write '
+      'it again'
+    ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+  """Reads the fields of a slate, and says where errors are."""
+
+  where: str
 
   def fail(self, field: str, found: str, cure: str):
-    raise log_lib.DataError(
-      f'{self.path}, line {self.number}, field {field!r}: {found}: {cure}'
-    )
-
-  def request(self, text: bytes, index: dict[str, int], most: int) -> Request:
-    try:
-      row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-      raise log_lib.DataError(
-        f'{self.path}, line {self.number}: not valid JSON ({error}): the file '
-        'may be cut off here; write it again'
-      ) from error
-    if not isinstance(row, dict):
-      raise log_lib.DataError(
-        f'{self.path}, line {self.number}: not a JSON object: write '
-        '{"history": [...], "candidates": [...]}'
-      )
-    names = self.names(row, 'candidates')
-    if not names:
-      self.fail('candidates', 'an empty list', 'give one candidate or more')
-    if len(names) > most:
-      self.fail(
-        'candidates',
-        f'{len(names)} of them, the policy has room for {most}',
-        'cut the list, or train with a larger data.candidates',
-      )
-    candidates = [index.get(str(name), -1) for name in names]
-    if -1 in candidates:
-      self.fail(
-        'candidates',
-        f'{names[candidates.index(-1)]!r} is not in the catalog',
-        'remove it, or train on items that have it',
-      )
-    for place, item in enumerate(candidates):
-      if item in candidates[:place]:
-        self.fail('candidates', f'{names[place]!r} again', 'each item once')
-    known = [index.get(str(name), -1) for name in self.names(row, 'history')]
-    history = tuple(item for item in known if item >= 0)
-    self.name(row, 'user')
-    return Request(
-      id=self.name(row, 'id', self.number),
-      names=tuple(names),
-      candidates=tuple(candidates),
-      scores=self.scores(row, len(names)),
-      history=history,
-      unknown=len(known) - len(history),
-      time=self.time(row),
-    )
+    raise log_lib.DataError(f'{self.where}, field {field!r}: {found}: {cure}')
 
   def names(self, row: dict, field: str) -> list[str | int]:
     if field not in row:

@@ -55,6 +55,7 @@ _FILES = (
 
 # Which stages a config field may name as the one to start from.
 STARTS = {
+  'internalize.start': ('rl', 'opd', 'sft'),
   'opd.start': ('sft', 'midtrain'),
   'rl.start': ('sft', 'opd', 'midtrain'),
 }
@@ -103,6 +104,12 @@ STAGES: dict[str, Stage] = {
     seeded=True,
     together=True,
   ),
+  'internalize': Stage(
+    ('slates', 'tokenizer', 'backbone', '{internalize.start}'),
+    ('data', 'prompt', 'model', 'mesh', 'internalize'),
+    seeded=True,
+    together=True,
+  ),
   'baselines': Stage(('slates',), ('data', 'baselines')),
   'evaluate': Stage(
     (
@@ -135,6 +142,18 @@ STAGES: dict[str, Stage] = {
   'study_distill': Stage(
     (),
     (*_TRAINED, 'opd', 'rl', 'study_distill', 'seeds'),
+    files=_FILES,
+  ),
+  'study_internalize': Stage(
+    (),
+    (
+      *_TRAINED,
+      'opd',
+      'rl',
+      'internalize',
+      'study_internalize',
+      'seeds',
+    ),
     files=_FILES,
   ),
   'study_tokenizer': Stage(

@@ -113,7 +113,7 @@ def _rank(
       ranked = ranker.rank(
         setup,
         params,
-        _records(slates),
+        records(slates),
         thinking=stage.thinking,
         order=config.prompt.order,
         batch_size=stage.batch_size,
@@ -121,7 +121,7 @@ def _rank(
         first=done,
       )
       lines = [
-        json.dumps(_answer(setup, request, ranked, row))
+        json.dumps(answer(setup, request, ranked, row))
         for row, request in enumerate(chunk)
       ]
       file.write(''.join(f'{line}\n' for line in lines).encode())
@@ -135,7 +135,7 @@ def _rank(
   return (done - start) / (time.monotonic() - clock)
 
 
-def _records(slates: slates_lib.Slates) -> list[dict[str, np.ndarray]]:
+def records(slates: slates_lib.Slates) -> list[dict[str, np.ndarray]]:
   """The slates by random access."""
   return [
     {name: getattr(slates, name)[row] for name in slates_lib.NAMES}
@@ -164,7 +164,7 @@ def _keep_whole_chunks(path: pathlib.Path, chunk: int) -> int:
   return lines - lines % chunk
 
 
-def _answer(
+def answer(
   setup: policy.Setup,
   request: requests_lib.Request,
   ranked: ranker.Ranked,

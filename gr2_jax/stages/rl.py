@@ -23,7 +23,14 @@ def run(
   Returns:
     The chosen step, its validation numbers, and why training stopped.
   """
-  stage = config.rl
+  return train('rl', config, inputs, workdir)
+
+
+def train(
+  name: str, config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
+  """`run`, by the section of that name."""
+  stage = config[name]
   setup = policy.load(
     config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
   )
@@ -31,4 +38,4 @@ def run(
   if stage.kl_weight:
     start = setup.load_params(stage.init_from or inputs[stage.start])
     reference = distillation.itself(setup, start)
-  return on_policy.train('rl', config, inputs, workdir, setup, reference)
+  return on_policy.train(name, config, inputs, workdir, setup, reference)

@@ -28,6 +28,7 @@ class Tested:
     readout: int32 [n, K] the order of the slots' scores.
     sensitivity: float32 [n] how much an answer changes with a shuffled
       presentation.
+    length: int32 [n] tokens that were written.
     claims: name -> float64 [n], what `claims.judge` finds in the reasoning;
       empty where there is none.
   """
@@ -36,6 +37,7 @@ class Tested:
   generated: np.ndarray
   readout: np.ndarray
   sensitivity: np.ndarray
+  length: np.ndarray
   claims: dict[str, np.ndarray]
 
   @functools.cached_property
@@ -60,7 +62,7 @@ def rank_test(
 
   Args:
     config: of the policy's run.
-    stage: 'sft', 'opd' or 'rl', finished beside the workdir.
+    stage: that leaves a policy, finished beside the workdir.
     seed: of the run.
     workdir: of the study; keeps the answers, so they are made once.
     slates: how many, at most.
@@ -77,7 +79,7 @@ def rank_test(
   records = slates_lib.source(inputs['slates'], 'test')
   rng = np.random.default_rng(0)
   chosen = np.sort(rng.permutation(len(records))[:slates])
-  kept = workdir / f'{source.name}.npz'
+  kept = workdir / f'{source.name}{"" if thinking else "-direct"}.npz'
   if not kept.exists():
     setup = policy.load(
       config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
@@ -108,6 +110,7 @@ def rank_test(
       temporary,
       generated=ranked.generated,
       readout=ranked.readout,
+      length=ranked.length,
       sensitivity=metrics.order_sensitivity(
         ranked.generated, again.generated, ranked.count
       ),

@@ -297,11 +297,7 @@ def test_a_killed_export_leaves_no_checkpoint_and_is_done_once(world, tmp_path):
       f'--workdir={tmp_path}',
     ],
     cwd=_ROOT,
-    env=os.environ
-    | {
-      'PYTHONPATH': str(_ROOT),
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-    },
+    env=os.environ | {'PYTHONPATH': str(_ROOT), 'JAX_NUM_CPU_DEVICES': '8'},
     capture_output=True,
     text=True,
     check=False,
