@@ -11,10 +11,11 @@ All counts are of one device.
 
 import collections
 import dataclasses
-import functools
 import itertools
 import math
 import re
+
+from gr2_jax import gathers, hlo_text
 
 COLLECTIVES = (
   'all-gather',
@@ -43,40 +44,6 @@ _FREE = frozenset(
   )
 )
 _SLICES = frozenset(('dynamic-slice', 'slice', 'gather'))
-_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
-_INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.+)$')
-_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\]')
-# The same with its layout, to see which memory it lies in.
-_PLACED = re.compile(r'\b[a-z]\w*\[[\d,<=]*\](?:\{[^}]*\})?')
-_CALLED = re.compile(
-  r'(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)'
-  r'|(?:branch|called)_computations=\{([^}]*)\}'
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-  """One line of HLO."""
-
-  name: str
-  shape: str
-  opcode: str
-  operands: tuple[str, ...]
-  attributes: str
-  is_root: bool
-
-  def attribute(self, pattern: str) -> str | None:
-    """The first group of a pattern in the attributes, or None."""
-    found = re.search(pattern, self.attributes)
-    return found.group(1) if found else None
-
-  @property
-  def called(self) -> list[str]:
-    """Computations that this one runs, a loop's condition left out."""
-    names = []
-    for one, several in _CALLED.findall(self.attributes):
-      names += [one] if one else re.findall(r'[\w.\-]+', several)
-    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +54,7 @@ class Collective:
   bytes: int  # its larger side: what goes in, or what comes out
   times: float
   shape: str
+  gathered: float = 0.0  # bytes that it puts together of several devices' parts
 
 
 @dataclasses.dataclass
@@ -106,12 +74,15 @@ class Account:
       found[one.kind][1] += one.times * one.bytes
     return {kind: (n, size) for kind, (n, size) in found.items() if n}
 
-  def largest(self) -> Collective | None:
-    """The largest collective of any kind; None without any.
+  def largest_gather(self) -> Collective | None:
+    """What puts most together at once, in any form that `gathers` knows."""
+    found = max(self.collectives, key=lambda c: c.gathered, default=None)
+    return found if found and found.gathered else None
 
-    Of any, since a compiler may write a gather as a sum of padded parts.
-    """
-    return max(self.collectives, key=lambda c: c.bytes, default=None)
+  def largest_other(self) -> Collective | None:
+    """The largest collective that gathers nothing, as far as can be seen."""
+    others = (c for c in self.collectives if not c.gathered)
+    return max(others, key=lambda c: c.bytes, default=None)
 
   def sent(self) -> float:
     """Bytes that leave the device, at most: an all-reduce goes round twice."""
@@ -119,19 +90,6 @@ class Account:
       c.times * c.bytes * (2 if c.kind == 'all-reduce' else 1)
       for c in self.collectives
     )
-
-
-def arrays(shape: str) -> list[tuple[float, tuple[int, ...]]]:
-  """Bytes of an element and dimensions of each array in a shape's text."""
-  return [
-    (_itemsize(dtype), tuple(int(d.strip('<=')) for d in dims.split(',') if d))
-    for dtype, dims in _ARRAY.findall(shape)
-  ]
-
-
-def size(shape: str) -> int:
-  """Bytes of a shape's text, tuples summed: `(f32[2,3]{1,0}, s32[])` is 28."""
-  return int(sum(item * math.prod(dims) for item, dims in arrays(shape)))
 
 
 def account(text: str, unknown_trips: int = 1) -> Account:
@@ -162,67 +120,86 @@ def _once(found: list[tuple[str, Collective]]) -> list[Collective]:
   return list(kept.values())
 
 
+def _collective(kind, one, scope, times) -> Collective:
+  within = scope.within
+  goes_in = sum(
+    hlo_text.size(within[x].shape) for x in one.operands if x in within
+  )
+  comes_out = hlo_text.size(one.shape)
+  if one.opcode.endswith('-start') and one.shape.startswith('('):
+    comes_out -= goes_in  # The tuple holds the operands too.
+  gathered = comes_out if kind == 'all-gather' else 0
+  if kind == 'all-reduce' and 'reduce-scatter' in scope.name:
+    kind = 'reduce-scatter'  # Its slice stands beside it in the fusion.
+  if kind == 'all-reduce':
+    gathered = sum(
+      hlo_text.size(within[x].shape)
+      for x in one.operands
+      if gathers.padded(scope, x)
+    )
+  return Collective(kind, max(goes_in, comes_out), times, one.shape, gathered)
+
+
 class _Module:
   """Computations by name, and the walk over those that run."""
 
   def __init__(self, text: str, unknown_trips: int):
-    self._computations: dict[str, dict[str, Instruction]] = {}
+    self._computations, self._entry = hlo_text.parse(text)
     self._unknown_trips = unknown_trips
-    self._entry = None
-    inside = None
-    for line in text.splitlines():
-      if header := _COMPUTATION.match(line):
-        inside = self._computations[header.group(2)] = {}
-        self._entry = header.group(2) if header.group(1) else self._entry
-      elif inside is not None and (found := _INSTRUCTION.match(line)):
-        one = _parse(*found.groups())
-        inside[one.name] = one
-    if self._entry is None:
-      raise ValueError('no ENTRY computation: this is no HLO module')
 
   def account(self) -> Account:
     total, found = Account(), []
-    self._walk(self._entry, 1.0, True, total, found)
+    entry = gathers.Scope(self._computations, self._entry)
+    self._walk(entry, 1.0, 1.0, True, total, found)
     total.collectives = _once(found)
     return total
 
-  def _walk(self, name, times, scheduled, total, found) -> None:
-    """Adds a computation; `scheduled` is False within a fusion."""
-    within = self._computations[name]
+  def _walk(self, scope, times, trips, scheduled, total, found) -> None:
+    """Adds a computation.
+
+    Args:
+      scope: the computation.
+      times: it runs.
+      trips: of the loop whose body it is.
+      scheduled: False within a fusion.
+      total: what is added to.
+      found: its collectives, with what tells one from another.
+    """
+    within = scope.within
+    handed = gathers.handed_round(scope) if trips > 1 else {}
     for one in within.values():
       if one.opcode in ('dot', 'convolution'):
         total.flops += times * self._flops(one, within)
       elif kind := _kind(one.opcode):
-        channel = one.attribute(r'channel_id=(\d+)') or f'{name} {one.name}'
-        found.append((channel, self._collective(kind, one, name, times)))
+        channel = one.attribute(r'channel_id=(\d+)')
+        channel = channel or f'{scope.name} {one.name}'
+        added = _collective(kind, one, scope, times)
+        if one.name in handed:
+          added = dataclasses.replace(
+            added, gathered=trips * sum(handed.values())
+          )
+        found.append((channel, added))
       if scheduled and one.opcode not in _FREE:
         total.bytes += times * self._traffic(one, within)
       if one.opcode == 'while':
-        trips = self._trips(one, within)
-        total.unknown_loops += trips is None
-        trips = self._unknown_trips if trips is None else trips
-        body = one.attribute(r'body=%?([\w.\-]+)')
-        self._walk(body, times * trips, True, total, found)
+        n = self._trips(one, within)
+        total.unknown_loops += n is None
+        n = self._unknown_trips if n is None else n
+        body = scope.inner(one, one.attribute(r'body=%?([\w.\-]+)'))
+        self._walk(body, times * n, n, True, total, found)
       elif one.opcode in ('fusion', 'call', 'async-start', 'conditional'):
         # Every branch of a conditional is counted: an upper bound.
         for called in one.called:
-          inside = scheduled and one.opcode != 'fusion'
-          self._walk(called, times, inside, total, found)
+          inner = scope.inner(one, called)
+          seen = scheduled and one.opcode != 'fusion'
+          self._walk(inner, times, 1.0, seen, total, found)
 
-  def _collective(self, kind, one, name, times) -> Collective:
-    within = self._computations[name]
-    goes_in = sum(size(within[x].shape) for x in one.operands if x in within)
-    comes_out = size(one.shape)
-    if one.opcode.endswith('-start') and one.shape.startswith('('):
-      comes_out -= goes_in  # The tuple holds the operands too.
-    if kind == 'all-reduce' and 'reduce-scatter' in name:
-      kind = 'reduce-scatter'  # Its slice stands beside it in the fusion.
-    return Collective(kind, max(goes_in, comes_out), times, one.shape)
-
-  def _flops(self, one: Instruction, within) -> float:
+  def _flops(self, one: hlo_text.Instruction, within) -> float:
     """Two a multiply-add, padding and dilation left out."""
-    (_, out), *_ = arrays(one.shape)
-    left, right = (arrays(within[x].shape)[0][1] for x in one.operands[:2])
+    (_, out), *_ = hlo_text.arrays(one.shape)
+    left, right = (
+      hlo_text.arrays(within[x].shape)[0][1] for x in one.operands[:2]
+    )
     if one.opcode == 'dot':
       axes = one.attribute(r'lhs_contracting_dims=\{([\d,]*)\}') or ''
       depth = math.prod(left[int(a)] for a in axes.split(',') if a)
@@ -247,116 +224,78 @@ class _Module:
     groups = int(one.attribute(r'batch_group_count=(\d+)') or 1)
     return 2.0 * batch * features * depth * taps / groups
 
-  def _traffic(self, one: Instruction, within) -> float:
+  def _traffic(self, one: hlo_text.Instruction, within) -> float:
     """Bytes of main memory that a scheduled instruction reads and writes."""
     operands = [within[x].shape for x in one.operands if x in within]
     if one.opcode.endswith(('-done', '-update')):
       return 0.0
     if one.opcode.endswith('-start'):  # The tuple holds both its sides.
-      return _stored(one.shape)
+      return hlo_text.stored(one.shape)
     if one.opcode == 'fusion':
       return self._fusion_traffic(one)
     if one.opcode in _SLICES:
-      return 2.0 * _stored(one.shape)
+      return 2.0 * hlo_text.stored(one.shape)
     if one.opcode == 'dynamic-update-slice':
-      return 2.0 * _stored(operands[1])
-    return _stored(one.shape) + sum(map(_stored, operands))
+      return 2.0 * hlo_text.stored(operands[1])
+    return hlo_text.stored(one.shape) + sum(map(hlo_text.stored, operands))
 
-  def _fusion_traffic(self, one: Instruction) -> float:
+  def _fusion_traffic(self, one: hlo_text.Instruction) -> float:
     """A fusion reads of a sliced operand the slice, and updates in place."""
     inner = self._computations[one.called[0]]
     readers = collections.defaultdict(list)
     for reader in inner.values():
       for place, operand in enumerate(reader.operands):
         readers[operand].append((reader, place))
-    read, written = 0.0, _stored(one.shape)
+    read, written = 0.0, hlo_text.stored(one.shape)
     for parameter in inner.values():
-      if parameter.opcode != 'parameter' or not _stored(parameter.shape):
+      if parameter.opcode != 'parameter' or not hlo_text.stored(
+        parameter.shape
+      ):
         continue
       uses = _through_bitcasts(parameter.name, readers)
       first = all(place == 0 for _, place in uses)
       opcodes = {reader.opcode for reader, _ in uses}
       if first and opcodes and opcodes <= _SLICES:
-        read += sum(size(reader.shape) for reader, _ in uses)
+        read += sum(hlo_text.size(reader.shape) for reader, _ in uses)
       elif first and opcodes == {'dynamic-update-slice'}:
         for reader, _ in uses:
-          written -= size(reader.shape)
-          written += size(inner[reader.operands[1]].shape)
+          written -= hlo_text.size(reader.shape)
+          written += hlo_text.size(inner[reader.operands[1]].shape)
       else:
-        read += _stored(parameter.shape)
+        read += hlo_text.stored(parameter.shape)
     return read + max(written, 0.0)
 
-  def _trips(self, one: Instruction, within) -> float | None:
+  def _trips(self, one: hlo_text.Instruction, within) -> float | None:
     """How often a loop runs: known, or `i < n` with i from a by a step."""
     known = one.attribute(r'known_trip_count"?:\{"?n"?:"?(\d+)')
     if known:
       return float(known)
     condition = self._computations[one.attribute(r'condition=%?([\w.\-]+)')]
     body = self._computations[one.attribute(r'body=%?([\w.\-]+)')]
-    less = next(x for x in condition.values() if x.is_root)
+    less = hlo_text.root(condition)
     if less.opcode == 'fusion':
       condition = self._computations[less.called[0]]
-      less = next(x for x in condition.values() if x.is_root)
+      less = hlo_text.root(condition)
     if less.opcode != 'compare' or 'direction=LT' not in less.attributes:
       return None
-    counter, bound = (_behind(condition, x) for x in less.operands)
+    counter, bound = (hlo_text.behind(condition, x) for x in less.operands)
     index = counter.attribute(r'index=(\d+)')
-    end = _literal(bound)
+    end = bound.literal
     if counter.opcode != 'get-tuple-element' or end is None:
       return None
-    result = next(x for x in body.values() if x.is_root)
+    result = hlo_text.root(body)
     begin = None
-    carried = _behind(within, one.operands[0])
+    carried = hlo_text.behind(within, one.operands[0])
     if carried.opcode == 'tuple':
-      begin = _literal(_behind(within, carried.operands[int(index)]))
+      begin = hlo_text.behind(within, carried.operands[int(index)]).literal
     step = None
     if result.opcode == 'tuple':
-      after = _behind(body, result.operands[int(index)])
+      after = hlo_text.behind(body, result.operands[int(index)])
       if after.opcode == 'add':
-        steps = (_literal(_behind(body, x)) for x in after.operands)
+        steps = (hlo_text.behind(body, x).literal for x in after.operands)
         step = next((x for x in steps if x is not None), None)
     # Counters that hide in a fusion are of XLA's making: from 0, by 1.
     return float(math.ceil((end - (begin or 0)) / (step or 1)))
-
-
-def _parse(root: str | None, name: str, rest: str) -> Instruction:
-  """Splits `shape opcode(operands), attributes`."""
-  cut = _closing(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
-  shape, rest = rest[:cut], rest[cut:].lstrip()
-  begin = rest.index('(')
-  end = _closing(rest, begin)
-  inside = rest[begin + 1 : end]
-  opcode = rest[:begin]
-  operands = tuple(re.findall(r'%([\w.\-]+)', inside))
-  attributes = rest[end + 1 :]
-  if opcode == 'constant':
-    attributes = f'value={inside}{attributes}'
-  return Instruction(name, shape, opcode, operands, attributes, bool(root))
-
-
-def _stored(shape: str) -> float:
-  """Bytes of a shape's arrays that lie in main memory: no space S(n)."""
-  found = _PLACED.findall(shape)
-  return float(sum(size(array) for array in found if 'S(' not in array))
-
-
-def _closing(text: str, begin: int) -> int:
-  """Index of the parenthesis that closes the one at `begin`."""
-  depth = 0
-  for match in re.compile('[()]').finditer(text, begin):
-    depth += 1 if match.group() == '(' else -1
-    if not depth:
-      return match.start()
-  raise ValueError(f'a parenthesis is not closed: {text[:80]!r}')
-
-
-@functools.cache
-def _itemsize(dtype: str) -> float:
-  """Bytes of an element; 0 for what is no array, as `token`."""
-  if dtype == 'pred':
-    return 1.0
-  bits = re.fullmatch(r'(?:bf|f|s|u|c)(\d+)\w*', dtype)
-  return int(bits.group(1)) / 8 if bits else 0.0
 
 
 def _kind(opcode: str) -> str | None:
@@ -385,26 +324,12 @@ def _taps(size_in, size_out, kernel, *, stride, pad, lhs_dilate, rhs_dilate):
   )
 
 
-def _through_bitcasts(name, readers) -> list[tuple[Instruction, int]]:
+def _through_bitcasts(name, readers) -> list[tuple[hlo_text.Instruction, int]]:
   """Who reads a value, names for the same bytes looked through."""
-  found: list[tuple[Instruction, int]] = []
+  found: list[tuple[hlo_text.Instruction, int]] = []
   for reader, place in readers[name]:
     if reader.opcode == 'bitcast':
       found += _through_bitcasts(reader.name, readers)
     else:
       found.append((reader, place))
   return found
-
-
-def _behind(within: dict[str, Instruction], name: str) -> Instruction:
-  """The instruction that a chain of copies begins with."""
-  one = within[name]
-  while one.opcode in ('copy', 'bitcast', 'convert') and one.operands:
-    one = within[one.operands[0]]
-  return one
-
-
-def _literal(one: Instruction) -> int | None:
-  """The value of an integer constant, or None."""
-  found = one.attribute(r'^value=(-?\d+)') if one.opcode == 'constant' else None
-  return int(found) if found else None

@@ -7,9 +7,10 @@ scarcest of its resources (matrix units, memory, network), all else for free.
 """
 
 import dataclasses
+import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,7 @@ class Report:
   mesh: dict[str, int]
   parameters: int
   parameter_bytes: int  # of the whole tree, in the dtype of activations
+  layer_bytes: int  # of one layer, likewise
   state_bytes: int  # of parameters and optimizer, on one chip
   load: abstract.Load
   group: int
@@ -99,11 +101,10 @@ def read(lowered: abstract.Lowered) -> Program:
   try:
     compiled = lowered.program.compile()
   except jax.errors.JaxRuntimeError as e:
-    wanted = re.search(r'Used ([\d.]+)([KMGT]) of', str(e))
-    if 'RESOURCE_EXHAUSTED' not in str(e) or not wanted:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    size = float(wanted.group(1)) * 1024 ** ('KMGT'.index(wanted.group(2)) + 1)
-    return Program(name, size + beside, time.monotonic() - begin, runs)
+    size = wanted(str(e)) + beside
+    return Program(name, size, time.monotonic() - begin, runs)
   seconds = time.monotonic() - begin
   memory = compiled.memory_analysis()
   peak = (
@@ -124,6 +125,19 @@ def read(lowered: abstract.Lowered) -> Program:
   return Program(name, peak + beside, seconds, runs, account)
 
 
+def wanted(message: str) -> float:
+  """Bytes that the compiler asked for in vain, as far as it says so; else inf.
+
+  It stops at what it sees first: all memory, or temporaries alone.
+  """
+  found = re.search(
+    r'(?:Used |temporaries \()([\d.]+)([KMGT])\)? (?:of|exceeds)', message
+  )
+  if not found:
+    return math.inf
+  return float(found.group(1)) * 1024 ** ('KMGT'.index(found.group(2)) + 1)
+
+
 def plan(
   config, topology: str, load: abstract.Load, stop_early: bool = False
 ) -> Report:
@@ -133,30 +147,68 @@ def plan(
     config: of `configs/rl.py`.
     topology: of `topologies.slices`.
     load: what the data would say.
-    stop_early: leave the second program out where the first does not fit.
+    stop_early: begin with the update, and leave the rollouts out where it
+      does not fit.
   """
   mesh = abstract.open_mesh(config, topology, load.slates)
   setup = abstract.make_setup(config, mesh, load.text_rows)
   stage = config.rl
   found = []
   chip = topologies.chip(topology)
-  for lowered in abstract.lower(stage, setup, load):
+  waiting = abstract.lower(stage, setup, load)
+  for lowered in reversed(waiting) if stop_early else waiting:
     found.append(read(lowered))
     if stop_early and not (found[-1].account and found[-1].memory <= chip.hbm):
       break
-  params = jax.tree.leaves(setup.abstract_params())
-  number = sum(x.size for x in params)
+  params = setup.abstract_params()
+  number, layers = (
+    sum(x.size for x in jax.tree.leaves(tree))
+    for tree in (params, params['layers'])
+  )
+  item = jnp.dtype(setup.model.dtype).itemsize
   return Report(
     topology=topology,
     mesh=dict(mesh.shape),
     parameters=number,
-    parameter_bytes=number * jnp.dtype(setup.model.dtype).itemsize,
+    parameter_bytes=number * item,
+    layer_bytes=layers * item // setup.model.num_layers,
     state_bytes=abstract.state_bytes(config.rl, setup),
     load=load,
     group=stage.group_size,
     completion=setup.sampling(1, stage.thinking, 1.0, True).max_tokens,
     programs=tuple(found),
   )
+
+
+def roomy(
+  config, family: str, load: abstract.Load
+) -> Iterator[tuple[str, int]]:
+  """Slices of a family that are not ruled out before anything is compiled.
+
+  Args:
+    config: of `configs/rl.py`; its mesh is left open.
+    family: of `topologies.CHIPS`.
+    load: what the data would say.
+
+  Yields:
+    Topologies, small to large, and `abstract.least_bytes` there.
+
+  Raises:
+    TopologyError: no such family, or `libtpu` is not installed.
+  """
+  config = config.copy_and_resolve_references()
+  config.mesh.update(data=-1, fsdp=1, tensor=1)
+  for topology in topologies.slices(family):
+    try:
+      mesh = abstract.open_mesh(config, topology, load.slates)
+      setup = abstract.make_setup(config, mesh, load.text_rows)
+      size = abstract.least_bytes(config.rl, setup, load)
+    except topologies.TopologyError:
+      raise
+    except ValueError:  # Heads or width that so many chips do not split.
+      continue
+    if size <= topologies.chip(topology).hbm:
+      yield topology, size
 
 
 def suggest(
@@ -167,8 +219,6 @@ def suggest(
   say: Callable[[str], None] = print,
 ) -> Report | None:
   """The smallest slice of a family that a step fits on, by compiling.
-
-  Slices whose chips cannot even hold the state are passed over.
 
   Args:
     config: of `configs/rl.py`; its mesh is left open.
@@ -185,19 +235,9 @@ def suggest(
   """
   config = config.copy_and_resolve_references()
   config.mesh.update(data=-1, fsdp=1, tensor=1)
-  for topology in topologies.slices(family):
+  for topology, _ in roomy(config, family, load):
     if known and known.topology == topology and known.fits:
       return known
-    try:
-      mesh = abstract.open_mesh(config, topology, load.slates)
-      setup = abstract.make_setup(config, mesh, load.text_rows)
-      size = abstract.state_bytes(config.rl, setup)
-    except topologies.TopologyError:
-      raise
-    except ValueError:  # Heads or width that so many chips do not split.
-      continue
-    if size > topologies.chip(topology).hbm:
-      continue
     report = plan(config, topology, load, stop_early=True)
     say(summary(report))
     if report.fits:
@@ -216,8 +256,10 @@ def summary(report: Report) -> str:
     if report.fits
     else 'does not fit'
   )
+  stopped = any(p.account is None for p in report.programs)
   return (
-    f'{report.topology} ({mesh}): {most / 1e9:.1f} GB a chip, {share:.0%} of '
+    f'{report.topology} ({mesh}): {"at least " * stopped}'
+    f'{most / 1e9:.1f} GB a chip, {share:.0%} of '
     f'its HBM: {verdict} (compiled in {took:.0f} s)'
   )
 
@@ -263,13 +305,35 @@ def text(report: Report) -> str:
         f'{program.name}: {loops} loop ends when the data says so, and is '
         'counted in full'
       )
-    if largest := program.account.largest():
-      lines.append(
-        f'{program.name}: its largest collective is {largest.kind}, '
-        f'{largest.bytes / 1e9:.2f} GB, '
-        f'{largest.bytes / report.parameter_bytes:.1%} of all parameters'
-      )
+    lines += gathered(program, report)
   return '\n'.join([*lines, '', summary(report)])
+
+
+def gathered(program: Program, report: Report) -> list[str]:
+  """Lines that say how much of the parameters a device holds together at once.
+
+  Args:
+    program: compiled.
+    report: it is of.
+  """
+  tree = report.parameter_bytes
+  lines = []
+  if most := program.account.largest_gather():
+    lines.append(
+      f'{program.name}: gathers at most {most.gathered / 1e9:.3f} GB at once '
+      f'({most.kind}), {most.gathered / tree:.1%} of all parameters, '
+      f'{most.gathered / report.layer_bytes:.2f} layers'
+    )
+  if other := program.account.largest_other():
+    lines.append(
+      f'{program.name}: its largest other collective is {other.kind}, '
+      f'{other.bytes / 1e9:.3f} GB, {other.bytes / tree:.1%}'
+    )
+  lines.append(
+    f'{program.name}: its peak is {program.memory / tree:.1%} of the bytes of '
+    'all parameters'
+  )
+  return lines
 
 
 def define_flags() -> None:

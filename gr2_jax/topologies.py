@@ -129,5 +129,7 @@ def devices(topology: str) -> list[jax.Device]:
     os.environ.setdefault(name, value)
   if not jax.config.jax_platforms:
     jax.config.update('jax_platforms', 'cpu')
-  found = topologies.get_topology_desc(topology, 'tpu')
+  # By default a host has four chips; a slice of one has a host of its own.
+  host = {'chips_per_host_bounds': (1, 1, 1)} if size(topology) == 1 else {}
+  found = topologies.get_topology_desc(topology, 'tpu', **host)
   return list(found.devices)

@@ -3,10 +3,14 @@
 python -m gr2_jax.bench.plan --out=plan.jsonl
 
 For every model and family the step of stage `rl` is compiled for one slice
-after another, from the first whose chips can hold parameters and optimizer, up
+after another, from the first that `abstract.least_bytes` does not rule out, up
 to the first that it fits on. Each answer is a line of `--out`; what is there
 already is not compiled again. Needs the extra `tpu`; hours for the whole table,
 minutes for a cell.
+
+`--nocompile` takes a minute: cells without an answer show the first slice that
+is not ruled out, as `>= 4x4, 60%`: at least that slice, and at least that
+share of its HBM.
 """
 
 import json
@@ -21,6 +25,7 @@ from gr2_jax import planning, reporting, topologies
 _MODELS = flags.DEFINE_list('models', list(common.QWEN3), 'Presets.')
 _FAMILIES = flags.DEFINE_list('families', list(topologies.CHIPS), 'Of chips.')
 _OUT = flags.DEFINE_string('out', 'plan.jsonl', 'Where answers are kept.')
+_COMPILE = flags.DEFINE_bool('compile', True, 'Look for the answers.')
 planning.define_flags()
 
 
@@ -50,13 +55,33 @@ def cell(model: str, family: str, load) -> dict[str, object]:
   }
 
 
+def bound(model: str, family: str, load) -> dict[str, object]:
+  """What can be said of a cell without compiling.
+
+  Args:
+    model: preset.
+    family: of chips.
+    load: a step.
+
+  Returns:
+    `topology`, the smallest that is not ruled out, and `least`, the share of
+    its HBM that is needed whatever the compiler does.
+  """
+  config = common.compose('rl', f'model={model}')
+  for topology, size in planning.roomy(config, family, load):
+    least = size / topologies.chip(topology).hbm
+    return {'topology': topology, 'least': least}
+  return {'topology': None}
+
+
 def table(cells: dict[tuple[str, str], dict[str, object]]) -> str:
   """A row a model, a column a family: slice, share of its HBM, seconds."""
   rows = {}
   for (model, family), found in cells.items():
-    shown = 'none'
-    if found['topology']:
-      shape = found['topology'].partition(':')[2]
+    shown, shape = 'none', (found['topology'] or '').partition(':')[2]
+    if 'least' in found:
+      shown = f'>= {shape}, {found["least"]:.0%}'
+    elif shape:
       shown = f'{shape}, {found["memory"]:.0%}, {found["seconds"]:.1f} s'
     rows.setdefault(model, {'model': model})[family] = shown
   families = dict.fromkeys(family for _, family in cells)
@@ -77,6 +102,9 @@ def main(argv: list[str]) -> None:
     for model in _MODELS.value:
       for family in _FAMILIES.value:
         if (model, family) in cells:
+          continue
+        if not _COMPILE.value:
+          cells[model, family] = bound(model, family, load)
           continue
         found = cell(model, family, load)
         entry = {'model': model, 'family': family, 'load': repr(load)} | found

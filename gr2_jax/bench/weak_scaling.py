@@ -7,14 +7,19 @@ number of slates each; `cost_analysis()` says what one device then computes and
 moves. Flat is perfect. Nothing runs, nothing is timed.
 """
 
+import math
+import sys
+
 import jax
 from absl import app, flags
 
 from configs import common
 from gr2_jax import abstract, reporting, sharding
 
-_DEVICES = flags.DEFINE_list('devices', ['1', '8', '64'], 'Meshes to compare.')
-_SLATES = flags.DEFINE_integer('slates', 4, 'Slates a device.', 1)
+_DEVICES = flags.DEFINE_list(
+  'devices', [str(2**n) for n in range(7)], 'Meshes to compare.'
+)
+_SLATES = flags.DEFINE_integer('slates_a_device', 4, 'Load.', 1)
 _MODEL = flags.DEFINE_string('model', 'tiny', 'Preset.')
 _AXIS = flags.DEFINE_enum(
   'axis', 'data', ('data', 'fsdp'), 'Mesh axis that grows.'
@@ -30,29 +35,31 @@ PROMPT = 128  # tokens
 TEXT_ROWS = 512
 
 
-def measure(
-  config, count: int, slates: int, axis: str = 'data'
-) -> dict[str, dict[str, float]]:
-  """Compiles a step for some of this process's devices.
+def programs(config, slates: int, **sizes: int) -> dict[str, abstract.Lowered]:
+  """A step for some of this process's devices.
 
   Args:
     config: of `configs/rl.py`.
-    count: devices.
     slates: of each device.
-    axis: of the mesh that has all of them.
+    **sizes: of the mesh axes `data` and `fsdp`; 1 where they are left out.
 
   Returns:
-    Program -> `flops` and `bytes accessed` of one device.
+    Its programs by name.
   """
-  sizes = {'data': 1, 'fsdp': 1, axis: count}
-  mesh = sharding.make_mesh(**sizes, devices=jax.devices()[:count])
+  count = math.prod(sizes.values())
+  mesh = sharding.make_mesh(
+    **({'data': 1} | sizes), devices=jax.devices()[:count]
+  )
   setup = abstract.make_setup(config, mesh, TEXT_ROWS)
   load = abstract.Load(slates * count, PROMPT, TEXT_ROWS)
-  found = {}
-  for lowered in abstract.lower(config.rl, setup, load):
-    cost = lowered.program.compile(QUICK).cost_analysis()
-    found[lowered.name] = {key: cost[key] for key in COSTS}
-  return found
+  lowered = abstract.lower(config.rl, setup, load)
+  return {one.name: one for one in lowered}
+
+
+def cost(compiled: jax.stages.Compiled) -> dict[str, float]:
+  """COSTS of one device, as XLA counts them: a loop's body once."""
+  found = compiled.cost_analysis()
+  return {key: found[key] for key in COSTS}
 
 
 def main(argv: list[str]) -> None:
@@ -64,14 +71,18 @@ def main(argv: list[str]) -> None:
   config = common.compose('rl', f'model={_MODEL.value}')
   rows, first = [], None
   for count in counts:
-    found = measure(config, count, _SLATES.value, _AXIS.value)
+    lowered = programs(config, _SLATES.value, **{_AXIS.value: count})
+    found = {
+      name: cost(one.program.compile(QUICK)) for name, one in lowered.items()
+    }
     first = first or found
     row = {'devices': str(count)}
-    for name, cost in found.items():
+    for name, costs in found.items():
       for key, unit in zip(COSTS, ('MFLOP', 'MB'), strict=True):
-        row[f'{name} {unit}'] = f'{cost[key] / 1e6:.1f}'
-        row[f'{name} {unit} ratio'] = f'{cost[key] / first[name][key]:.3f}'
+        row[f'{name} {unit}'] = f'{costs[key] / 1e6:.1f}'
+        row[f'{name} {unit} ratio'] = f'{costs[key] / first[name][key]:.3f}'
     rows.append(row)
+    print(row, file=sys.stderr, flush=True)
   print(reporting.table(rows, tuple(rows[0])))
 
 
