@@ -120,7 +120,7 @@ def compiled(
     batch_size: a multiple of the devices that split a batch.
 
   Returns:
-    (params, batch) -> arrays of `Ranked`; the batch is one of `batches.requests`
+    `(params, batch) -> arrays of Ranked`; the batch is of `batches.requests`
     on the mesh, without its grades.
   """
   split = sharding.batch_sharding(setup.mesh)

@@ -1,0 +1,361 @@
+"""A finished policy, ready to answer: nothing compiles after it is loaded.
+
+Every mode has one program for each of a few batch sizes. A batch is padded to
+the smallest that holds it, so that an answer does not depend on who else is in
+it, but for rounding: programs of two sizes may add in another order.
+
+A candidate that the catalog lacks has neither a semantic ID nor evidence, so
+the policy does not see it: it keeps its place in the slate, the others are
+ranked around it, and the answer names it.
+
+Axes: B batch, K candidates.
+"""
+
+import bisect
+import dataclasses
+import importlib
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from gr2_jax import artifacts, policy, ranker, sharding
+from gr2_jax.data import batches
+from gr2_jax.data import evidence as evidence_lib
+from gr2_jax.data import log as log_lib
+from gr2_jax.data import requests as requests_lib
+from gr2_jax.stages import rerank
+
+STAGES = ('midtrain', 'sft', 'opd', 'rl')  # They leave policies.
+Program = Callable[[Any, Any], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Knowledge:
+  """What evidence is looked up in: of one data set, not of one policy."""
+
+  source: pathlib.Path  # the slates artifact
+  log: log_lib.Log
+  facts: evidence_lib.Facts
+  index: Mapping[str, int]  # item id -> catalog index
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """Of one batch, and what it cost.
+
+  Attributes:
+    lines: one JSON object a slate, see `rank`.
+    prompts: that were encoded.
+    decoded: tokens that were written.
+  """
+
+  lines: list[dict[str, Any]]
+  prompts: int
+  decoded: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reranker:
+  """See the module; made by `Reranker.load`."""
+
+  artifact: pathlib.Path
+  policy: policy.Policy
+  knowledge: Knowledge
+  programs: Mapping[str, Mapping[int, Program]]  # mode -> batch size -> program
+  order: str  # in which candidates are shown, of `prompts.ORDERS`
+  history: int  # last items of a history that are kept
+
+  @classmethod
+  def load(
+    cls,
+    path: str | pathlib.Path,
+    *,
+    modes: Sequence[str] = ranker.MODES,
+    largest_batch: int = 64,
+    tensor: int = 1,
+    beside: 'Reranker | None' = None,
+  ) -> 'Reranker':
+    """Loads a policy, fits the evidence, compiles every program.
+
+    Args:
+      path: a finished artifact of midtrain, sft, opd or rl; what it was made
+        from lies beside it, its data where its config says.
+      modes: of `ranker.MODES`.
+      largest_batch: slates at a time; programs are made for it and for smaller
+        powers of two.
+      tensor: devices that split heads and feed-forward; the rest split batches.
+      beside: another one, whose data and programs are shared where they are
+        the same.
+
+    Raises:
+      ArtifactError: there is no such policy.
+      DataError: the data is no longer what the policy was trained on.
+      ValueError: a mode or a size that means nothing.
+    """
+    path = pathlib.Path(path).resolve()
+    for mode in modes:
+      if mode not in ranker.MODES:
+        raise ValueError(f'mode {mode!r}: known: {", ".join(ranker.MODES)}')
+    run = artifacts.read_run(path)
+    if run['stage'] not in STAGES:
+      raise artifacts.ArtifactError(
+        f'{path}: a run of {run["stage"]!r}, which leaves no policy; give the '
+        f'folder of {", ".join(STAGES)}'
+      )
+    mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=tensor))
+    restored = policy.restore(path, mesh)
+    config = ml_collections.ConfigDict(run['config'])
+    slates = path.parent / run['inputs']['slates']
+    if beside and beside.knowledge.source == slates:
+      knowledge = beside.knowledge
+    else:
+      knowledge = _know(slates, restored.setup.catalog, config.data)
+    sizes = _sizes(restored.setup, largest_batch)
+    made = beside.programs if beside else {}
+    if beside and not _same_programs(beside.policy.setup, restored.setup):
+      made = {}
+    programs = {
+      mode: {
+        size: made.get(mode, {}).get(size)
+        or ranker.compiled(restored.setup, mode, size)
+        for size in sizes
+      }
+      for mode in modes
+    }
+    return cls(
+      path,
+      restored,
+      knowledge,
+      programs,
+      config.prompt.order,
+      config.data.history,
+    )
+
+  @property
+  def candidates(self) -> int:
+    """K, candidates that a slate may have."""
+    return self.policy.setup.prompter.num_candidates
+
+  @property
+  def largest_batch(self) -> int:
+    """Slates that are answered at a time, at most."""
+    return max(next(iter(self.programs.values())))
+
+  def parse(self, row: object, where: str, place: int) -> requests_lib.Request:
+    """Checks one slate, as `data/requests.py` describes it.
+
+    Args:
+      row: what JSON holds.
+      where: it stands, for messages.
+      place: its own in the list it came in, from 0.
+
+    Raises:
+      DataError: what is wrong, with place, field and cure.
+    """
+    return requests_lib.parse(
+      row, where, place + 1, self.knowledge.index, self.candidates, strict=False
+    )
+
+  def rank(
+    self, slates: Sequence[Mapping[str, Any]], mode: str = 'reason'
+  ) -> list[dict[str, Any]]:
+    """Answers slates, each as stage `rerank` does at the same place.
+
+    Args:
+      slates: objects with the fields of `data/requests.py`.
+      mode: of `ranker.MODES`.
+
+    Returns:
+      For each the fields that stage `rerank` writes, and:
+
+        mode: that answered it
+        unknown_candidates: ids that the catalog lacks; they keep their places,
+          their score is None
+
+      The verdict is None where no candidate is known.
+
+    Raises:
+      DataError: what is wrong with a slate; none is answered.
+      ValueError: a mode that was not loaded.
+    """
+    if mode not in self.programs:
+      raise ValueError(f'mode {mode!r}: loaded: {", ".join(self.programs)}')
+    asked = [
+      (self.parse(row, f'slate {place}', place), place)
+      for place, row in enumerate(slates)
+    ]
+    lines = []
+    for low in range(0, len(asked), self.largest_batch):
+      part = asked[low : low + self.largest_batch]
+      lines += self.answer(part, mode).lines
+    return lines
+
+  def answer(
+    self, asked: Sequence[tuple[requests_lib.Request, int]], mode: str
+  ) -> Answers:
+    """Answers at most `largest_batch` requests, in one batch.
+
+    Args:
+      asked: checked requests, each with its place in the list it came in: the
+        presentation of a slate is a function of that place.
+      mode: that was loaded.
+    """
+    known = [(_known_part(request), place) for request, place in asked]
+    rows = [row for row, (part, _) in enumerate(known) if part.names]
+    ranked = None
+    if rows:
+      ranked = self._run([known[row] for row in rows], mode)
+    lines = [incoming_order(request, mode) for request, _ in asked]
+    for i, row in enumerate(rows):
+      request, part = asked[row][0], known[row][0]
+      kept = np.array(_known_ranks(request))
+      shown = ranked.presented[i : i + 1, : len(kept)]
+      own = rerank.answer(
+        self.policy.setup,
+        part,
+        # Reasoning names candidates by their rank in the whole slate.
+        ranker.Ranked(
+          **{
+            field.name: getattr(ranked, field.name)[i : i + 1]
+            for field in dataclasses.fields(ranked)
+          }
+          | {'presented': kept[shown]}
+        ),
+        0,
+      )
+      lines[row] |= _around_unknown(request, own)
+    decoded = int(ranked.length.sum()) if rows else 0
+    return Answers(lines, prompts=len(rows), decoded=decoded)
+
+  def _run(
+    self, asked: Sequence[tuple[requests_lib.Request, int]], mode: str
+  ) -> ranker.Ranked:
+    """Ranks requests whose candidates are all known."""
+    setup, knowledge = self.policy.setup, self.knowledge
+    slates = requests_lib.to_slates(
+      [request for request, _ in asked],
+      knowledge.log,
+      knowledge.facts,
+      self.candidates,
+      self.history,
+    )
+    render = batches.requests(
+      setup.prompter, '<think>' if mode == 'reason' else '<answer>', self.order
+    )
+    rows = [
+      render(record, np.random.default_rng((0, place)))
+      for record, (_, place) in zip(rerank.records(slates), asked, strict=True)
+    ]
+    sizes = sorted(self.programs[mode])
+    size = sizes[bisect.bisect_left(sizes, len(rows))]
+    rows += [rows[-1]] * (size - len(rows))
+    batch = {
+      name: np.stack([row[name] for row in rows])
+      for name in rows[0]
+      if name != 'grades'  # What the policy must not see.
+    }
+    found = self.programs[mode][size](
+      self.policy.params, sharding.shard_batch(batch, setup.mesh)
+    )
+    return ranker.Ranked(
+      **{k: np.asarray(v)[: len(asked)] for k, v in found.items()}
+    )
+
+
+def incoming_order(request: requests_lib.Request, mode: str) -> dict[str, Any]:
+  """The answer to who gets none: the order that came in."""
+  return {
+    'id': request.id,
+    'ranking': list(request.names),
+    'order': list(range(len(request.names))),
+    'reasoning': '',
+    'verdict': None,
+    'scores': [None] * len(request.names),
+    'unknown_history': request.unknown,
+    'mode': mode,
+    'unknown_candidates': [
+      name
+      for name, item in zip(request.names, request.candidates, strict=True)
+      if item < 0
+    ],
+  }
+
+
+def _known_part(request: requests_lib.Request) -> requests_lib.Request:
+  """The request without the candidates that the catalog lacks."""
+  kept = _known_ranks(request)
+  return dataclasses.replace(
+    request,
+    names=tuple(request.names[rank] for rank in kept),
+    candidates=tuple(request.candidates[rank] for rank in kept),
+    scores=tuple(request.scores[rank] for rank in kept),
+  )
+
+
+def _known_ranks(request: requests_lib.Request) -> list[int]:
+  """Incoming ranks of the candidates that the catalog has."""
+  return [rank for rank, item in enumerate(request.candidates) if item >= 0]
+
+
+def _around_unknown(
+  request: requests_lib.Request, line: dict[str, Any]
+) -> dict[str, Any]:
+  """The line of a request's known part, for the whole request."""
+  kept = _known_ranks(request)
+  order = list(range(len(request.names)))
+  scores = [None] * len(request.names)
+  for place, rank in zip(kept, line['order'], strict=True):
+    order[place] = kept[rank]
+  for rank, score in zip(kept, line['scores'], strict=True):
+    scores[rank] = score
+  return line | {
+    'ranking': [request.names[rank] for rank in order],
+    'order': order,
+    'scores': scores,
+  }
+
+
+def _know(slates: pathlib.Path, catalog: log_lib.Catalog, config) -> Knowledge:
+  """Reads the log that a policy was trained on, and fits the evidence."""
+  module = importlib.import_module(f'gr2_jax.data.sources.{config.source}')
+  log = module.load(config)
+  if log.catalog.item_ids != catalog.item_ids:
+    raise log_lib.DataError(
+      f'{config.source}: its items are no longer those of {slates}: give the '
+      'data that the policy was trained on'
+    )
+  return Knowledge(
+    source=slates,
+    log=log,
+    facts=requests_lib.fit(log, config),
+    index={name: i for i, name in enumerate(catalog.item_ids)},
+  )
+
+
+def _sizes(setup: policy.Setup, largest: int) -> list[int]:
+  """Batch sizes: powers of two times the devices that split a batch."""
+  size = setup.mesh.shape['data'] * setup.mesh.shape['fsdp']
+  if largest < size:
+    raise ValueError(
+      f'largest_batch={largest}: a batch splits over {size} devices; give at '
+      'least as many'
+    )
+  sizes = [size]
+  while 2 * sizes[-1] <= largest:
+    sizes.append(2 * sizes[-1])
+  return sizes
+
+
+def _same_programs(a: policy.Setup, b: policy.Setup) -> bool:
+  """Whether programs compiled for the one serve the other."""
+
+  def key(setup: policy.Setup):
+    p = setup.prompter
+    shape = p.prompt_tokens, p.num_candidates, p.thinking_tokens
+    return setup.model, setup.grammar, setup.mesh, shape
+
+  return key(a) == key(b)
