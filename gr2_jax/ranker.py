@@ -56,6 +56,9 @@ class Ranked:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
   """Greedy answers of one batch, one rollout a slate."""
+  encoded = transformer.encode_prompt(
+    model, params, batch['prompt'], batch['prompt_length']
+  )
   rollouts = sampling.sample(
     model,
     params,
@@ -65,15 +68,13 @@ def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
     jax.random.key(0),
     grammar,
     config,
+    encoded,
   )
   tokens, length = rollouts.tokens[:, 0], rollouts.length[:, 0]
   answer = sampling.parse(
     grammar, config, tokens, length, batch['count'], batch['incoming']
   )
-  hidden, _ = transformer.encode_prompt(
-    model, params, batch['prompt'], batch['prompt_length']
-  )
-  return _read_out(params, hidden, batch) | dict(
+  return _read_out(params, encoded[0], batch) | dict(
     generated=metrics.in_incoming_ranks(answer.ranking, batch['incoming']),
     verdict=answer.verdict,
     tokens=tokens,

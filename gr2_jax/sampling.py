@@ -174,6 +174,7 @@ def sample(
   key: jax.Array,
   grammar: Grammar,
   config: SamplingConfig,
+  encoded: tuple[jax.Array, transformer.Prefix] | None = None,
 ) -> Rollouts:
   """Samples a group of completions for every prompt.
 
@@ -190,12 +191,13 @@ def sample(
     key: PRNG key.
     grammar: token ids of the answer.
     config: group, budget, temperature, masks.
+    encoded: the prompts, of `transformer.encode_prompt`, where they are known.
 
   Returns:
     Rollouts [P, G, T].
   """
   P, G, T = prompt_PxTp.shape[0], config.group, config.max_tokens
-  hidden, prefix = transformer.encode_prompt(
+  hidden, prefix = encoded or transformer.encode_prompt(
     model, params, prompt_PxTp, prompt_length_P
   )
   last = jnp.take_along_axis(

@@ -16,7 +16,7 @@ from absl import app, flags
 from gr2_jax import artifacts, environment, ranker
 
 _ARTIFACT = flags.DEFINE_string(
-  'artifact', None, 'Folder of midtrain, sft, opd or rl.', required=True
+  'artifact', None, 'Folder of a trained policy.', required=True
 )
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at.')
 _PORT = flags.DEFINE_integer('port', 8080, 'Port; 0 takes a free one.', 0)

@@ -22,7 +22,7 @@ def _config(**changes):
   config = ConfigDict({name: {'x': 1} for name in sections.split()})
   config.seed, config.seeds = 0, (0, 1)
   config.opd.start, config.rl.start = 'sft', 'opd'
-  config.internalize.start = 'rl'
+  config.internalize.start = config.export.start = config.rerank.start = 'rl'
   config.update_from_flattened_dict(changes)
   return config
 

@@ -46,7 +46,7 @@ from gr2_jax import artifacts, environment, ranker, reporting
 from gr2_jax.data import slates as slates_lib
 
 _ARTIFACT = flags.DEFINE_string(
-  'artifact', None, 'Folder of midtrain, sft, opd or rl.', required=True
+  'artifact', None, 'Folder of a trained policy.', required=True
 )
 _SECONDS = flags.DEFINE_float('seconds', 60.0, 'Of each row.', 0.1)
 _CLIENTS = flags.DEFINE_list('clients', ['1', '8', '64'], 'At a time.')

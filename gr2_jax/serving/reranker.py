@@ -29,7 +29,7 @@ from gr2_jax.data import log as log_lib
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.stages import rerank
 
-STAGES = ('midtrain', 'sft', 'opd', 'rl')  # They leave policies.
+STAGES = ('midtrain', 'sft', 'opd', 'rl', 'internalize')  # They leave policies.
 Program = Callable[[Any, Any], dict[str, jax.Array]]
 
 
@@ -82,7 +82,7 @@ class Reranker:
     """Loads a policy, fits the evidence, compiles every program.
 
     Args:
-      path: a finished artifact of midtrain, sft, opd or rl; what it was made
+      path: a finished artifact of one of STAGES; what it was made
         from lies beside it, its data where its config says.
       modes: of `ranker.MODES`.
       largest_batch: slates at a time; programs are made for it and for smaller

@@ -55,6 +55,8 @@ _FILES = (
 
 # Which stages a config field may name as the one to start from.
 STARTS = {
+  'export.start': ('rl', 'internalize', 'opd', 'sft'),
+  'rerank.start': ('rl', 'internalize', 'opd', 'sft'),
   'internalize.start': ('rl', 'opd', 'sft'),
   'opd.start': ('sft', 'midtrain'),
   'rl.start': ('sft', 'opd', 'midtrain'),
@@ -123,13 +125,13 @@ STAGES: dict[str, Stage] = {
     ('data', 'prompt', 'model', 'mesh', 'evaluate', 'seeds'),
   ),
   'rerank': Stage(
-    ('slates', 'tokenizer', 'backbone', 'rl'),
+    ('slates', 'tokenizer', 'backbone', '{rerank.start}'),
     ('data', 'prompt', 'model', 'mesh', 'rerank'),
     seeded=True,
     files=('rerank.input',),
   ),
   'export': Stage(
-    ('slates', 'tokenizer', 'backbone', 'rl'),
+    ('slates', 'tokenizer', 'backbone', '{export.start}'),
     ('prompt', 'model', 'mesh', 'export'),
     seeded=True,
   ),

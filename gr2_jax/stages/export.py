@@ -50,7 +50,7 @@ def run(
 
   Args:
     config: sections prompt, model, mesh, export.
-    inputs: slates, tokenizer, backbone, rl.
+    inputs: slates, tokenizer, backbone, and the stage named by `export.start`.
     workdir: of this stage; gets CHECKPOINT, SIDS and EXAMPLE.
 
   Returns:
@@ -78,7 +78,7 @@ def run(
 
   # Items and example.
   _write(workdir / SIDS, ''.join(_sids(setup, tokenizer)))
-  params = setup.load_params(inputs['rl'])
+  params = setup.load_params(inputs[config.export.start])
   example = _example(stage, setup, params, tokenizer, test[0], prompts[0])
   _write(workdir / EXAMPLE, json.dumps(example, indent=2, ensure_ascii=False))
 

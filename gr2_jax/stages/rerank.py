@@ -46,7 +46,7 @@ def run(
 
   Args:
     config: sections data, prompt, model, mesh, rerank; seed.
-    inputs: slates, tokenizer, backbone, rl.
+    inputs: slates, tokenizer, backbone, and the stage named by `rerank.start`.
     workdir: of this stage; gets OUTPUT, and REQUESTS where the test slates
       are ranked.
 
@@ -97,7 +97,7 @@ def _rank(
     total = sum(1 for _ in read())
 
   # Rank what is left.
-  params = setup.load_params(inputs['rl'])
+  params = setup.load_params(inputs[stage.start])
   partial = workdir / PARTIAL
   done = start = _keep_whole_chunks(partial, stage.chunk)
   pending = itertools.islice(read(), done, None)
