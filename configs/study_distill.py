@@ -35,7 +35,7 @@ STUDENT = {
 }
 # On MovieLens the answer learns to rank long after the read-out does.
 STEPS = {
-  'world': dict(teacher=400, opd=300),
+  'world': dict(teacher=400, opd=600),
   'movielens': dict(teacher=1200, opd=900),
 }
 # `readout` is for a teacher whose answers do not rank yet.

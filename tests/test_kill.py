@@ -1,4 +1,4 @@
-"""`kill -9` in the middle: the same command goes on, bit for bit."""
+"""Killed or told to end: the same command goes on, bit for bit."""
 
 import os
 import pathlib
@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 
-from gr2_jax import artifacts, reporting
+import pytest
+
+from gr2_jax import artifacts, reporting, roster
 
 from . import tiny, tiny_world
 
@@ -30,16 +32,22 @@ def start(root):
   )
 
 
-def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(world, tmp_path):
+@pytest.mark.parametrize(
+  ('number', 'code'),
+  [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, roster.AGAIN)],
+)
+def test_a_run_ended_in_the_middle_goes_on_bit_for_bit(
+  world, tmp_path, number, code
+):
   name = world['sft'].name
   for stage in tiny_world.NEEDS['sft']:
     (tmp_path / world[stage].name).symlink_to(world[stage])
   workdir, process = tmp_path / name, start(tmp_path)
   while process.poll() is None and not (workdir / 'checkpoints/2').is_dir():
     time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
+  process.send_signal(number)
   out, _ = process.communicate()
-  assert process.returncode == -signal.SIGKILL, out
+  assert process.returncode == code, out
   assert not (workdir / 'results.json').exists()
   assert not (workdir / 'checkpoints/6').exists()
 
