@@ -21,6 +21,7 @@ def make_config():
   own.evidence.world = config.prompt.evidence
   own.rows = tuple(row for row in recipe.ROWS if row[0] in ROWS)
   own.teacher = {}  # The world's own SFT.
+  own.steps.world = {'teacher': config.sft.steps, 'opd': config.opd.steps}
   own.student = recipe.STUDENT | {'model': SMALL, 'traces': {
     'teacher': 'policy', 'tries': 3, 'batch_size': 8,
   }}  # fmt: skip
