@@ -90,7 +90,7 @@ def restore(
   """A finished artifact's policy as the teacher.
 
   Args:
-    artifact: of midtrain, sft, opd or rl.
+    artifact: of one of `policy.TRAINERS`.
     setup: the student's.
     inputs: the student's artifacts.
     mesh: section `mesh`.

@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import ml_collections
 
-from gr2_jax import adapters, artifacts, checkpoint, sampling, sharding
+from gr2_jax import (
+  adapters,
+  artifacts,
+  checkpoint,
+  sampling,
+  sharding,
+  stages,
+)
 from gr2_jax.data import chat, prompts, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
@@ -16,6 +23,11 @@ from gr2_jax.models import semantic_ids, transformer
 
 BINS = 'evidence_bins.json'
 PARAMS = 'params'
+
+# Stages that train the language model, and leave a policy.
+TRAINERS = tuple(
+  name for name, stage in stages.STAGES.items() if stage.together
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +94,7 @@ def restore(
   """A finished policy of any shape, from where its stage left it.
 
   Args:
-    artifact: of midtrain, sft, opd or rl; what it was made from lies beside it.
+    artifact: of one of TRAINERS; what it was made from lies beside it.
     mesh: section `mesh`, of whoever reads it.
     same_as: artifacts of another policy, whose slates and semantic IDs this
       one must have been made from.
@@ -93,6 +105,11 @@ def restore(
   """
   path = pathlib.Path(artifact)
   found = artifacts.read_run(path)
+  if found['stage'] not in TRAINERS:
+    raise artifacts.ArtifactError(
+      f'{path}: a run of {found["stage"]!r}, which leaves no policy; give the '
+      f'folder of {", ".join(TRAINERS)}'
+    )
   for name in ('slates', 'tokenizer') if same_as else ():
     if found['inputs'].get(name) != same_as[name].name:
       raise artifacts.ArtifactError(
@@ -100,11 +117,6 @@ def restore(
         f'{same_as[name].name}: train the teacher with the same sections data '
         'and tokenizer'
       )
-  if not (path / PARAMS).is_dir():
-    raise artifacts.ArtifactError(
-      f'{path}: a run of {found["stage"]!r}, which leaves no policy; give the '
-      'folder of midtrain, sft, opd or rl'
-    )
   config = ml_collections.ConfigDict(found['config'])
   config.mesh = mesh
   home = {

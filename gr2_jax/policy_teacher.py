@@ -185,7 +185,7 @@ def restore(
   """A finished policy as a teacher; it sees slates as it was trained to.
 
   Args:
-    artifact: of midtrain, sft, opd or rl.
+    artifact: of one of `policy.TRAINERS`.
     mesh: section `mesh`.
     student: whose tokens the traces are to be written in.
     inputs: of the student's stage: slates, tokenizer, backbone.

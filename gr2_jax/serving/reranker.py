@@ -29,7 +29,6 @@ from gr2_jax.data import log as log_lib
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.stages import rerank
 
-STAGES = ('midtrain', 'sft', 'opd', 'rl', 'internalize')  # They leave policies.
 Program = Callable[[Any, Any], dict[str, jax.Array]]
 
 
@@ -82,7 +81,7 @@ class Reranker:
     """Loads a policy, fits the evidence, compiles every program.
 
     Args:
-      path: a finished artifact of one of STAGES; what it was made
+      path: a finished artifact of `policy.TRAINERS`; what it was made
         from lies beside it, its data where its config says.
       modes: of `ranker.MODES`.
       largest_batch: slates at a time; programs are made for it and for smaller
@@ -101,11 +100,6 @@ class Reranker:
       if mode not in ranker.MODES:
         raise ValueError(f'mode {mode!r}: known: {", ".join(ranker.MODES)}')
     run = artifacts.read_run(path)
-    if run['stage'] not in STAGES:
-      raise artifacts.ArtifactError(
-        f'{path}: a run of {run["stage"]!r}, which leaves no policy; give the '
-        f'folder of {", ".join(STAGES)}'
-      )
     mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=tensor))
     restored = policy.restore(path, mesh)
     config = ml_collections.ConfigDict(run['config'])

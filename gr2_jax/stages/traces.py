@@ -154,7 +154,7 @@ def _policy(
   if not stage.policy:
     raise ValueError(
       "traces.teacher='policy' needs traces.policy: the folder of a finished "
-      'midtrain, sft, opd or rl'
+      f'run of {", ".join(policy.TRAINERS)}'
     )
   return policy_teacher.restore(
     stage.policy,
