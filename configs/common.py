@@ -9,6 +9,8 @@ which is `compose(<stage>, arg)`. `arg` is what follows the colon in
   model=NAME    the language model: tiny (default), small, base, from scratch;
                 smollm2_135m, pretrained; qwen3_0p6b .. qwen3_32b, pretrained
                 where --config.model.source names a folder of the weights
+  context=long  prompts tell all of fifty items and of every candidate: what
+                the compressor is for (default: short)
   seeds=N       seeds 0..N-1 for every seeded stage (default 1)
 """
 
@@ -33,6 +35,7 @@ SECTIONS = {
   'evaluate': 'evaluate',
   'rerank': 'rerank',
   'export': 'export',
+  'compress': 'compress',
   'internalize': 'internalize',
   'study_distill': 'study_distill',
   'study_hacking': 'study_hacking',
@@ -156,6 +159,27 @@ PRETRAINED = {
 }
 RECIPES = dict.fromkeys(('smollm2_135m', *QWEN3), PRETRAINED)
 
+# Contexts that are worth compressing: what of each item is known, in words
+# too. Policies learn from contexts of which parts are left out, and so can
+# read what is left of any.
+LONG = {
+  'data.history': 50,
+  'prompt.history': 50,
+  'prompt.history_fields': ('sid', 'title', 'categories', 'grade', 'age'),
+  'prompt.fields': ('sid', 'title', 'categories', 'evidence'),
+  'prompt.title_tokens': 4,
+  'prompt.num_memory': 64,
+  'midtrain.context': 'last:4+history:sid+candidates:sid,evidence',
+  'sft.contexts': ('dropped:240',) * 3 + ('full',),
+}
+LONG_SIZES = {
+  'data.max_slates_train': 40,
+  'data.max_slates_eval': 15,
+  'sft.batch_size': 16,
+  'sft.eval_slates': 256,
+  'sft.eval_batch_size': 32,
+}
+
 SYSTEM = (
   'You are an analyst of a catalog. You read the items that a user has engaged '
   'with, then candidates with evidence beside each, and put the candidates in '
@@ -198,6 +222,9 @@ def compose(stage: str, arg: str = '') -> ConfigDict:
     config[section] = module.section(test=test)
   config.data.source = dataset
   config.update_from_flattened_dict(RECIPES.get(preset, {}))
+  if given.get('context', 'short') == 'long':
+    sizes = LONG_SIZES if not test else {}
+    config.update_from_flattened_dict(LONG | sizes)
   return config
 
 
@@ -219,13 +246,16 @@ def prompt(dataset: str = 'movielens') -> ConfigDict:
     'sid',
     'evidence',
   )  # of a line: sid title categories evidence
-  config.history_fields = ('sid',)  # of a history's item: sid title categories
+  config.history_fields = (
+    'sid',
+  )  # of a history's item: sid title categories grade age
   config.system = SYSTEM  # who a chat model is told to be; else unused
   config.knowledge = False  # a chat model is told what tends to hold (KP)
   config.evidence = EVIDENCE[dataset]  # columns of a candidate's line
   config.bins = 8  # tokens of each column
   config.order = 'shuffled'  # of candidates: shuffled, incoming, mixed
   config.num_slots = 20  # slot tokens: the longest slate there may be
+  config.num_memory = 0  # memory tokens: the most that a context may use
   config.budget = 0  # tokens of a prompt; oldest history goes first; 0: all
   config.text_tokens = 500  # pieces of text in the vocabulary
   config.title_tokens = 8  # of a title or category path, at most
@@ -261,24 +291,46 @@ def validation(test: bool) -> ConfigDict:
   return config
 
 
-def on_policy(
-  test: bool, steps: int, learning_rate: float, eval_every: int
+def rollouts(
+  test: bool,
+  batch_size: int,
+  steps: int,
+  learning_rate: float,
+  eval_every: int,
 ) -> ConfigDict:
-  """What every stage has whose policy learns from its own rollouts."""
-  batch = 8 if test else 32
+  """What every stage has that learns from its own rollouts by rewards."""
+  batch = 8 if test else batch_size
   config = training(
     steps=6 if test else steps,
     batch_size=batch,
     learning_rate=learning_rate,
     eval_every=3 if test else eval_every,
   )
-  config.update(validation(test))
+  config.eval_slates = 64 if test else 1024  # validation slates, a fixed draw
+  config.eval_batch_size = 64 if test else 256  # of them at a time
   config.group_size = 4 if test else 8  # rollouts of one slate
   config.temperature = 1.0  # of the sampler and of the learner
-  config.constrained = True  # permutation mask while training, as in serving
+  config.constrained = True  # the grammar's mask while training, as in serving
   # Groups whose rewards are all equal are replaced by fresh ones:
   config.refill_size = batch if test else batch // 4  # slates at a time
   config.refills = 4  # at most so many times a step; 0: never
+  config.advantage = 'dapo'  # dapo, grpo, dr_grpo, rloo
+  config.average = 'token'  # of token losses: token, sequence, fixed
+  config.epochs = 1  # times each rollout is trained on
+  config.minibatches = 1  # updates an epoch
+  config.clip_low = 0.2  # how far a probability ratio may fall
+  config.clip_high = 0.28  # how far it may rise
+  config.importance_cap = 0.0  # truncated importance weights, 0: none
+  return config
+
+
+def on_policy(
+  test: bool, steps: int, learning_rate: float, eval_every: int
+) -> ConfigDict:
+  """What every stage has whose policy learns from its own rankings."""
+  config = rollouts(test, 32, steps, learning_rate, eval_every)
+  config.thinking = True  # reason before the ranking
+  config.context = 'full'  # of the prompts: see gr2_jax/data/contexts.py
   config.reward = 'auc+ndcg'  # auc, ndcg, auc+ndcg, promotion, rr, recall
   config.k = 5  # cut-off of ndcg and recall
   config.gate = 'v2'  # none, v1, v2: what a copied or invalid answer earns
@@ -287,14 +339,7 @@ def on_policy(
   config.overlong_buffer = 0  # last tokens of the budget that cost, 0: none
   config.overlong_weight = 1.0  # what the whole buffer costs
   config.judge_weight = 0.0  # of the quality of the reasoning, 0: no judge
-  config.advantage = 'dapo'  # dapo, grpo, dr_grpo, rloo
-  config.average = 'token'  # of token losses: token, sequence, fixed
   config.credit = 'answer'  # advantage of the whole answer, or by placement
-  config.epochs = 1  # times each rollout is trained on
-  config.minibatches = 1  # updates an epoch
-  config.clip_low = 0.2  # how far a probability ratio may fall
-  config.clip_high = 0.28  # how far it may rise
-  config.importance_cap = 0.0  # truncated importance weights, 0: none
   config.choose = 'n@5'  # validation metric that chooses the step, or last
   return config
 
@@ -336,6 +381,7 @@ def _parse(arg: str) -> dict[str, object]:
   readers: dict[str, Callable[[str], object]] = {
     'dataset': lambda v: _known('dataset', v, DATASETS),
     'model': lambda v: _known('model', v, MODELS),
+    'context': lambda v: _known('context', v, ('short', 'long')),
     'seeds': _count,
   }
   given: dict[str, object] = {}

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from gr2_jax import (
   adapters,
+  grammars,
   learner,
   policy,
   policy_gradient,
   rollouts,
-  sampling,
   sharding,
   topologies,
 )
@@ -77,6 +77,7 @@ def make_setup(config, mesh: jax.sharding.Mesh, text_rows: int) -> policy.Setup:
     evidence=tuple(config.prompt.evidence),
     bins=config.prompt.bins,
     num_slots=config.prompt.num_slots,
+    num_memory=config.prompt.num_memory,
     levels=config.tokenizer.levels,
     codebook_size=config.tokenizer.codebook_size,
   )
@@ -114,7 +115,7 @@ def make_setup(config, mesh: jax.sharding.Mesh, text_rows: int) -> policy.Setup:
   return policy.Setup(
     catalog=None,
     prompter=prompter,
-    grammar=sampling.Grammar(
+    grammar=grammars.Ranking(
       slot_base=words.slot_base,
       num_slots=layout.num_slots,
       num_candidates=config.data.candidates,

@@ -25,6 +25,7 @@ import ml_collections
 import numpy as np
 
 from gr2_jax import cluster, stages
+from gr2_jax.data import contexts
 
 
 class ArtifactError(ValueError):
@@ -75,6 +76,8 @@ def plan(
   for need in stage.needs:
     base, per_seed, _ = need.partition('@')
     base = _named_stage(config, base)
+    if base is None:
+      continue
     for s in config.seeds if per_seed else (seed,):
       inputs[f'{base}@{s}' if per_seed else base] = plan(config, base, s)
   content = {
@@ -282,12 +285,15 @@ def read_run(directory: pathlib.Path) -> dict[str, Any]:
   return _read_json(path, 'give the folder of an artifact')
 
 
-def _named_stage(config: ml_collections.ConfigDict, need: str) -> str:
+def _named_stage(config: ml_collections.ConfigDict, need: str) -> str | None:
   """The stage that a need stands for, where a config field names it."""
   if not need.startswith('{'):
     return need
   field = need.strip('{}')
   section, _, name = field.partition('.')
+  if name == 'context':
+    written = contexts.parse(config[section][name]).text
+    return 'compress' if written else None
   named, known = config[section][name], stages.STARTS[field]
   if named not in known:
     raise ArtifactError(f'{field}={named!r}: must be one of {", ".join(known)}')

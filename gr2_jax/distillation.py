@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import learner, policy, policy_gradient, sampling
+from gr2_jax import grammars, learner, policy, policy_gradient, sampling
 from gr2_jax.data import batches, vocabulary
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, masking
@@ -150,7 +150,7 @@ def beside(
 
 def make_look(
   teacher: Teacher,
-  grammar: sampling.Grammar,
+  grammar: grammars.Grammar,
   sampler: sampling.SamplingConfig,
   divergence: str,
 ) -> Callable[
@@ -178,7 +178,7 @@ def make_look(
     if prompt is None:
       prompt, length = batch.prompt, batch.prompt_length
     if teacher.view == 'thinking':
-      prompt, length = _think(setup, params, prompt, length, batch.count)
+      prompt, length = _think(setup, params, prompt, length, batch.facts)
     hidden, prefix = transformer.encode_prompt(
       setup.model, params, prompt, length
     )

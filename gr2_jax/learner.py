@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gr2_jax import sampling, sharding
+from gr2_jax import grammars, sampling, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, losses, masking
 
@@ -157,11 +157,11 @@ def score_tokens(
   params: Any,
   hidden_PxGxTxD: jax.Array,
   tokens_PxGxT: jax.Array,
-  grammar: sampling.Grammar,
+  grammar: grammars.Grammar,
   *,
   temperature: float = 1.0,
   chunk: int = 32,
-  constraint: tuple[sampling.Progress, jax.Array] | None = None,
+  constraint: tuple[Any, Any] | None = None,
   known: jax.Array | None = None,
   teacher: TeacherStates | None = None,
   divergence: str = 'reverse',
@@ -178,8 +178,8 @@ def score_tokens(
     grammar: the slots' ids, and the mask where there is a constraint.
     temperature: the sampler's, above 0.
     chunk: time steps at a time, at most.
-    constraint: progress before each token [P, G, T] and the slates' counts
-      [P], where the sampler was constrained.
+    constraint: progress before each token [P, G, T] and the prompts' facts,
+      both of the grammar, where the sampler was constrained.
     known: bool [V] or None, tokens to which the distributions are confined.
     teacher: whose distributions these are compared with, at the same
       temperature, over the tokens that the teacher knows and the constraint
@@ -196,11 +196,9 @@ def score_tokens(
   chunk = -(-T // n)
   K, base = grammar.num_candidates, grammar.slot_base
   remaining = jnp.broadcast_to(T - jnp.arange(T), (P, G, T))
-  progress, count = constraint or (None, None)
-  if count is not None:
-    count = jnp.broadcast_to(count[:, None, None], (P, G, T))
+  progress, facts = constraint or (None, None)
   theirs = teacher.hidden if teacher is not None else None
-  parts = (hidden_PxGxTxD, tokens_PxGxT, remaining, progress, count, theirs)
+  parts = (hidden_PxGxTxD, tokens_PxGxT, remaining, progress, theirs)
 
   def split(x):
     padding = [(0, 0)] * x.ndim
@@ -211,13 +209,11 @@ def score_tokens(
 
   @jax.checkpoint
   def score(part):
-    hidden, tokens, left, progress, count, theirs = part
+    hidden, tokens, left, progress, theirs = part
     logits = hidden @ embedding.T.astype(hidden.dtype)
     allowed = known
     if progress is not None:
-      allowed = sampling.allowed_tokens(
-        grammar, progress, count, left, embedding.shape[0]
-      )
+      allowed = grammar.allowed(facts, progress, left, embedding.shape[0])
       allowed = allowed if known is None else allowed & known
     logps = sampling.distribution(logits, temperature, allowed)
     apart = None
@@ -247,7 +243,7 @@ def score_tokens(
 
 def supervised_loss(
   model: transformer.TransformerConfig,
-  grammar: sampling.Grammar,
+  grammar: grammars.Grammar,
   *,
   listwise_weight: float,
   ranking_weight: float = 0.0,
@@ -315,7 +311,7 @@ def write_answer(
   answer_at_PxG: jax.Array,
   ranking_PxK: jax.Array,
   count_P: jax.Array,
-  grammar: sampling.Grammar,
+  grammar: grammars.Grammar,
 ) -> jax.Array:
   """Puts the slots of a ranking where each completion's answer stands.
 

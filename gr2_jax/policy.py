@@ -12,11 +12,12 @@ from gr2_jax import (
   adapters,
   artifacts,
   checkpoint,
+  grammars,
   sampling,
   sharding,
   stages,
 )
-from gr2_jax.data import chat, prompts, vocabulary
+from gr2_jax.data import chat, compressions, contexts, prompts, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
 from gr2_jax.models import semantic_ids, transformer
@@ -36,15 +37,47 @@ class Setup:
 
   catalog: Catalog
   prompter: prompts.Prompter
-  grammar: sampling.Grammar
+  grammar: grammars.Ranking
   model: transformer.TransformerConfig
   mesh: jax.sharding.Mesh
   adapters: adapters.Adapters
+  slates: pathlib.Path | None = None  # artifact of that stage
+  written: pathlib.Path | None = None  # of `compress`, whose contexts are read
 
   @property
   def vocabulary(self) -> vocabulary.Vocabulary:
     """Token ids."""
     return self.prompter.vocabulary
+
+  def source(self, split: str) -> Any:
+    """A split's slates by random access, as `batches.requests` wants them."""
+    records = slates_lib.source(self.slates, split)
+    if not self.written:
+      return records
+    return compressions.Joined(records, compressions.file(self.written, split))
+
+  def reading(self, context: str) -> 'Setup':
+    """The same, with prompts that have another form of the context.
+
+    Args:
+      context: of `contexts.parse`, but `text`.
+    """
+    prompter = dataclasses.replace(
+      self.prompter, context=contexts.parse(context)
+    )
+    return dataclasses.replace(self, prompter=prompter, written=None)
+
+  def reading_written(self, home: pathlib.Path, longest: int) -> 'Setup':
+    """The same, with the contexts that the compressor wrote.
+
+    Args:
+      home: artifact of `compress`.
+      longest: tokens of the longest of them.
+    """
+    prompter = dataclasses.replace(
+      self.prompter, context=contexts.parse('text'), written=longest
+    )
+    return dataclasses.replace(self, prompter=prompter, written=home)
 
   def abstract_params(self) -> Any:
     """Shapes and shardings of the parameters, unboxed."""
@@ -119,29 +152,31 @@ def restore(
       )
   config = ml_collections.ConfigDict(found['config'])
   config.mesh = mesh
-  home = {
+  inputs = {
     name: path.parent / folder for name, folder in found['inputs'].items()
   }
-  setup = load(config, home['slates'], home['tokenizer'], home['backbone'])
+  stage = config[found['stage']]
+  setup = load(config, inputs, stage.get('context', 'full'))
   return Policy(setup, setup.load_params(path))
 
 
 def load(
-  config, slates: pathlib.Path, tokenizer: pathlib.Path, home: pathlib.Path
+  config, inputs: dict[str, pathlib.Path], context: str = 'full'
 ) -> Setup:
   """Reads a data set, its semantic IDs and a vocabulary.
 
   Args:
     config: sections `prompt`, `model`, `mesh`.
-    slates: artifact of that stage.
-    tokenizer: likewise.
-    home: where vocabulary and BINS lie: the artifact of `backbone`.
+    inputs: artifacts of slates, tokenizer and backbone, where vocabulary and
+      BINS lie; of compress, where the context is what it wrote.
+    context: of `contexts.parse`.
 
   Returns:
     The setup.
   """
+  slates, home = inputs['slates'], inputs['backbone']
   catalog = slates_lib.read_catalog(slates)
-  sids = semantic_ids.load(tokenizer)
+  sids = semantic_ids.load(inputs['tokenizer'])
   bins = prompts.load_bins(home / BINS)
   words = vocabulary.Vocabulary(
     vocabulary.find(home), _layout(config.prompt, sids)
@@ -172,10 +207,10 @@ def load(
     targets=tuple(own.pop('lora_targets')),
     first_row=words.first_symbol,
   )
-  return Setup(
+  whole = Setup(
     catalog=catalog,
     prompter=prompter,
-    grammar=sampling.Grammar(
+    grammar=grammars.Ranking(
       slot_base=words.slot_base,
       num_slots=words.layout.num_slots,
       num_candidates=prompter.num_candidates,
@@ -183,10 +218,20 @@ def load(
       eos=words.eos,
       pad=words.pad,
     ),
-    model=transformer.TransformerConfig(vocab_size=len(words), **own),
+    model=transformer.TransformerConfig(
+      vocab_size=len(words),
+      memory_base=words.memory_base,
+      num_memory=words.layout.num_memory,
+      **own,
+    ),
     mesh=sharding.make_mesh(**config.mesh.to_dict()),
     adapters=trained,
+    slates=slates,
   )
+  if not contexts.parse(context).text:
+    return whole.reading(context)
+  longest = artifacts.read_results(inputs['compress'])['longest']
+  return whole.reading_written(inputs['compress'], longest)
 
 
 def found_vocabulary(
@@ -254,6 +299,7 @@ def _layout(config, sids: semantic_ids.SemanticIds) -> vocabulary.Layout:
     evidence=tuple(config.evidence),
     bins=config.bins,
     num_slots=config.num_slots,
+    num_memory=config.num_memory,
     levels=sids.levels,
     codebook_size=sids.codebook_size,
   )

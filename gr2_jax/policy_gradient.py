@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gr2_jax import learner, policy, sampling
+from gr2_jax import grammars, learner, policy, sampling
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, losses, masking, parsing
 
@@ -35,7 +35,7 @@ class PolicyBatch:
 
   prompt: jax.Array  # int32 [P, Tp]
   prompt_length: jax.Array  # int32 [P]
-  count: jax.Array  # int32 [P]
+  facts: Any  # of the grammar; of a ranking: int32 [P], candidates
   tokens: jax.Array  # int32 [P, G, Tc]
   length: jax.Array  # int32 [P, G]
   logp: jax.Array  # float32 [P, G, Tc], of the policy that sampled
@@ -57,7 +57,7 @@ def score(
   model: transformer.TransformerConfig,
   params: Any,
   batch: PolicyBatch,
-  grammar: sampling.Grammar,
+  grammar: grammars.Grammar,
   config: sampling.SamplingConfig,
   teacher: learner.TeacherStates | None = None,
   divergence: str = 'reverse',
@@ -95,17 +95,20 @@ def score(
 
 
 def constraint(
-  batch: PolicyBatch, grammar: sampling.Grammar, config: sampling.SamplingConfig
-) -> tuple[sampling.Progress, jax.Array] | None:
+  batch: PolicyBatch, grammar: grammars.Grammar, config: sampling.SamplingConfig
+) -> tuple[Any, Any] | None:
   """What the sampler's mask followed from; None where it had none."""
   if not config.constrained:
     return None
-  return sampling.replay(grammar, batch.tokens, config.thinking), batch.count
+  progress = grammars.replay(
+    grammar, batch.facts, batch.tokens, config.thinking
+  )
+  return progress, batch.facts
 
 
 def make_loss(
   model: transformer.TransformerConfig,
-  grammar: sampling.Grammar,
+  grammar: grammars.Grammar,
   config: sampling.SamplingConfig,
   *,
   clip_low: float,
@@ -211,14 +214,16 @@ def _apart(
   scores: learner.TokenScores,
   batch: PolicyBatch,
   written: jax.Array,
-  grammar: sampling.Grammar,
+  grammar: grammars.Grammar,
   config: sampling.SamplingConfig,
   divergence: str,
 ) -> tuple[jax.Array, jax.Array]:
   """Divergence of each token [P, G, Tc], and where it counts."""
   if batch.teacher_scores is not None:
-    progress = sampling.replay(grammar, batch.tokens, config.thinking)
-    left = parsing.answer_mask(progress.emitted, batch.count[:, None, None])
+    progress = grammars.replay(
+      grammar, batch.facts, batch.tokens, config.thinking
+    )
+    left = parsing.answer_mask(progress.emitted, batch.facts[:, None, None])
     left = left[..., :-1] & progress.answering[..., None]
     counts = jnp.any(left, axis=-1)
     apart = kl.divergence(

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import artifacts, policy, sampling, sharding
+from gr2_jax import artifacts, grammars, policy, sampling, sharding
 from gr2_jax.data import batches, prompts, teachers, vocabulary
 from gr2_jax.models import transformer
 
@@ -27,7 +27,7 @@ from gr2_jax.models import transformer
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _answer(
   model: transformer.TransformerConfig,
-  grammar: sampling.Grammar,
+  grammar: grammars.Ranking,
   config: sampling.SamplingConfig,
   params: Any,
   key: jax.Array,

@@ -237,7 +237,7 @@ def validator(config, setup: policy.Setup, slates: os.PathLike[str], stage):
   held_out = slates_lib.read(slates, 'validation')
   rng = np.random.default_rng(0)
   chosen = rng.permutation(len(held_out))[: stage.eval_slates]
-  source = Chosen(slates_lib.source(slates, 'validation'), chosen)
+  source = Chosen(setup.source('validation'), chosen)
   grades, count = held_out.grades[chosen], held_out.count[chosen]
 
   few = Chosen(source, np.arange(min(len(chosen), SENSITIVITY_SLATES)))

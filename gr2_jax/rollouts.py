@@ -94,7 +94,7 @@ def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
     batch = policy_gradient.PolicyBatch(
       prompt=rows['prompt'],
       prompt_length=rows['prompt_length'],
-      count=rows['count'],
+      facts=rows['count'],
       tokens=rollouts.tokens,
       length=rollouts.length,
       logp=rollouts.logp,

@@ -1,13 +1,9 @@
 """Rollouts: prefill once per slate, then one decode loop for its whole group.
 
-A completion is `[reasoning </think>] slot * count <eos>`: the prompt's last
-token says whether it reasons. The grammar is static; its state per rollout is
-two small arrays, from which `allowed_tokens` makes the permutation mask. The
-same function serves the decode loop and the scoring of finished completions,
-so a constrained sampler and its learner agree token for token.
+What a completion may be is a grammar's matter (`grammars`). The prompt's last
+token says what is asked for.
 
-Axes: P prompts, G group, T completion time, K candidates, V vocabulary,
-S slot tokens.
+Axes: P prompts, G group, T completion time, K candidates, V vocabulary.
 """
 
 import dataclasses
@@ -17,20 +13,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from gr2_jax import grammars
 from gr2_jax.models import transformer
 from gr2_jax.ops import parsing
-
-
-@dataclasses.dataclass(frozen=True)
-class Grammar:
-  """The token ids that an answer is made of."""
-
-  slot_base: int  # id of slot token 0; the others follow
-  num_slots: int  # slot tokens in the vocabulary
-  num_candidates: int  # K, the longest slate
-  think_end: int
-  eos: int
-  pad: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +26,7 @@ class SamplingConfig:
   max_tokens: int  # completion length, reasoning and answer together
   temperature: float = 1.0  # 0 = greedy
   thinking: bool = False  # the completion opens with a reasoning span
-  constrained: bool = False  # permutation mask: every answer is valid
-
-
-@flax.struct.dataclass
-class Progress:
-  """Where in the grammar each rollout stands, before its next token."""
-
-  answering: jax.Array  # bool [...], past the reasoning
-  emitted: jax.Array  # bool [..., K], candidates already listed
-  done: jax.Array  # bool [...], <eos> was emitted
+  constrained: bool = False  # the grammar's mask: every answer is valid
 
 
 @flax.struct.dataclass
@@ -61,75 +37,6 @@ class Rollouts:
   length: jax.Array  # int32 [P, G], tokens with <eos>, at most T
   logp: jax.Array  # float32 [P, G, T], under the sampler; 0 after the length
   entropy: jax.Array  # float32 [P, G, T], of each token's distribution, nats
-
-
-def start(grammar: Grammar, shape: tuple[int, ...], thinking: bool) -> Progress:
-  """Progress before the first token."""
-  return Progress(
-    answering=jnp.full(shape, not thinking),
-    emitted=jnp.zeros((*shape, grammar.num_candidates), bool),
-    done=jnp.zeros(shape, bool),
-  )
-
-
-def advance(grammar: Grammar, progress: Progress, token: jax.Array) -> Progress:
-  """Progress after `token` [...]; slots named while reasoning do not count."""
-  slot = jax.nn.one_hot(
-    token - grammar.slot_base, grammar.num_candidates, dtype=bool
-  )
-  return Progress(
-    answering=progress.answering | (token == grammar.think_end),
-    emitted=progress.emitted | (slot & progress.answering[..., None]),
-    done=progress.done | (token == grammar.eos),
-  )
-
-
-def replay(grammar: Grammar, tokens: jax.Array, thinking: bool) -> Progress:
-  """Progress before every token of finished completions [..., T]."""
-
-  def step(progress, token):
-    return advance(grammar, progress, token), progress
-
-  first = start(grammar, tokens.shape[:-1], thinking)
-  _, progress = jax.lax.scan(step, first, jnp.moveaxis(tokens, -1, 0))
-  axis = tokens.ndim - 1
-  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), progress)
-
-
-def allowed_tokens(
-  grammar: Grammar,
-  progress: Progress,
-  count: jax.Array,
-  remaining: jax.Array,
-  vocab_size: int,
-) -> jax.Array:
-  """The permutation mask: which tokens keep the completion on its way.
-
-  While reasoning everything but <eos> and padding is allowed, until just
-  enough room is left to close it and to list every candidate; in the answer
-  each candidate once, then <eos>.
-
-  Args:
-    grammar: token ids.
-    progress: [...].
-    count: int32 [...], candidates in the slate.
-    remaining: int32 [...], tokens left in the budget, this one included.
-    vocab_size: V.
-
-  Returns:
-    bool [..., V], at least one True everywhere.
-  """
-  ids = jnp.arange(vocab_size)
-  K, base = grammar.num_candidates, grammar.slot_base
-  allowed = parsing.answer_mask(progress.emitted, count)
-  answer = jnp.zeros((*allowed.shape[:-1], vocab_size), bool)
-  answer = answer.at[..., base : base + K].set(allowed[..., :K])
-  answer = answer.at[..., grammar.eos].set(allowed[..., K])
-  must_close = remaining <= count + 2
-  close = ids == grammar.think_end
-  text = (ids != grammar.eos) & (ids != grammar.pad)
-  reasoning = jnp.where(must_close[..., None], close, text)
-  return jnp.where(progress.answering[..., None], answer, reasoning)
 
 
 def distribution(
@@ -161,7 +68,7 @@ class _Loop:
   t: jax.Array  # the next token
   token: jax.Array  # int32 [P, G], token t - 1
   cache: transformer.KeyValues  # of the tokens before that one
-  progress: Progress
+  progress: Any  # of the grammar
   rollouts: Rollouts
 
 
@@ -170,9 +77,9 @@ def sample(
   params: Any,
   prompt_PxTp: jax.Array,
   prompt_length_P: jax.Array,
-  count_P: jax.Array,
+  facts: Any,
   key: jax.Array,
-  grammar: Grammar,
+  grammar: grammars.Grammar,
   config: SamplingConfig,
   encoded: tuple[jax.Array, transformer.Prefix] | None = None,
 ) -> Rollouts:
@@ -187,9 +94,10 @@ def sample(
     params: unboxed parameters.
     prompt_PxTp: int32 ids, right-padded.
     prompt_length_P: int32.
-    count_P: int32, candidates in each slate.
+    facts: of the prompts, as the grammar has them: int32 [P], candidates in
+      each slate.
     key: PRNG key.
-    grammar: token ids of the answer.
+    grammar: what a completion may be.
     config: group, budget, temperature, masks.
     encoded: the prompts, of `transformer.encode_prompt`, where they are known.
 
@@ -200,11 +108,8 @@ def sample(
   hidden, prefix = encoded or transformer.encode_prompt(
     model, params, prompt_PxTp, prompt_length_P
   )
-  last = jnp.take_along_axis(
-    hidden, (prompt_length_P - 1)[:, None, None], axis=1
-  )
+  last = jnp.take_along_axis(hidden, prefix.last[:, None, None], axis=1)
   embedding = transformer.output_embedding(params)
-  count = jnp.broadcast_to(count_P[:, None], (P, G))
   shape = (model.num_layers, P, G, T, model.num_kv_heads, model.head_dim)
   empty = jnp.zeros(shape, model.dtype)
   zeros = jnp.zeros((P, G, T), jnp.float32)
@@ -214,12 +119,8 @@ def sample(
     logits = hidden_PxGxD @ embedding.T.astype(hidden_PxGxD.dtype)
     allowed = None
     if config.constrained:
-      allowed = allowed_tokens(
-        grammar,
-        progress,
-        count,
-        jnp.broadcast_to(T - t, (P, G)),
-        model.vocab_size,
+      allowed = grammar.allowed(
+        facts, progress, jnp.broadcast_to(T - t, (P, G)), model.vocab_size
       )
     logps = distribution(logits, config.temperature, allowed)
     if config.temperature:
@@ -239,15 +140,13 @@ def sample(
       logp=rollouts.logp.at[:, :, t].set(keep(logp)),
       entropy=rollouts.entropy.at[:, :, t].set(keep(entropy(logps))),
     )
-    return token, advance(grammar, progress, token), rollouts
+    return token, grammar.advance(facts, progress, token), rollouts
 
   def body(s: _Loop) -> _Loop:
     """Reads token t - 1, draws token t: the last one is never read."""
     read = s.t - 1
     own = jnp.broadcast_to(jnp.arange(T) <= read, (P, G, 1, T))
-    position = jnp.broadcast_to(
-      prompt_length_P[:, None, None] + read, (P, G, 1)
-    )
+    position = jnp.broadcast_to(prefix.length[:, None, None] + read, (P, G, 1))
     hidden, cache = transformer.Transformer(model).apply(
       {'params': params},
       s.token[..., None],
@@ -266,7 +165,7 @@ def sample(
   token, progress, rollouts = draw(
     jnp.int32(0),
     first,
-    start(grammar, (P, G), config.thinking),
+    grammar.start(facts, (P, G), config.thinking),
     Rollouts(
       tokens=jnp.full((P, G, T), grammar.pad, jnp.int32),
       length=jnp.zeros((P, G), jnp.int32),
@@ -284,7 +183,7 @@ def sample(
 
 
 def parse(
-  grammar: Grammar,
+  grammar: grammars.Ranking,
   config: SamplingConfig,
   tokens: jax.Array,
   length: jax.Array,
@@ -350,7 +249,7 @@ def generate(
     prompt_length_P,
     jnp.zeros_like(prompt_length_P),
     jax.random.key(0),
-    Grammar(
+    grammars.Ranking(
       slot_base=0,
       num_slots=0,
       num_candidates=0,

@@ -186,7 +186,7 @@ def test_the_readout_speaks_of_the_candidates_still_left(thinking):
     begin = 1 + list(tokens).index(G.think_end) if thinking else 0
     remaining = 10 - np.arange(begin)
     for t in range(begin):
-      if remaining[t] <= batch.count[p] + 2:
+      if remaining[t] <= batch.facts[p] + 2:
         apart.append(0.0)  # It had to close: nothing to choose.
         continue
       allowed = ~np.isin(np.arange(V), [G.eos, G.pad])
@@ -194,8 +194,8 @@ def test_the_readout_speaks_of_the_candidates_still_left(thinking):
       mine = mine - scipy.special.logsumexp(mine)
       its = its - scipy.special.logsumexp(its)
       apart.append((np.exp(mine) * (mine - its)).sum())
-    left = list(range(batch.count[p]))
-    for t in range(begin, begin + int(batch.count[p])):
+    left = list(range(batch.facts[p]))
+    for t in range(begin, begin + int(batch.facts[p])):
       mine = logp[p, g, t, [G.slot_base + k for k in left]]
       mine = mine - scipy.special.logsumexp(mine)
       its = scores[p, left] - scipy.special.logsumexp(scores[p, left])
@@ -241,12 +241,12 @@ def test_a_teacher_that_thinks_reads_its_own_reasoning_first():
   params = tiny.params(WIDER, seed=3)
   batch = batch_for(config)
   prompt, length = jax.jit(functools.partial(distillation._think, setup))(
-    params, batch.teacher_prompt, batch.teacher_prompt_length, batch.count
+    params, batch.teacher_prompt, batch.teacher_prompt_length, batch.facts
   )
   assert prompt.shape == (5, 9 + 8)
   alone = tiny.sample(
     WIDER, params, batch.teacher_prompt, batch.teacher_prompt_length,
-    batch.count, jax.random.key(0), G, setup.sampling(1, True, 0.0, True),
+    batch.facts, jax.random.key(0), G, setup.sampling(1, True, 0.0, True),
   )  # fmt: skip
   for p in range(5):
     before = int(batch.teacher_prompt_length[p])

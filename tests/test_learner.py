@@ -9,7 +9,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import learner, policy_gradient, sampling, sharding
+from gr2_jax import grammars, learner, policy_gradient, sharding
 from gr2_jax.models import transformer
 
 from . import tiny
@@ -40,7 +40,8 @@ def test_chunks_of_time_change_nothing(constrained):
   batch = tiny.policy_batch(config)
   constraint = None
   if constrained:
-    constraint = (sampling.replay(G, batch.tokens, True), batch.count)
+    progress = grammars.replay(G, batch.facts, batch.tokens, True)
+    constraint = (progress, batch.facts)
   weight = np.where(np.arange(10) < batch.length[..., None], 1.0, 0.0)
 
   @functools.partial(jax.jit, static_argnums=0)

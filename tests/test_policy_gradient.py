@@ -229,7 +229,7 @@ def groups(use, name):
   return policy_gradient.PolicyBatch(
     prompt=np.stack([first, first], 1).astype(np.int32),
     prompt_length=first.astype(np.int32),
-    count=first.astype(np.int32),
+    facts=first.astype(np.int32),
     tokens=np.broadcast_to(first[:, None, None], (n, 2, 3)).astype(np.int32),
     length=np.stack([first, first], 1).astype(np.int32),
     logp=np.broadcast_to(first[:, None, None], (n, 2, 3)).astype(np.float32),
@@ -275,7 +275,7 @@ def test_every_epoch_is_partitioned_anew(epochs, parts):
     assert all(part.use.shape == (8 // parts,) for part in rows)
     joined = jax.tree.map(lambda *x: np.concatenate(x), *rows)
     orders.append(joined.prompt_length.tolist())
-    back = functools.partial(np.take, indices=np.argsort(joined.count), axis=0)
+    back = functools.partial(np.take, indices=np.argsort(joined.facts), axis=0)
     tiny.assert_trees_equal(jax.tree.map(back, joined), batch)
   if epochs * parts == 1:
     assert orders == [batch.prompt_length.tolist()]

@@ -33,9 +33,7 @@ def finished(world, tmp_path_factory):
     run['config'] = config.to_dict()
     (path / 'config.json').write_text(artifacts.dumps(run))
     (path / 'results.json').write_text('{}')
-    setup = policy.load(
-      config, world['slates'], world['tokenizer'], world['backbone']
-    )
+    setup = policy.load(config, world)
     params = tiny.params(setup.model)
     slots = setup.grammar.slot_base + np.arange(setup.grammar.num_slots)
     # Of short reasoning and many tokens, few would be slots.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax import sampling
+from gr2_jax import grammars, sampling
 from gr2_jax.ops import parsing
 
 from . import tiny
@@ -87,12 +87,10 @@ def test_some_token_is_always_allowed(data):
 
 
 allowed = jax.jit(
-  lambda progress, count, left: sampling.allowed_tokens(
-    tiny.GRAMMAR, progress, count, left, V
-  )
+  lambda progress, count, left: tiny.GRAMMAR.allowed(count, progress, left, V)
 )
 replay = jax.jit(
-  functools.partial(sampling.replay, tiny.GRAMMAR), static_argnums=1
+  functools.partial(grammars.replay, tiny.GRAMMAR, None), static_argnums=1
 )
 
 
@@ -101,13 +99,13 @@ def test_replay_equals_one_step_after_another(thinking):
   tokens = np.random.default_rng(0).integers(0, 17, (2, 3, 9)).astype(np.int32)
   tokens[0, 0, 2], tokens[1, 1, 4] = tiny.GRAMMAR.think_end, tiny.GRAMMAR.eos
   found = replay(tokens, thinking)
-  progress = sampling.start(tiny.GRAMMAR, (2, 3), thinking)
+  progress = tiny.GRAMMAR.start(None, (2, 3), thinking)
   for t in range(9):
     for name in ('answering', 'emitted', 'done'):
       np.testing.assert_array_equal(
         getattr(found, name)[:, :, t], getattr(progress, name), name
       )
-    progress = sampling.advance(tiny.GRAMMAR, progress, tokens[:, :, t])
+    progress = tiny.GRAMMAR.advance(None, progress, tokens[:, :, t])
   assert np.asarray(progress.emitted).any()
 
 
@@ -115,8 +113,8 @@ def test_slots_named_while_reasoning_stay_free():
   tokens = np.int32([11, 12, 4, 11])
   progress = replay(tokens, True)
   assert not progress.emitted[3].any()
-  after = sampling.advance(
-    tiny.GRAMMAR, jax.tree.map(lambda x: x[3], progress), tokens[3]
+  after = tiny.GRAMMAR.advance(
+    None, jax.tree.map(lambda x: x[3], progress), tokens[3]
   )
   assert after.emitted.tolist() == [False, True, False, False, False]
 

@@ -44,7 +44,7 @@ def make_batch(model, constrained):
   return policy_gradient.PolicyBatch(
     prompt=ids,
     prompt_length=lengths,
-    count=tiny.counts(P),
+    facts=tiny.counts(P),
     tokens=np.asarray(found.tokens),
     length=length,
     logp=np.asarray(found.logp) + noise[0],

@@ -8,6 +8,7 @@ import numpy as np
 
 from gr2_jax import (
   adapters,
+  grammars,
   learner,
   policy,
   policy_gradient,
@@ -25,7 +26,7 @@ MODEL = transformer.TransformerConfig(
   head_dim=4,
   d_ff=24,
 )
-GRAMMAR = sampling.Grammar(
+GRAMMAR = grammars.Ranking(
   slot_base=10, num_slots=7, num_candidates=5, think_end=4, eos=2, pad=0
 )
 
@@ -134,7 +135,7 @@ def policy_batch(config, size=5, seed=0):
   return policy_gradient.PolicyBatch(
     prompt=ids,
     prompt_length=lengths,
-    count=counts(size),
+    facts=counts(size),
     tokens=np.asarray(found.tokens),
     length=np.asarray(found.length),
     logp=np.asarray(found.logp),

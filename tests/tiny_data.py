@@ -8,7 +8,12 @@ COLOURS = ('red', 'blue', 'green', 'pink')
 THINGS = ('soap', 'brush', 'cream')
 EVIDENCE = ['rank', 'fame', 'age']  # columns of the slates
 LAYOUT = vocabulary.Layout(
-  evidence=('rank', 'fame:raw'), bins=4, num_slots=8, levels=3, codebook_size=5
+  evidence=('rank', 'fame:raw'),
+  bins=4,
+  num_slots=8,
+  levels=3,
+  codebook_size=5,
+  num_memory=3,
 )
 K = 6  # the longest slate
 H = 5  # history that a slate keeps
@@ -50,11 +55,20 @@ def slate(seed=0, count=K, length=H):
   grades = rng.integers(0, 3, K).astype(np.int8)
   grades[count:] = 0
   grades[count - 1] = 1
+  # Of some items of a history it is not known how or when.
+  other = np.random.default_rng([seed, 1])
+  history_grades = other.integers(0, 3, H).astype(np.int8)
+  history_grades[length:] = 0
+  history_ages = np.sort(other.integers(0, 10**6, H))[::-1].astype(np.int64)
+  history_ages[other.random(H) < 0.2] = -1
+  history_ages[length:] = -1
   return {
     'candidates': pad(rng.permutation(12)[:count], K).astype(np.int32),
     'grades': grades,
     'count': np.int32(count),
     'history': pad(rng.permutation(12)[:length], H).astype(np.int32),
+    'history_grades': history_grades,
+    'history_ages': history_ages,
     'history_length': np.int32(length),
     'evidence': evidence,
   }

@@ -101,9 +101,7 @@ def inputs(world, stage):
 
 
 def setup(world, own=None) -> policy.Setup:
-  return policy.load(
-    own or config(), world['slates'], world['tokenizer'], world['backbone']
-  )
+  return policy.load(own or config(), world)
 
 
 def on_one_device(patch):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gr2_jax import learner, policy_gradient, sampling
+from gr2_jax import grammars, learner, policy_gradient, sampling
 from gr2_jax.models import transformer
 from gr2_jax.ops import advantages
 
@@ -112,7 +112,7 @@ def make_step(
   Returns:
     The step, and the reference's score of completions.
   """
-  grammar = sampling.Grammar(
+  grammar = grammars.Ranking(
     slot_base=0,
     num_slots=1,
     num_candidates=1,
@@ -151,7 +151,7 @@ def make_step(
     return policy_gradient.PolicyBatch(
       prompt=prompts,
       prompt_length=prompt_length,
-      count=count,
+      facts=count,
       tokens=tokens,
       length=jnp.full(group, size.completion, jnp.int32),
       use=jnp.ones(size.prompts, bool),

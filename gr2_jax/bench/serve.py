@@ -43,6 +43,7 @@ import numpy as np
 from absl import app, flags
 
 from gr2_jax import artifacts, environment, ranker, reporting
+from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
 
 _ARTIFACT = flags.DEFINE_string(
@@ -290,24 +291,13 @@ def _slates(artifact: pathlib.Path, most: int):
   """Test slates as requests, with their grades."""
   run = artifacts.read_run(artifact)
   folder = artifact.parent / run['inputs']['slates']
-  test, catalog = (
+  test, names = (
     slates_lib.read(folder, 'test'),
-    slates_lib.read_catalog(folder),
+    slates_lib.read_catalog(folder).item_ids,
   )
   rows = np.random.default_rng(0).permutation(len(test))[:most]
-  asked = []
-  for row in rows:
-    count, length = test.count[row], test.history_length[row]
-    asked.append(
-      {
-        'history': [catalog.item_ids[i] for i in test.history[row, :length]],
-        'candidates': [
-          catalog.item_ids[i] for i in test.candidates[row, :count]
-        ],
-        'scores': test.scores[row, :count].tolist(),
-        'time': int(test.time[row]),
-      }
-    )
+  records = slates_lib.source(folder, 'test')
+  asked = [requests_lib.of_record(records[row], names) for row in rows]
   return asked, test.grades[rows], test.count[rows]
 
 

@@ -152,7 +152,7 @@ def requests(
 
   def render(slate, rng):
     shown = prompts.presentation(int(slate['count']), order, rng)
-    row = prompter.prompt(slate, shown)
+    row = prompter.prompt(slate, shown, rng)
     target = draw_target(row['grades'], rng) if privileged else None
     ids = [*row['prompt'], *prompter.ask(control, target)]
     return row | {

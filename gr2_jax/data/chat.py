@@ -24,7 +24,7 @@ wide one. Where nothing else tells candidates apart, the better known is the \
 safer choice."""
 
 # Control token -> `enable_thinking`.
-_ASKS = {'<think>': True, '<answer>': False}
+_ASKS = {'<think>': True, '<answer>': False, '<compress>': False}
 
 
 @dataclasses.dataclass(frozen=True)

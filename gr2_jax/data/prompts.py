@@ -28,12 +28,12 @@ import pathlib
 
 import numpy as np
 
+from gr2_jax.data import contexts
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import vocabulary as vocabulary_lib
 from gr2_jax.data.log import Catalog
 
 TARGET_TOKENS = 2  # of `Prompter.ask` with a target, beside one without
-FIELDS = ('sid', 'title', 'categories', 'evidence')
 ORDERS = ('shuffled', 'incoming', 'mixed')
 RAW = ':raw'
 
@@ -50,6 +50,7 @@ class EvidenceBins:
   columns: tuple[str, ...]  # as configured, some with `:raw`
   index: np.ndarray  # int [E], where they stand in the slates' evidence
   edges: np.ndarray  # float64 [E, bins - 1], ascending
+  age_edges: np.ndarray  # float64 [bins - 1], of the ages of a history
 
   def __call__(self, evidence_KxE: np.ndarray, count: int) -> np.ndarray:
     """int32 [K, E] bins of the first `count` candidates; 0 in the padding."""
@@ -57,6 +58,10 @@ class EvidenceBins:
     bins = (values[..., None] >= self.edges).sum(-1)
     bins[count:] = 0
     return bins.astype(np.int32)
+
+  def ages(self, ages: np.ndarray) -> np.ndarray:
+    """int32 [...] bins of how long ago something was."""
+    return np.searchsorted(self.age_edges, ages, side='right').astype(np.int32)
 
   def _prepare(self, evidence: np.ndarray, count: np.ndarray) -> np.ndarray:
     values = evidence[..., self.index].astype(np.float64)
@@ -88,12 +93,16 @@ class EvidenceBins:
           f'{", ".join(names)} (each also with the suffix {RAW!r})'
         )
     index = np.array([names.index(c.removesuffix(RAW)) for c in columns], int)
-    empty = cls(columns, index, np.zeros((len(columns), bins - 1)))
+    shares = np.linspace(0, 1, bins + 1)[1:-1]
+    known = slates.history_ages[slates.history_ages >= 0]
+    age_edges = np.quantile(known, shares) if len(known) else np.zeros(bins - 1)
+    empty = cls(columns, index, np.zeros((len(columns), bins - 1)), age_edges)
     values = empty._prepare(slates.evidence, slates.count)
     real = np.arange(values.shape[1]) < slates.count[:, None]
-    shares = np.linspace(0, 1, bins + 1)[1:-1]
     edges = np.quantile(values[real], shares, axis=0).T
-    return cls(columns, index, edges.reshape(len(columns), bins - 1))
+    return dataclasses.replace(
+      empty, edges=edges.reshape(len(columns), bins - 1)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +124,8 @@ class Prompter:
     reasoning: tokens of a reasoning span, at most; longer ones are cut.
     budget: tokens of a prompt, at most; the oldest items of a history are left
       out of one that is longer. 0 for no limit.
+    context: what of all this a prompt has.
+    written: tokens of the longest context that the compressor wrote.
 
   Raises:
     ValueError: a field that there is not, or a budget that the candidates alone
@@ -134,8 +145,20 @@ class Prompter:
   num_candidates: int
   reasoning: int
   budget: int = 0
+  context: contexts.Context = contexts.FULL
+  written: int = 0
 
   def __post_init__(self):
+    if self.context.memory > self.vocabulary.layout.num_memory:
+      raise ValueError(
+        f'a context of {self.context.memory} memory tokens, and '
+        f'prompt.num_memory={self.vocabulary.layout.num_memory}: raise it'
+      )
+    if self.context.memory and self.layout[:1] != ('history',):
+      raise ValueError(
+        f'prompt.layout={self.layout}: what stands behind memory tokens reads '
+        'these alone, so the history must come first'
+      )
     if 0 < self.budget < self._least_tokens:
       raise ValueError(
         f'prompt.budget={self.budget}: a prompt without any history may take '
@@ -143,8 +166,8 @@ class Prompter:
         'candidates (prompt.fields, prompt.title_tokens)'
       )
     for name, known in (
-      ('fields', FIELDS),
-      ('history_fields', tuple(f for f in FIELDS if f != 'evidence')),
+      ('fields', contexts.CANDIDATE_FIELDS),
+      ('history_fields', contexts.HISTORY_FIELDS),
     ):
       for field in getattr(self, name):
         if field not in known:
@@ -155,17 +178,35 @@ class Prompter:
   @functools.cached_property
   def prompt_tokens(self) -> int:
     """Length that every prompt of this data set fits in."""
-    longest = self._least_tokens
+    context, marks = self.context, self._mark_tokens + self.context.memory
+    if context.text:
+      return marks + self.written
+    fields = context.fields('candidates', self.fields)
+    longest = marks + self.num_candidates * self._longest(
+      fields, context.columns
+    ) * ('candidates' in self.layout)
     if 'history' in self.layout:
-      longest += self.history * self._longest(self.history_fields)
-    return min(longest, self.budget or longest)
+      items = self.history
+      if context.last is not None:
+        items = min(items, context.last)
+      fields = context.fields('history', self.history_fields)
+      longest += items * self._longest(fields)
+    if self.budget:
+      longest = min(longest, self.budget + context.memory)
+    return min(longest, marks + (context.dropped or longest))
 
   @functools.cached_property
   def _least_tokens(self) -> int:
-    """Length of the longest prompt whose history is empty."""
-    lines = self.num_candidates * (1 + self._longest(self.fields))
+    """Length of the longest whole context whose history is empty."""
+    lines = self.num_candidates * self._longest(self.fields)
+    return self._mark_tokens + lines * ('candidates' in self.layout)
+
+  @functools.cached_property
+  def _mark_tokens(self) -> int:
+    """Tokens that stand in a prompt of any form, slots included."""
     ends = len(self.opening) + len(self.closing) + self.ask_tokens
-    return ends + len(self.layout) + lines * ('candidates' in self.layout)
+    slots = self.num_candidates * ('candidates' in self.layout)
+    return ends + len(self.layout) + slots
 
   @property
   def ask_tokens(self) -> int:
@@ -182,22 +223,29 @@ class Prompter:
     """Length of a completion with reasoning."""
     return self.reasoning + 1 + self.answer_tokens
 
-  def _longest(self, fields: tuple[str, ...]) -> int:
-    """Tokens of the longest item's line."""
-    text = [self.items[field] for field in fields if field != 'evidence']
+  def _longest(
+    self, fields: tuple[str, ...], columns: int | None = None
+  ) -> int:
+    """Tokens of the longest item's line, of some evidence columns."""
+    text = [self.items[field] for field in fields if field in self.items]
     longest = max(
       (sum(map(len, line)) for line in zip(*text, strict=True)), default=0
     )
-    return longest + len(self.bins.columns) * fields.count('evidence')
+    width = len(self.bins.columns[:columns]) * fields.count('evidence')
+    return longest + width + sum(field in ('grade', 'age') for field in fields)
 
   def prompt(
-    self, slate: dict[str, np.ndarray], order: np.ndarray
+    self,
+    slate: dict[str, np.ndarray],
+    order: np.ndarray,
+    rng: np.random.Generator | None = None,
   ) -> dict[str, np.ndarray]:
     """Renders a slate, its candidates in a given order, without the request.
 
     Args:
       slate: one record of `slates.source`.
       order: int [count], incoming ranks in the order of presentation.
+      rng: of what the form of the context leaves to chance.
 
     Returns:
       prompt int32 [T] without padding; slots int32 [K], where each slot token
@@ -206,16 +254,17 @@ class Prompter:
     """
     count, K = int(slate['count']), self.num_candidates
     ids, slots = list(self.opening), np.zeros(K, np.int32)
+    words, told = self.vocabulary, slate.get('written')
+    if told is None:
+      told = self.context.reduce(self.lines(slate), rng)
     for block in self.layout:
-      ids.append(self.vocabulary.control[f'<{block}>'])
+      ids.append(words.control[f'<{block}>'])
       if block == 'history':
-        for item in self.shown(slate):
-          ids.extend(self._line(item, self.history_fields))
+        ids.extend(told.history)
+        ids.extend(words.memory_base + m for m in range(self.context.memory))
         continue
-      bins = self.vocabulary.bins(self.bins(slate['evidence'], count))
       for place, rank in enumerate(order):
-        item = slate['candidates'][rank]
-        ids.extend(self._line(item, self.fields, bins[rank].tolist()))
+        ids.extend(told.candidates[rank])
         slots[place] = len(ids)
         ids.append(self.vocabulary.slot_base + place)
     ids.extend(self.closing)
@@ -237,39 +286,83 @@ class Prompter:
     The most recent `history` of them, or as many of these as the budget has
     room for behind this slate's candidates.
     """
+    end = int(slate['history_length'])
+    return slate['history'][end - self._num_shown(slate) : end]
+
+  def lines(self, slate: dict[str, np.ndarray]) -> contexts.Lines:
+    """All that a prompt shows of a slate's items, line by line."""
+    words, count = self.vocabulary, int(slate['count'])
+    end = int(slate['history_length'])
+    begin = end - self._num_shown(slate)
+    grades, ages = (
+      slate[name][begin:end] for name in ('history_grades', 'history_ages')
+    )
+    bins = words.age_base + self.bins.ages(ages)
+    history = []
+    for place, item in enumerate(slate['history'][begin:end]):
+      own = {
+        'grade': [words.grade_base + int(grades[place]) - 1]
+        if grades[place]
+        else [],
+        'age': [int(bins[place])] if ages[place] >= 0 else [],
+      }
+      history.append(self._line(item, self.history_fields, own))
+    bins = words.bins(self.bins(slate['evidence'], count)).tolist()
+    candidates = [
+      self._line(item, self.fields, {'evidence': bins[rank]})
+      for rank, item in enumerate(slate['candidates'][:count])
+    ]
+    return contexts.Lines(history, candidates)
+
+  def _num_shown(self, slate: dict[str, np.ndarray]) -> int:
+    """How many of the last items a whole context shows."""
     if 'history' not in self.layout:
-      return slate['history'][:0]
+      return 0
     end = int(slate['history_length'])
     recent = slate['history'][max(0, end - self.history) : end]
     if not self.budget:
-      return recent
-    room = self.prompt_tokens - self._least_tokens
+      return len(recent)
+    room = self.budget - self._least_tokens
     if 'candidates' in self.layout:
       spare = (1 + self._longest(self.fields)) * self.num_candidates
       for item in slate['candidates'][: int(slate['count'])]:
-        spare -= 1 + len(self._line(item, self.fields, self.bins.columns))
+        spare -= 1 + self._length(item, self.fields)
       room += spare
-    lengths = [len(self._line(item, self.history_fields)) for item in recent]
-    fits = np.cumsum(lengths[::-1]) <= room
-    return recent[len(recent) - int(fits.sum()) :]
+    lengths = [self._length(item, self.history_fields) for item in recent]
+    return int((np.cumsum(lengths[::-1]) <= room).sum())
 
-  def _line(self, item: int, fields: tuple[str, ...], bins=()) -> list[int]:
-    """Token ids of an item's fields."""
-    ids: list[int] = []
-    for field in fields:
-      ids.extend(bins if field == 'evidence' else self.items[field][item])
-    return ids
+  def _line(
+    self, item: int, fields: tuple[str, ...], own: contexts.Line
+  ) -> contexts.Line:
+    """Token ids of an item's fields, some of which are this slate's own."""
+    return {
+      field: own[field] if field in own else list(self.items[field][item])
+      for field in fields
+    }
 
-  def ask(self, control: str, target: int | None = None) -> list[int]:
+  def _length(self, item: int, fields: tuple[str, ...]) -> int:
+    """Tokens of an item's line, at most."""
+    text = sum(len(self.items[f][item]) for f in fields if f in self.items)
+    width = len(self.bins.columns) * fields.count('evidence')
+    return text + width + sum(field in ('grade', 'age') for field in fields)
+
+  def ask(
+    self, control: str, target: int | None = None, keep: float | None = None
+  ) -> list[int]:
     """What stands behind the blocks and asks for an answer.
 
     Args:
-      control: '<think>' or '<answer>'.
+      control: '<think>', '<answer>' or '<compress>'.
       target: slot of a positive, for who is to know one; else None.
+      keep: share of the context that is to be left, for who compresses it; the
+        nearest of `vocabulary.KEEPS` is told.
     """
     told = []
+    if keep is not None:
+      apart = np.abs(np.array(vocabulary_lib.KEEPS) - 100 * keep)
+      told.append(self.vocabulary.keep_base + int(apart.argmin()))
     if target is not None:
-      told = [self.vocabulary.control['<target>']]
+      told.append(self.vocabulary.control['<target>'])
       told.append(self.vocabulary.slot_base + int(target))
     return [*told, *self.asks[control]]
 
@@ -355,6 +448,7 @@ def save_bins(path: os.PathLike[str] | str, bins: EvidenceBins) -> None:
         'columns': bins.columns,
         'index': bins.index.tolist(),
         'edges': bins.edges.tolist(),
+        'age_edges': bins.age_edges.tolist(),
       }
     )
   )
@@ -368,4 +462,5 @@ def load_bins(path: os.PathLike[str] | str) -> EvidenceBins:
     tuple(found['columns']),
     np.array(found['index'], int),
     np.array(found['edges'], np.float64).reshape(len(found['columns']), -1),
+    np.array(found['age_edges'], np.float64),
   )

@@ -3,6 +3,10 @@
   candidates: list of item ids, all different, in the incoming order
   history: list of item ids, oldest first; may be empty. Items that the
     catalog lacks are dropped and counted
+  history_grades: list of 1 or 2, one per item of the history, null where it
+    is not known; optional
+  history_times: list of numbers like `time`, one per item of the history, null
+    where it is not known; optional
   scores: list of numbers, the incoming ranker's, one per candidate; optional,
     falling with the rank where missing
   time: number, in the unit of the log; optional, the log's last time where
@@ -25,6 +29,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +52,8 @@ class Request:
     candidates: catalog indices of them; -1 for one that the catalog lacks.
     scores: of the incoming ranker, float32 values.
     history: catalog indices, oldest first.
+    grades: of the history's items, 0 where they are not given.
+    times: of the history's items, None where they are not given.
     unknown: items of the history that the catalog lacks.
     time: of the slate, or None.
   """
@@ -56,6 +63,8 @@ class Request:
   candidates: tuple[int, ...]
   scores: tuple[float, ...]
   history: tuple[int, ...]
+  grades: tuple[int, ...]
+  times: tuple[int | None, ...]
   unknown: int
   time: int | None
 
@@ -143,15 +152,19 @@ def parse(
     if str(name) in map(str, names[:place]):
       fields.fail('candidates', f'{_short(name)} again', 'each item once')
   known = [index.get(str(name), -1) for name in fields.names(row, 'history')]
-  history = tuple(item for item in known if item >= 0)
+  kept = [place for place, item in enumerate(known) if item >= 0]
+  grades = fields.grades(row, len(known))
+  times = fields.times(row, len(known))
   fields.name(row, 'user')
   return Request(
     id=fields.name(row, 'id', default_id),
     names=tuple(names),
     candidates=tuple(candidates),
     scores=fields.scores(row, len(names)),
-    history=history,
-    unknown=len(known) - len(history),
+    history=tuple(known[place] for place in kept),
+    grades=tuple(grades[place] for place in kept),
+    times=tuple(times[place] for place in kept),
+    unknown=len(known) - len(kept),
     time=fields.time(row),
   )
 
@@ -211,11 +224,38 @@ class _Fields:
 
   def time(self, row: dict) -> int | None:
     value = row.get('time')
-    if value is None:
-      return None
+    return None if value is None else self._moment('time', value)
+
+  def times(self, row: dict, count: int) -> list[int | None]:
+    field = 'history_times'
+    return [
+      None if value is None else self._moment(field, value)
+      for value in self._per_item(row, field, count)
+    ]
+
+  def grades(self, row: dict, count: int) -> list[int]:
+    field = 'history_grades'
+    found = self._per_item(row, field, count)
+    for value in found:
+      if value is not None and (isinstance(value, bool) or value not in (1, 2)):
+        self.fail(field, _short(value), 'each must be 1 or 2, or null')
+    return [int(value or 0) for value in found]
+
+  def _moment(self, field: str, value) -> int:
     if not _is_number(value) or not abs(value) <= _LATEST:
-      self.fail('time', _short(value), 'it must be a finite number')
+      self.fail(field, _short(value), 'it must be a finite number')
     return int(value)
+
+  def _per_item(self, row: dict, field: str, count: int) -> list:
+    value = row.get(field)
+    if value is None:
+      return [None] * count
+    if not isinstance(value, list):
+      self.fail(field, _short(value), 'it must be a list')
+    if len(value) != count:
+      found = f'{len(value)} values for {count} items of the history'
+      self.fail(field, found, 'give one per item, or none at all')
+    return value
 
 
 def _is_name(value) -> bool:
@@ -283,19 +323,25 @@ def to_slates(
   candidates = np.full((n, num_candidates), -1, np.int32)
   scores = np.zeros((n, num_candidates), np.float32)
   shown = np.full((n, history), -1, np.int32)
+  grades = np.zeros((n, history), np.int8)
+  ages = np.full((n, history), -1, np.int64)
   latest = np.full((n, evidence_lib.REACH), -1, np.int32)
+  now = int(log.times.max(initial=0))
+  times = np.array(
+    [now if r.time is None else r.time for r in requests], np.int64
+  )
   for row, request in enumerate(requests):
     candidates[row, : len(request.candidates)] = request.candidates
     scores[row, : len(request.scores)] = request.scores
     recent = request.history[-history:]
     shown[row, : len(recent)] = recent
+    grades[row, : len(recent)] = request.grades[-history:]
+    for place, time in enumerate(request.times[-history:]):
+      if time is not None:
+        ages[row, place] = max(int(times[row]) - time, 0)
     recent = request.history[: -evidence_lib.REACH - 1 : -1]
     latest[row, : len(recent)] = recent
   positions = np.array([len(r.history) for r in requests], np.int64)
-  now = int(log.times.max(initial=0))
-  times = np.array(
-    [now if r.time is None else r.time for r in requests], np.int64
-  )
   return slates_lib.Slates(
     user=np.full(n, -1, np.int32),
     candidates=candidates,
@@ -303,6 +349,8 @@ def to_slates(
     grades=np.zeros(candidates.shape, np.int8),
     count=(candidates >= 0).sum(1).astype(np.int32),
     history=shown,
+    history_grades=grades,
+    history_ages=ages,
     history_length=np.minimum(positions, history).astype(np.int32),
     time=times,
     evidence=evidence_lib.of_histories(
@@ -310,6 +358,28 @@ def to_slates(
     ),
     utility=np.full(candidates.shape, np.nan, np.float32),
   )
+
+
+def of_record(
+  slate: dict[str, np.ndarray], names: Sequence[str]
+) -> dict[str, Any]:
+  """A slate of a data set as a request.
+
+  Args:
+    slate: one record of `slates.source`.
+    names: item ids by catalog index.
+  """
+  count, length = int(slate['count']), int(slate['history_length'])
+  now, ages = int(slate['time']), slate['history_ages'][:length].tolist()
+  grades = slate['history_grades'][:length].tolist()
+  return {
+    'history': [names[item] for item in slate['history'][:length]],
+    'history_grades': [grade or None for grade in grades],
+    'history_times': [now - age if age >= 0 else None for age in ages],
+    'candidates': [names[item] for item in slate['candidates'][:count]],
+    'scores': slate['scores'][:count].tolist(),
+    'time': now,
+  }
 
 
 def write_test(
@@ -339,12 +409,14 @@ def write_test(
     for row in np.lexsort((kept.time, kept.user)):
       user = kept.user[row]
       begin = offsets[user]
-      items = log.items[begin : begin + kept.position[row]]
+      rows = slice(begin, begin + kept.position[row])
       candidates = slates['candidates'][row]
       candidates = candidates[candidates >= 0]
       line = {
         'user': log.user_ids[user],
-        'history': [names[i] for i in items],
+        'history': [names[i] for i in log.items[rows]],
+        'history_grades': log.grades[rows].tolist(),
+        'history_times': log.times[rows].tolist(),
         'candidates': [names[i] for i in candidates],
         'scores': slates['scores'][row, : len(candidates)].tolist(),
         'time': int(kept.time[row]),

@@ -45,6 +45,10 @@ class Slates:
     grades: int8 [n, K] in 0..2.
     count: int32 [n], real candidates.
     history: int32 [n, H], the last H items, oldest first, -1 pads at the end.
+    history_grades: int8 [n, H], how the user took to each, 1 or 2; 0 where
+      that is not known, and in padding.
+    history_ages: int64 [n, H], time from each to the slate, in the unit of the
+      log; -1 where that is not known, and in padding.
     history_length: int32 [n], real items in `history`.
     time: int64 [n].
     evidence: float32 [n, K, E], columns of `evidence.EVIDENCE`.
@@ -57,6 +61,8 @@ class Slates:
   grades: np.ndarray
   count: np.ndarray
   history: np.ndarray
+  history_grades: np.ndarray
+  history_ages: np.ndarray
   history_length: np.ndarray
   time: np.ndarray
   evidence: np.ndarray
@@ -123,14 +129,12 @@ def build_counted(
       slates['candidates'],
       slates['scores'],
     )
-    history, length = _histories(log, kept, config.history)
     slates = Slates(
       user=kept.user.astype(np.int32),
       count=(slates['candidates'] >= 0).sum(1).astype(np.int32),
-      history=history,
-      history_length=length,
       time=kept.time,
       evidence=evidence,
+      **_histories(log, kept, config.history),
       **slates,
     )
     parts.append((kept.split, slates))
@@ -165,7 +169,7 @@ def retrieve(
       requests.position,
       config.candidates,
       config.history_decay,
-      config.history,
+      config.prerank_history,
     )
     grades = _labels(log, requests, candidates)
     utility = np.full(candidates.shape, np.nan, np.float32)
@@ -222,14 +226,20 @@ def _labels(log, requests, candidates) -> np.ndarray:
   return grades
 
 
-def _histories(log, requests, keep) -> tuple[np.ndarray, np.ndarray]:
-  """Returns int32 [n, H], the last items, and int32 [n], how many."""
+def _histories(log, requests, keep) -> dict[str, np.ndarray]:
+  """Returns the fields of `Slates` that tell of the last items."""
   length = np.minimum(requests.position, keep)
   first = log.offsets()[requests.user] + requests.position - length
   step = np.arange(keep)
   real = step < length[:, None]
-  items = log.items[np.where(real, first[:, None] + step, 0)]
-  return np.where(real, items, -1).astype(np.int32), length.astype(np.int32)
+  row = np.where(real, first[:, None] + step, 0)
+  age = np.maximum(requests.time[:, None] - log.times[row], 0)
+  return {
+    'history': np.where(real, log.items[row], -1).astype(np.int32),
+    'history_grades': np.where(real, log.grades[row], 0).astype(np.int8),
+    'history_ages': np.where(real, age, -1).astype(np.int64),
+    'history_length': length.astype(np.int32),
+  }
 
 
 def _assemble(parts) -> dict[str, Slates]:

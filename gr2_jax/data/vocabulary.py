@@ -10,6 +10,10 @@ id space:
   <by:COLUMN>                    asks for the candidates sorted by a column
   <slot0> <slot1> ...            slots: a candidate's name within its slate
   <COLUMN=0> <COLUMN=1> ...      evidence, in bins
+  <grade1> <grade2>              how a user took to an item of the history
+  <age0> <age1> ...              how long ago that was, in bins
+  <keep=5> <keep=10> ...         percent of a context that is to be left
+  <memory0> <memory1> ...        what a history is read into
   <a0> .. <b0> .. <c0> ..        semantic-ID codes, one letter a level
 
 A pretrained model's symbols come after the last row of its embedding. Control
@@ -52,7 +56,11 @@ CONTROLS = (
   '<persona>',  # a user in words follows a history, or the other way
   '<text>',  # text that is of no item and no user
   '<target>',  # a positive's slot follows: what a privileged teacher is told
+  '<compress>',  # the context in fewer tokens follows
 )
+
+KEEPS = (5, 10, 15, 20, 30, 50)  # percent, what <keep=..> can ask for
+GRADES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Layout:
   num_slots: int  # longest slate
   levels: int  # L of the semantic IDs
   codebook_size: int  # C of the semantic IDs
+  num_memory: int = 0  # memory tokens
 
   def symbols(self) -> list[str]:
     """All symbols in the order of their ids."""
@@ -73,6 +82,10 @@ class Layout:
     names += [
       f'<{column}={b}>' for column in self.evidence for b in range(self.bins)
     ]
+    names += [f'<grade{grade + 1}>' for grade in range(GRADES)]
+    names += [f'<age{b}>' for b in range(self.bins)]
+    names += [f'<keep={percent}>' for percent in KEEPS]
+    names += [f'<memory{m}>' for m in range(self.num_memory)]
     names += [
       f'<{chr(ord("a") + level)}{code}>'
       for level in range(self.levels)
@@ -233,7 +246,11 @@ class Vocabulary:
       self.first_symbol -= 1
     self.slot_base = self.by_base + len(layout.evidence)
     self.bin_base = self.slot_base + layout.num_slots
-    self.sid_base = self.bin_base + len(layout.evidence) * layout.bins
+    self.grade_base = self.bin_base + len(layout.evidence) * layout.bins
+    self.age_base = self.grade_base + GRADES
+    self.keep_base = self.age_base + layout.bins
+    self.memory_base = self.keep_base + len(KEEPS)
+    self.sid_base = self.memory_base + layout.num_memory
 
   def __len__(self) -> int:
     return len(self.pieces)

@@ -2,21 +2,23 @@
 
 RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied
 or separate output embedding, layers stacked by `nn.scan`. One attention serves
-three callers, since keys come from two places that are never concatenated in
+four callers, since keys come from two places that are never concatenated in
 memory per rollout:
 
-* the *prefix*, encoded once per prompt and shared by its group of rollouts;
+* the *prefix*, encoded once per prompt and shared by its group of rollouts
+  (or once per user, where a prompt goes on behind memory tokens: `memory`);
 * the rollout's *own* tokens, fresh or in a cache that is written at `index`.
 
 | caller | tokens | prefix | cache |
 |---|---|---|---|
 | prompt encoding | [P, 1, Tp] | none | none |
+| the rest of a prompt, behind its memory | [P, 1, Tp] | [P, M] | none |
 | update, scoring, packed rows | [P, G, Tc] | [P, Tp] | none |
 | decoding | [P, G, 1] | [P, Tp] | [P, G, Tc] |
 
-Axes: P prompts, G group, T time, S own keys, R prefix keys, V vocabulary,
-D model width, N query heads, K key-value heads, H head width, F feed-forward
-width, L layers.
+Axes: P prompts, G group, T time, S own keys, R prefix keys, M memory tokens,
+V vocabulary, D model width, N query heads, K key-value heads, H head width,
+F feed-forward width, L layers.
 """
 
 import dataclasses
@@ -27,6 +29,8 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from gr2_jax.models import memory as memory_lib
 
 ROPE_SCALINGS = ('', 'linear', 'llama3', 'yarn')
 
@@ -54,6 +58,8 @@ class TransformerConfig:
   norm_eps: float = 1e-6
   dtype: str = 'float32'  # activations; parameters and log-probabilities: f32
   remat: bool = False  # recompute a layer's activations in the backward pass
+  memory_base: int = 0  # id of memory token 0; the others follow
+  num_memory: int = 0  # memory tokens in the vocabulary, see `memory`; 0: none
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -81,6 +87,14 @@ class TransformerConfig:
         f'model.rope_slow={self.rope_slow} is not below '
         f'model.rope_fast={self.rope_fast}.'
       )
+    if min(self.memory_base, self.num_memory) < 0 or (
+      self.memory_base + self.num_memory > self.vocab_size
+    ):
+      raise ValueError(
+        f'model.memory_base={self.memory_base} and '
+        f'model.num_memory={self.num_memory} name ids outside of the '
+        f'{self.vocab_size} of the vocabulary.'
+      )
 
 
 @flax.struct.dataclass
@@ -96,8 +110,9 @@ class Prefix:
   """What a group of rollouts shares: the encoded prompt."""
 
   kv: KeyValues  # [L, P, K, R, H]: as decoding reads it, not transposed again
-  mask: jax.Array  # bool [P, R], True where a prompt token stands
+  mask: jax.Array  # bool [P, R], True where a prompt token stands to be read
   length: jax.Array  # int32 [P], prompt tokens = position of the next token
+  last: jax.Array  # int32 [P], the last one's place among those just encoded
 
 
 def rope_frequencies(config: TransformerConfig) -> jax.Array:
@@ -408,30 +423,98 @@ def encode_prompt(
   params: Any,
   prompt_PxTp: jax.Array,
   length_P: jax.Array,
+  memory: Prefix | None = None,
 ) -> tuple[jax.Array, Prefix]:
   """Encodes right-padded prompts once for all their rollouts.
+
+  What stands behind memory tokens, completions included, reads nothing that
+  stands before them (`memory.readable`). So a prompt may be encoded in two
+  pieces as well: up to its memory tokens by `encode_memory`, and the rest here.
 
   Args:
     config: the decoder's.
     params: unboxed parameters.
     prompt_PxTp: int32 ids, padding after `length_P`.
     length_P: int32, at least 1.
+    memory: of `encode_memory`, where `prompt_PxTp` is the rest of a prompt
+      that stands behind it. All of it is read, and positions go on from there.
 
   Returns:
-    Hidden states float [P, Tp, D] and the shared prefix.
+    Hidden states float [P, Tp, D] of `prompt_PxTp`, and the shared prefix:
+    with a memory, R = M + Tp, and its length counts the whole prompt.
   """
   P, T = prompt_PxTp.shape
   time = jnp.arange(T, dtype=jnp.int32)
   mask = jnp.broadcast_to(time[:, None] >= time, (P, 1, T, T))
+  positions = jnp.broadcast_to(time, (P, 1, T))
+  kept = time < length_P[:, None]
+  if memory is not None:
+    positions += memory.length[:, None, None]
+  elif config.num_memory:
+    reads, after = memory_lib.readable(
+      memory_lib.find(
+        prompt_PxTp, length_P, config.memory_base, config.num_memory
+      )
+    )
+    mask, kept = reads[:, None], kept & after
   hidden, kv = Transformer(config).apply(
-    {'params': params},
-    prompt_PxTp[:, None],
-    jnp.broadcast_to(time, (P, 1, T)),
-    mask,
+    {'params': params}, prompt_PxTp[:, None], positions, mask, memory
   )
   kv = jax.tree.map(lambda x: x[:, :, 0].swapaxes(2, 3), kv)
-  return hidden[:, 0], Prefix(
-    kv=kv, mask=time < length_P[:, None], length=length_P
+  prefix = Prefix(kv=kv, mask=kept, length=length_P, last=length_P - 1)
+  if memory is None:
+    return hidden[:, 0], prefix
+  return hidden[:, 0], prefix.replace(
+    kv=jax.tree.map(
+      lambda *pieces: jnp.concatenate(pieces, axis=3), memory.kv, kv
+    ),
+    mask=jnp.concatenate([memory.mask, kept], axis=1),
+    length=memory.length + length_P,
+  )
+
+
+def encode_memory(
+  config: TransformerConfig,
+  params: Any,
+  prompt_PxT: jax.Array,
+  length_P: jax.Array,
+  num_memory: int,
+) -> Prefix:
+  """What is kept of prompts that end in their memory tokens.
+
+  The keys and values of M tokens in every layer (Mu et al., arXiv 2304.08467):
+  they depend on what stands before them alone, and may be cached for whatever
+  rest a prompt goes on with, see `encode_prompt`.
+
+  Args:
+    config: the decoder's.
+    params: unboxed parameters.
+    prompt_PxT: int32 ids, padding after `length_P`; the last M before the
+      padding are all the memory tokens that there are.
+    length_P: int32, at least M.
+    num_memory: M, static.
+
+  Returns:
+    A prefix of R = M keys; its length counts the whole of `prompt_PxT`.
+
+  Raises:
+    ValueError: the vocabulary does not have so many memory tokens.
+  """
+  if not 1 <= num_memory <= config.num_memory:
+    raise ValueError(
+      f'num_memory={num_memory} memory tokens at the end of a prompt, of '
+      f'model.num_memory={config.num_memory} in the vocabulary: raise that, '
+      'or encode the prompt as a whole.'
+    )
+  _, prefix = encode_prompt(config, params, prompt_PxT, length_P)
+  time = jnp.arange(num_memory, dtype=jnp.int32)
+  at = (length_P - num_memory)[:, None] + time
+  return prefix.replace(
+    kv=jax.tree.map(
+      lambda x: jnp.take_along_axis(x, at[None, :, None, :, None], axis=3),
+      prefix.kv,
+    ),
+    mask=jnp.ones(at.shape, bool),
   )
 
 
@@ -464,7 +547,7 @@ def completion_hidden(
   """
   P, G, T = completion_PxGxTc.shape
   last = jnp.take_along_axis(
-    prompt_hidden_PxTpxD, (prefix.length - 1)[:, None, None], axis=1
+    prompt_hidden_PxTpxD, prefix.last[:, None, None], axis=1
   )
   first = jnp.broadcast_to(last[:, None], (P, G, 1, last.shape[-1]))
   if T == 1:
@@ -498,7 +581,8 @@ def slot_scores(
   Args:
     params: unboxed parameters.
     prompt_hidden_PxTpxD: from `encode_prompt`.
-    slots_PxK: int32, where in the prompt each candidate's slot token stands.
+    slots_PxK: int32, where in the encoded prompt (in its rest, where that was
+      encoded behind a memory) each candidate's slot token stands.
 
   Returns:
     float32 [P, K].

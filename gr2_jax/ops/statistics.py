@@ -41,6 +41,26 @@ class McNemar(NamedTuple):
   p_value: float
 
 
+class TwoLevelEquivalence(NamedTuple):
+  """Two one-sided bootstrap tests.
+
+  Attributes:
+    estimate: the mean difference, first minus second.
+    low: lower end of the interval.
+    high: upper end.
+    p: of the worse side.
+    equivalent: whether the interval lies inside (-margin, margin).
+    not_worse: whether it lies above -margin.
+  """
+
+  estimate: float
+  low: float
+  high: float
+  p: float
+  equivalent: bool
+  not_worse: bool
+
+
 class Equivalence(NamedTuple):
   """Two one-sided tests.
 
@@ -119,13 +139,54 @@ def two_level_bootstrap(
   Raises:
     ValueError: as `paired_bootstrap`.
   """
-  difference = _difference(first, second, clusters)
-  if difference.ndim != 2:
-    raise ValueError(
-      f'first has shape {difference.shape}, not [seeds, slates]: '
-      'use paired_bootstrap for a single seed'
-    )
+  difference = _of_seeds(first, second, clusters)
   return _bootstrap(difference, clusters, resamples, level, seed)
+
+
+def two_level_equivalence(
+  first: np.ndarray,
+  second: np.ndarray,
+  clusters: np.ndarray,
+  *,
+  margin: float,
+  resamples: int = 2000,
+  level: float = 0.9,
+  seed: int = 0,
+) -> TwoLevelEquivalence:
+  """Whether |mean(first - second)| is below a margin, over seeds and users.
+
+  Two one-sided tests on the resamples of `two_level_bootstrap`, whose interval
+  it returns. A side's p-value is (1 + hits) / (1 + R), where hits are resamples
+  on or beyond that side's margin. Each side is tested at (1 - level) / 2.
+
+  Args:
+    first: [S, n], a metric of the first ranker per seed and slate.
+    second: [S, n], or [n] for a ranker without seeds.
+    clusters: [n], the user of each slate.
+    margin: the largest difference that is no difference, > 0.
+    resamples: R.
+    level: coverage of the interval.
+    seed: of the resampling.
+
+  Returns:
+    TwoLevelEquivalence; with one seed, only users vary.
+
+  Raises:
+    ValueError: as `two_level_bootstrap`, or on a margin that is not > 0.
+  """
+  if not margin > 0:
+    raise ValueError(f'margin is {margin}; it must be > 0')
+  difference = _of_seeds(first, second, clusters)
+  replicas = _replicas(difference, clusters, resamples, level, seed)
+  interval = _percentiles(float(difference.mean()), replicas, level)
+  hits = max(np.sum(replicas <= -margin), np.sum(replicas >= margin))
+  not_worse = interval.low > -margin
+  return TwoLevelEquivalence(
+    *interval,
+    p=float((1 + hits) / (1 + resamples)),
+    equivalent=not_worse and interval.high < margin,
+    not_worse=not_worse,
+  )
 
 
 def share_of_gain(
@@ -266,6 +327,17 @@ def _difference(first, second, clusters):
   return first - second
 
 
+def _of_seeds(first, second, clusters):
+  """Differences [S, n], checked."""
+  difference = _difference(first, second, clusters)
+  if difference.ndim != 2:
+    raise ValueError(
+      f'first has shape {difference.shape}, not [seeds, slates]: '
+      'use paired_bootstrap for a single seed'
+    )
+  return difference
+
+
 def _by_cluster(values, clusters):
   """Sums [S, U] and sizes [U] of values [S, n] by cluster."""
   labels, inverse = np.unique(clusters, return_inverse=True)
@@ -275,13 +347,19 @@ def _by_cluster(values, clusters):
 
 def _bootstrap(difference, clusters, resamples, level, seed):
   """Interval of the mean of differences [S, n]."""
+  replicas = _replicas(difference, clusters, resamples, level, seed)
+  return _percentiles(float(difference.mean()), replicas, level)
+
+
+def _replicas(difference, clusters, resamples, level, seed):
+  """Means [R] of differences [S, n] over resamples; checks what it is told."""
   if not 0 < level < 1:
     raise ValueError(f'level is {level}; it must lie between 0 and 1')
   if resamples < 1:
     raise ValueError(f'resamples is {resamples}; it must be at least 1')
   rng = np.random.default_rng(seed)
   means = _resampled(difference, clusters, resamples, rng)
-  return _percentiles(float(difference.mean()), _over_seeds(means, rng), level)
+  return _over_seeds(means, rng)
 
 
 def _resampled(values, clusters, resamples, rng):

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.serving import reranker as reranker_lib
 
@@ -48,18 +49,14 @@ def example(policy: reranker_lib.Reranker, place: int) -> dict[str, Any]:
   records = _records(policy.knowledge.source)
   record = records[place % len(records)]
   names = policy.knowledge.log.catalog.item_ids
-  count, length = int(record['count']), int(record['history_length'])
-  candidates = [names[item] for item in record['candidates'][:count]]
+  slate = requests_lib.of_record(record, names)
   return {
-    'slate': {
-      'history': [names[item] for item in record['history'][:length]],
-      'candidates': candidates,
-      'scores': record['scores'][:count].tolist(),
-      'time': int(record['time']),
-    },
+    'slate': slate,
     'relevant': [
       name
-      for name, grade in zip(candidates, record['grades'], strict=False)
+      for name, grade in zip(
+        slate['candidates'], record['grades'], strict=False
+      )
       if grade > 0
     ],
     'slates': len(records),

@@ -13,6 +13,7 @@ _ITEM = {
   'oneOf': [{'type': 'string'}, {'type': 'integer'}],
   'description': 'an item id',
 }
+_MOMENT = {'minimum': -(2**53), 'maximum': 2**53}
 _ERROR = {
   'type': 'object',
   'required': ['error'],
@@ -71,6 +72,16 @@ def _rank(
         'maxItems': limits.history,
         'description': 'oldest first; unknown items are dropped and counted',
       },
+      'history_grades': {
+        'type': ['array', 'null'],
+        'items': {'enum': [1, 2, None]},
+        'description': 'how the user took to each item, 2 the better',
+      },
+      'history_times': {
+        'type': ['array', 'null'],
+        'items': {'type': ['number', 'null']} | _MOMENT,
+        'description': 'when, one per item of the history',
+      },
       'scores': {
         'type': ['array', 'null'],
         'items': {'type': 'number', 'minimum': -3e38, 'maximum': 3e38},
@@ -78,8 +89,7 @@ def _rank(
       },
       'time': {
         'type': ['number', 'null'],
-        'minimum': -(2**53),
-        'maximum': 2**53,
+        **_MOMENT,
         'description': 'in the unit of the log; the last one where missing',
       },
       'user': {'type': ['string', 'integer', 'null']},

@@ -16,7 +16,8 @@ class Stage:
     needs: stages that must be finished before. `name` is, where that stage is
       seeded, its run with this stage's own seed; `name@*` is one run for every
       seed of `config.seeds`, given to `run` as inputs `name@0`, `name@1`, ...
-      `{section.field}` is the stage that the config field names, of STARTS.
+      `{section.field}` is the stage that the config field names, of STARTS;
+      or, of a field `context`, the one that writes such contexts, if any.
     sections: the top-level entries of the config that the stage reads. It is
       given these and no others, so none can change without a new fingerprint.
     seeded: whether the stage is run once per seed; it then reads
@@ -58,6 +59,7 @@ STARTS = {
   'export.start': ('rl', 'internalize', 'opd', 'sft'),
   'rerank.start': ('rl', 'internalize', 'opd', 'sft'),
   'internalize.start': ('rl', 'opd', 'sft'),
+  'compress.start': ('sft', 'opd', 'rl'),
   'opd.start': ('sft', 'midtrain'),
   'rl.start': ('sft', 'opd', 'midtrain'),
 }
@@ -94,21 +96,33 @@ STAGES: dict[str, Stage] = {
     together=True,
   ),
   'opd': Stage(
-    ('slates', 'tokenizer', 'backbone', '{opd.start}'),
+    ('slates', 'tokenizer', 'backbone', '{opd.start}', '{opd.context}'),
     ('data', 'prompt', 'model', 'mesh', 'opd'),
     seeded=True,
     together=True,
     files=('opd.policy',),
   ),
   'rl': Stage(
-    ('slates', 'tokenizer', 'backbone', '{rl.start}'),
+    ('slates', 'tokenizer', 'backbone', '{rl.start}', '{rl.context}'),
     ('data', 'prompt', 'model', 'mesh', 'rl'),
     seeded=True,
     together=True,
   ),
   'internalize': Stage(
-    ('slates', 'tokenizer', 'backbone', '{internalize.start}'),
+    (
+      'slates',
+      'tokenizer',
+      'backbone',
+      '{internalize.start}',
+      '{internalize.context}',
+    ),
     ('data', 'prompt', 'model', 'mesh', 'internalize'),
+    seeded=True,
+    together=True,
+  ),
+  'compress': Stage(
+    ('slates', 'tokenizer', 'backbone', '{compress.start}'),
+    ('data', 'prompt', 'model', 'mesh', 'compress'),
     seeded=True,
     together=True,
   ),
@@ -121,8 +135,9 @@ STAGES: dict[str, Stage] = {
       'baselines',
       '{rl.start}@*',
       'rl@*',
+      '{rl.context}@*',
     ),
-    ('data', 'prompt', 'model', 'mesh', 'evaluate', 'seeds'),
+    ('data', 'prompt', 'model', 'mesh', 'rl', 'evaluate', 'seeds'),
   ),
   'rerank': Stage(
     ('slates', 'tokenizer', 'backbone', '{rerank.start}'),

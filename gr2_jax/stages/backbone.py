@@ -53,7 +53,7 @@ def run(
       (*teachers.PHRASES, *midtraining.PHRASES),
       backbone,
     )
-  setup = policy.load(config, inputs['slates'], inputs['tokenizer'], workdir)
+  setup = policy.load(config, inputs | {'backbone': workdir})
   words = setup.vocabulary
   found = {
     'vocabulary': len(words),

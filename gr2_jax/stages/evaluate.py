@@ -63,9 +63,9 @@ def run(
   """Ranks the test slates with every policy and baseline.
 
   Args:
-    config: sections prompt, model, mesh, evaluate; seeds.
-    inputs: slates, tokenizer, backbone, baselines, and of every seed rl and
-      the stage that it started from.
+    config: sections prompt, model, mesh, rl, evaluate; seeds.
+    inputs: slates, tokenizer, backbone, baselines, and of every seed rl, the
+      stage that it started from, and the one that wrote what it reads, if any.
     workdir: of this stage; gets each policy's rankings, which a run that was
       killed does not make again.
 
@@ -81,7 +81,7 @@ def run(
 
   # Policies.
   trained = {key.partition('@')[0] for key in inputs if '@' in key}
-  (before,) = trained - {'rl'}
+  (before,) = trained - {'rl', 'compress'}
   answers = {
     name: [
       _ranked(config, inputs, workdir, f'{source}@{seed}')
@@ -189,11 +189,11 @@ def _ranked(
     with np.load(path) as found:
       return dict(found)
   stage = config.evaluate
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  seed = source.partition('@')[2]
+  inputs = {'compress': inputs.get(f'compress@{seed}')} | inputs
+  setup = policy.load(config, inputs, config.rl.context)
   params = setup.load_params(inputs[source])
-  slates = slates_lib.source(inputs['slates'], 'test')
+  slates = setup.source('test')
 
   def answer(order: str, presentation: int, constrained: bool) -> ranker.Ranked:
     return ranker.rank(

@@ -66,9 +66,7 @@ def run(
     raise ValueError(
       f'export.dtype={stage.dtype!r}: must be one of {", ".join(DTYPES)}'
     )
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  setup = policy.load(config, inputs)
   model = dataclasses.replace(setup.model, dtype=DTYPES[stage.dtype])
   setup = dataclasses.replace(setup, model=model)
   files = _tokenizer_files(setup.vocabulary, inputs['backbone'])

@@ -60,9 +60,7 @@ def run(
     ValueError: a share is negative or none is positive, or a row is too short.
   """
   stage = config.midtrain
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  setup = policy.load(config, inputs, stage.context)
   pretrained = (inputs['backbone'] / policy.PARAMS).is_dir()
   used = shares(stage)
   packed = {k: v for k, v in used.items() if k in packing.TASKS}
@@ -228,7 +226,7 @@ def pointing_renderer(
       weights = [0.0] + [1.0] * (count + 1)
       completions.append(batches.Completion(ids, weights))
     return batches.examples(
-      prompter.prompt(slate, order),
+      prompter.prompt(slate, order, rng),
       completions,
       prompter.prompt_tokens,
       1 + prompter.answer_tokens,

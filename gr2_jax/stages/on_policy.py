@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gr2_jax import (
   distillation,
@@ -31,7 +32,6 @@ from gr2_jax import (
   sharding,
 )
 from gr2_jax.data import batches
-from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import advantages, gates, kl, losses, masking, rewards
 from gr2_jax.stages import training
 
@@ -67,21 +67,69 @@ def train(
   Returns:
     The chosen step, its validation numbers, and why training stopped.
   """
-  stage, start = config[name], inputs[config[name].start]
-  check(name, stage)
-
-  # Input: rows of slates, each in one presentation or, where the order itself
-  # is watched, in two.
+  stage = config[name]
   control = '<think>' if stage.thinking else '<answer>'
   render = batches.requests(setup.prompter, control, config.prompt.order)
   if teacher is not None and teacher.reads_its_own:
     render = distillation.beside(render, teacher, control, config.prompt.order)
+  # Sampler and learner: the same temperature, the same masks.
+  sampler = setup.sampling(
+    stage.group_size, stage.thinking, stage.temperature, stage.constrained
+  )
+  return learn(
+    name,
+    config,
+    workdir,
+    setup,
+    render=render,
+    sampler=sampler,
+    act=rollouts.make_act(setup, sampler, stage),
+    validate=ranker.validator(config, setup, inputs['slates'], stage),
+    start=inputs[stage.start],
+    teacher=teacher,
+  )
+
+
+def learn(
+  name: str,
+  config,
+  workdir: pathlib.Path,
+  setup: policy.Setup,
+  *,
+  render: Callable[..., dict[str, np.ndarray]],
+  sampler: sampling.SamplingConfig,
+  act: Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, Any]]],
+  validate: Callable[[Any], dict[str, float]],
+  start: pathlib.Path,
+  teacher: distillation.Teacher | None,
+) -> dict[str, Any]:
+  """Trains on rollouts of any grammar, by any rewards; validation chooses.
+
+  Args:
+    name: of the stage and its section.
+    config: section mesh, and that one; seed.
+    workdir: of this stage.
+    setup: tokens, shapes, and the grammar.
+    render: `(slate, rng) -> row`.
+    sampler: how to roll out.
+    act: `(params, rows, key) -> (PolicyBatch, watches)`.
+    validate: whole parameters to named numbers, on held-out data.
+    start: artifact whose parameters training starts from.
+    teacher: whom the policy is held to with `kl_weight`; None for nobody.
+
+  Returns:
+    The chosen step, its validation numbers, and why training stopped.
+  """
+  stage = config[name]
+  check(name, stage)
+
+  # Input: rows of slates, each in one presentation or, where the order itself
+  # is watched, in two.
   render = batches.several(render, views(stage))
-  source = slates_lib.source(inputs['slates'], 'train')
   drawn = stage.refill_size
   iterator = batches.iterate(
     batches.dataset(
-      source,
+      setup.source('train'),
       render,
       drawn // views(stage),
       config.seed,
@@ -89,11 +137,6 @@ def train(
     )
   )
 
-  # Sampler and learner: the same temperature, the same masks.
-  sampler = setup.sampling(
-    stage.group_size, stage.thinking, stage.temperature, stage.constrained
-  )
-  act = rollouts.make_act(setup, sampler, stage)
   look, said = None, ()
   if teacher is not None:
     look = distillation.make_look(
@@ -146,7 +189,7 @@ def train(
     optimizer=optimizer,
     take_step=take_step,
     iterator=iterator,
-    validate=ranker.validator(config, setup, inputs['slates'], stage),
+    validate=validate,
     choose=stage.choose,
     inherited=start,
     desc=name,
@@ -173,17 +216,20 @@ def check(section: str, stage) -> None:
       f'{section}.batch_size={size}'
     )
   for name, known in CHOICES.items():
-    if stage[name] not in known:
+    if name in stage and stage[name] not in known:
       raise ValueError(
         f'{section}.{name}={stage[name]!r}: must be one of {", ".join(known)}'
       )
-  if stage.order_cost > stage.format_weight and not stage.constrained:
+  if (
+    stage.get('order_cost', 0) > stage.get('format_weight', 0)
+    and not stage.constrained
+  ):
     raise ValueError(
       f'{section}.order_cost={stage.order_cost} is more than '
       f'{section}.format_weight={stage.format_weight}: an invalid answer, '
       'which is not charged, would be the cheaper one'
     )
-  if stage.judge_weight and not stage.thinking:
+  if stage.get('judge_weight', 0) and not stage.thinking:
     raise ValueError(
       f'{section}.judge_weight={stage.judge_weight} judges reasoning, but '
       f'{section}.thinking is False: set one of them otherwise'
@@ -192,7 +238,7 @@ def check(section: str, stage) -> None:
 
 def views(stage) -> int:
   """How many presentations of a slate a batch holds, side by side."""
-  return 2 if stage.order_cost else 1
+  return 2 if stage.get('order_cost', 0) else 1
 
 
 def collect(

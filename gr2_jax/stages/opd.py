@@ -33,9 +33,7 @@ def run(
   """
   stage = config.opd
   check(stage)
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  setup = policy.load(config, inputs, stage.context)
   if stage.policy:
     teacher = distillation.restore(
       stage.policy, setup, inputs, config.mesh, stage.view, stage.sharpness

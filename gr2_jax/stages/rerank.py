@@ -70,9 +70,7 @@ def _rank(
   stage = config.rerank
   if stage.chunk < 1:
     raise ValueError(f'rerank.chunk={stage.chunk}: it must be at least 1')
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  setup = policy.load(config, inputs)
   source = pathlib.Path(stage.input or workdir / REQUESTS)
   width = setup.prompter.num_candidates
 

@@ -31,9 +31,7 @@ def train(
 ) -> dict[str, Any]:
   """`run`, by the section of that name."""
   stage = config[name]
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  setup = policy.load(config, inputs, stage.context)
   reference = None
   if stage.kl_weight:
     start = setup.load_params(stage.init_from or inputs[stage.start])

@@ -6,9 +6,12 @@ own listwise read-out, which is trained on the labels at the slot tokens and
 distilled into the answer in the same update.
 """
 
+import collections
 import dataclasses
 import pathlib
 from typing import Any
+
+import grain
 
 from gr2_jax import learner, policy, ranker, sharding
 from gr2_jax.data import batches, prompts, records
@@ -46,26 +49,31 @@ def run(
     The chosen step and its validation numbers.
 
   Raises:
-    ValueError: `rank_by` is neither.
+    ValueError: `rank_by` is neither, or a context means nothing.
   """
   stage = config.sft
   if stage.rank_by not in RANK_BY:
     raise ValueError(f'sft.rank_by={stage.rank_by!r}: must be one of {RANK_BY}')
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  setup = policy.load(config, inputs)
   source = _Traced(
     records.Records(inputs['traces'] / traces.ACCEPTED),
     slates_lib.source(inputs['slates'], 'train'),
   )
-  data = batches.dataset(
-    source,
-    renderer(setup, config),
-    stage.batch_size,
-    config.seed,
-    sharding.own_rows(setup.mesh, stage.batch_size),
+  # Each form of the context has batches of its own, and so of its own length.
+  forms = collections.Counter(stage.contexts)
+  pipelines = [
+    batches.dataset(
+      source,
+      renderer(setup.reading(form), config),
+      stage.batch_size,
+      config.seed + number,
+      sharding.own_rows(setup.mesh, stage.batch_size),
+    )
+    for number, form in enumerate(forms)
+  ]
+  iterator = batches.iterate(
+    grain.MapDataset.mix(pipelines, weights=list(forms.values()))
   )
-  iterator = batches.iterate(data)
   optimizer = learner.make_optimizer(stage)
   loss_fn = learner.supervised_loss(
     setup.model,
@@ -82,7 +90,9 @@ def run(
     optimizer=optimizer,
     take_step=training.supervised_step(setup, loss_fn, optimizer, iterator),
     iterator=iterator,
-    validate=ranker.validator(config, setup, inputs['slates'], stage),
+    validate=ranker.validator(
+      config, setup.reading(stage.contexts[-1]), inputs['slates'], stage
+    ),
     choose='n@5',
     inherited=inputs['midtrain'],
     desc='sft',
@@ -136,7 +146,7 @@ def renderer(setup: policy.Setup, config):
       ask = prompter.ask(control, answer[0] - words.slot_base)
       completions.append(completion(ask, span, answer, [1.0, *weights[1:]]))
     return batches.examples(
-      prompter.prompt(slate, order),
+      prompter.prompt(slate, order, rng),
       completions,
       prompter.prompt_tokens,
       prompter.ask_tokens + told + prompter.thinking_tokens,

@@ -204,10 +204,7 @@ def _rank(
 def _size(config: ml_collections.ConfigDict, root: pathlib.Path) -> int:
   """Parameters of a policy."""
   needs = artifacts.plan(config, 'midtrain').inputs
-  setup = policy.load(
-    config,
-    *(needs[k].directory(root) for k in ('slates', 'tokenizer', 'backbone')),
-  )
+  setup = policy.load(config, {k: a.directory(root) for k, a in needs.items()})
   return sum(x.size for x in jax.tree.leaves(setup.abstract_params()))
 
 

@@ -76,9 +76,7 @@ def run(
       raise ValueError(
         f'traces.{name} is {stage[name]!r}; it must be one of {known}'
       )
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  setup = policy.load(config, inputs)
   slates = slates_lib.source(inputs['slates'], 'train')
   indices = np.arange(len(slates))
   if 0 < stage.slates < len(slates):

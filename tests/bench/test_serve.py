@@ -1,10 +1,12 @@
 """The load tables: what is counted, and what is compared with what."""
 
+import numpy as np
 import pytest
 
 pytest.importorskip('starlette', reason='needs the extra: gr2_jax[serve]')
 
 from gr2_jax.bench import serve  # noqa: E402
+from gr2_jax.data import slates as slates_lib  # noqa: E402
 
 from ..serving import live  # noqa: E402
 
@@ -31,6 +33,31 @@ def test_clients_ask_and_are_counted(service, tool, monkeypatch):
   assert row['decoded'] == 0.0
   assert 1.0 <= row['batch'] <= 2.0
   assert row['MB'] > 10
+
+
+def test_slates_are_asked_as_they_are_stored(world):
+  asked, grades, count = serve._slates(world['rl'], 7)
+  test = slates_lib.read(world['slates'], 'test')
+  names = slates_lib.read_catalog(world['slates']).item_ids
+  index = {name: i for i, name in enumerate(names)}
+  assert len(asked) == len(grades) == len(count) == 7
+  for slate, grade, size in zip(asked, grades, count, strict=True):
+    shown = [index[name] for name in slate['candidates']]
+    length = len(slate['history'])
+    (row,) = (
+      row
+      for row in range(len(test))
+      if test.candidates[row, :size].tolist() == shown
+      and test.time[row] == slate['time']
+      and test.history_length[row] == length
+    )
+    np.testing.assert_array_equal(test.grades[row], grade)
+    history = [index[name] for name in slate['history']]
+    assert test.history[row, :length].tolist() == history
+    told = test.history_grades[row, :length].tolist()
+    assert slate['history_grades'] == told
+    ages = slate['time'] - np.array(slate['history_times'])
+    assert test.history_ages[row, :length].tolist() == ages.tolist()
 
 
 def test_refusals_are_errors(service):

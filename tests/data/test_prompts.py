@@ -53,6 +53,22 @@ def test_a_prompt_reads_as_it_is_configured(prompter):
   assert words.decode(found['prompt'][1:]) == text
 
 
+def test_a_history_tells_how_items_were_taken_and_when(prompter):
+  own = dataclasses.replace(prompter, history_fields=('age', 'sid', 'grade'))
+  slate = tiny_data.slate()
+  slate['history_grades'][:] = [2, 1, 1, 0, 2]
+  slate['history_ages'][:] = [9, 9, 0, 10**7, -1]
+  words, codes = own.vocabulary, tiny_data.codes()
+  ids = own.prompt(slate, np.arange(K))['prompt'].tolist()
+  end = ids.index(words.control['<candidates>'])
+  wanted = ''
+  for place, before, after in ((2, 0, '<grade1>'), (3, 3, ''), (4, None, 2)):
+    wanted += '' if before is None else f'<age{before}>'
+    wanted += '<a{}><b{}><c{}>'.format(*codes[slate['history'][place]])
+    wanted += f'<grade{after}>' if after == 2 else after
+  assert words.decode(ids[2:end]) == wanted
+
+
 @settings(max_examples=50, deadline=None)
 @given(slate=SLATES, data=st.data())
 def test_slots_point_at_slot_tokens_and_labels_move_along(
@@ -117,6 +133,19 @@ def test_long_reasoning_is_cut(prompter):
   assert len(prompter.present(ids, np.arange(K))) == prompter.reasoning
   assert prompter.thinking_tokens == prompter.reasoning + 1 + K + 1
   assert prompter.answer_tokens == K + 1
+
+
+@pytest.mark.parametrize(
+  ('share', 'percent'),
+  [(0.0, 5), (0.05, 5), (0.1, 10), (0.13, 15), (0.22, 20), (0.3, 30), (1, 50)],
+)
+def test_what_asks_tells_the_share_to_keep(prompter, share, percent):
+  words = prompter.vocabulary
+  ids = prompter.ask('<compress>', keep=share)
+  assert words.decode(ids) == f'<keep={percent}><compress>'
+  ids = prompter.ask('<compress>', target=3, keep=share)
+  assert words.decode(ids) == f'<keep={percent}><target><slot3><compress>'
+  assert words.decode(prompter.ask('<think>')) == '<think>'
 
 
 def test_ids_of_the_outside_world_never_reach_a_prompt(tmp_path):
@@ -228,6 +257,27 @@ def test_bins_are_quantiles_and_rise_with_the_evidence():
     assert (np.diff(binned[i, :n, 1][order]) >= 0).all()
 
 
+def test_ages_are_binned_by_quantiles():
+  slates = tiny_data.many(400)
+  bins = prompts.EvidenceBins.fit(slates, tiny_data.EVIDENCE, ('rank',), 4)
+  known = slates.history_ages[slates.history_ages >= 0]
+  binned = bins.ages(known)
+  assert binned.dtype == np.int32
+  share = np.bincount(binned, minlength=4) / len(known)
+  np.testing.assert_allclose(share, 0.25, atol=0.01)
+  assert (np.diff(binned[np.argsort(known)]) >= 0).all()
+  assert bins.ages(slates.history_ages).shape == slates.history_ages.shape
+  assert bins.ages(np.array([0, 10**12])).tolist() == [0, 3]
+
+
+def test_ages_that_nobody_knows_have_bins_all_the_same():
+  slates = tiny_data.many()
+  slates.history_ages[:] = -1
+  bins = prompts.EvidenceBins.fit(slates, tiny_data.EVIDENCE, ('rank',), 4)
+  assert np.isfinite(bins.age_edges).all()
+  assert bins.ages(np.array([5])).tolist() == [3]
+
+
 def test_centred_bins_compare_candidates_and_raw_ones_slates():
   bins = tiny_data.bins()  # rank is centred, fame is raw
   evidence = tiny_data.slate(3)['evidence']
@@ -265,6 +315,7 @@ def test_bins_come_back_from_disk(tmp_path):
   assert found.columns == bins.columns
   np.testing.assert_array_equal(found.index, bins.index)
   np.testing.assert_array_equal(found.edges, bins.edges)
+  np.testing.assert_array_equal(found.age_edges, bins.age_edges)
   assert [p.name for p in tmp_path.iterdir()] == ['bins.json']
 
 

@@ -1,5 +1,6 @@
 """Slates from outside: every bad line speaks, evidence is the data set's."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -38,6 +39,20 @@ def test_fields_and_their_defaults(tmp_path):
   assert first.scores[0] > first.scores[1]
   assert (first.time, second.time) == (None, 9)
   assert second.scores == (0.5, -1.0)
+  assert (first.grades, first.times) == ((0, 0), (None, None))
+
+
+def test_grades_and_times_stay_with_their_items(tmp_path):
+  rows = [
+    GOOD | {'history_grades': [1, 2, 2], 'history_times': [5, 6.5, 7]},
+    GOOD | {'history_grades': [None, 1, None], 'history_times': [1, 2, None]},
+    GOOD | {'history_grades': None, 'history_times': None},
+    {'candidates': ['a'], 'history': [], 'history_grades': []},
+  ]
+  found = read(write(tmp_path, *rows))
+  # The second item is none of the catalog.
+  assert [r.grades for r in found] == [(1, 2), (0, 0), (0, 0), ()]
+  assert [r.times for r in found] == [(5, 7), (1, None), (None, None), ()]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +78,18 @@ def test_fields_and_their_defaults(tmp_path):
     ('time', 'today', "'today': it must be a finite number"),
     ('time', float('nan'), 'nan: it must be a finite number'),
     ('time', 1e300, '1e\\+300: it must be a finite number'),
+    ('history_grades', [1, 2], '2 values for 3 items of the history: give one'),
+    ('history_grades', 2, '2: it must be a list'),
+    ('history_grades', [1, 0, 2], '0: each must be 1 or 2, or null'),
+    ('history_grades', [1, 2, True], 'True: each must be 1 or 2, or null'),
+    ('history_grades', [1, 2, [1]], r'\[1\]: each must be 1 or 2, or null'),
+    ('history_grades', [1, '2', 2], "'2': each must be 1 or 2, or null"),
+    ('history_times', [1], '1 values for 3 items of the history: give one'),
+    ('history_times', {}, '{}: it must be a list'),
+    ('history_times', [1, 'x', 2], "'x': it must be a finite number"),
+    ('history_times', [1, 2, True], 'True: it must be a finite number'),
+    ('history_times', [1, float('nan'), 2], 'nan: it must be a finite number'),
+    ('history_times', [2**54, 1, 2], f'{2**54}: it must be a finite number'),
     ('id', ['x'], 'it must be text or a whole number'),
     ('user', {}, 'it must be text or a whole number'),
   ],
@@ -149,9 +176,13 @@ def data(request):
   return walks(config), config
 
 
-def test_exported_test_slates_have_the_stored_evidence(data, tmp_path):
+@pytest.fixture(scope='module')
+def stored(data):
+  return slates.build(*data)['test']
+
+
+def test_exported_test_slates_have_the_stored_evidence(data, stored, tmp_path):
   log, config = data
-  stored = slates.build(log, config)['test']
   facts = requests.fit(log, config)
   path = tmp_path / 'requests.jsonl'
   requests.write_test(path, log, config, facts.statistics)
@@ -174,6 +205,32 @@ def test_exported_test_slates_have_the_stored_evidence(data, tmp_path):
       np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
+def test_a_record_goes_out_and_comes_in_as_it_is(data, stored):
+  log, config = data
+  # Of some items it is not known how they were taken, or when.
+  grades, ages = stored.history_grades.copy(), stored.history_ages.copy()
+  grades[::2, 0], ages[1::2, 1] = 0, -1
+  stored = dataclasses.replace(stored, history_grades=grades, history_ages=ages)
+  names = log.catalog.item_ids
+  index = {name: i for i, name in enumerate(names)}
+  width = stored.candidates.shape[1]
+  asked = []
+  for row in range(len(stored)):
+    record = {name: getattr(stored, name)[row] for name in slates.NAMES}
+    sent = json.loads(json.dumps(requests.of_record(record, names)))
+    asked.append(requests.parse(sent, 'here', row, index, width))
+  found = requests.to_slates(
+    asked, log, requests.fit(log, config), width, config.history
+  )
+  for name in slates.NAMES:
+    # The evidence knows of all that came before; a record has the last of it.
+    if name not in ('user', 'grades', 'utility', 'evidence'):
+      np.testing.assert_array_equal(
+        getattr(found, name), getattr(stored, name), err_msg=name
+      )
+  assert (found.history_ages > 0).any()
+
+
 def test_an_empty_history_has_finite_evidence(data, tmp_path):
   log, config = data
   names = log.catalog.item_ids
@@ -189,3 +246,29 @@ def test_an_empty_history_has_finite_evidence(data, tmp_path):
   assert found.time.tolist() == [log.times.max(), 0]
   assert found.history_length.tolist() == [0, 0]
   assert (found.history == -1).all()
+  assert not found.history_grades.any()
+  assert (found.history_ages == -1).all()
+
+
+def test_ages_are_counted_to_the_slate(data, tmp_path):
+  log, config = data
+  names = list(log.catalog.item_ids)
+  asked = {'candidates': names[:2], 'history': [*names[2:5], 'gone', names[5]]}
+  told = {
+    'history_grades': [1, None, 2, 1, 2],
+    'history_times': [3, 60, None, 5, 40],
+  }
+  path = write(
+    tmp_path, asked | told | {'time': 50}, asked | told, asked | {'time': 50}
+  )
+  rows = list(requests.read(path, log.catalog, 5))
+  found = requests.to_slates(rows, log, requests.fit(log, config), 5, 3)
+  # The last three that the catalog has; none is older than the slate is.
+  assert found.history.tolist() == [[3, 4, 5]] * 3
+  assert found.history_grades.tolist() == [[0, 2, 2]] * 2 + [[0, 0, 0]]
+  now = int(log.times.max())
+  assert found.history_ages.tolist() == [
+    [0, -1, 10],
+    [max(now - 60, 0), -1, now - 40],
+    [-1, -1, -1],
+  ]

@@ -92,6 +92,17 @@ def test_labels_are_the_next_items_and_candidates_are_new(log, built):
       part.history[row, :length], past[-20:][-length:]
     )
     assert (part.history[row, length:] == -1).all()
+    np.testing.assert_array_equal(
+      part.history_grades[row, :length], log.grades[begin:place][-length:]
+    )
+    np.testing.assert_array_equal(
+      part.history_ages[row, :length],
+      part.time[row] - log.times[begin:place][-length:],
+    )
+    assert (part.history_ages[row, :length] >= 0).all()
+    assert not part.history_grades[row, length:].any()
+    assert (part.history_ages[row, length:] == -1).all()
+  assert {1, 2} <= set(part.history_grades.ravel().tolist())
 
 
 def test_every_slate_has_a_positive_and_a_negative(built):

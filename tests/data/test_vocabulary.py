@@ -48,6 +48,10 @@ def test_every_family_of_symbols_stands_together(either):
     '<by:rank>': (either.by_base, 2),
     '<slot0>': (either.slot_base, 8),
     '<rank=0>': (either.bin_base, 8),
+    '<grade1>': (either.grade_base, vocabulary.GRADES),
+    '<age0>': (either.age_base, 4),
+    '<keep=5>': (either.keep_base, len(vocabulary.KEEPS)),
+    '<memory0>': (either.memory_base, 3),
     '<a0>': (either.sid_base, 15),
   }
   symbols, at = layout.symbols(), 0

@@ -49,6 +49,8 @@ def planted(signal: str, n=600, seed=0) -> slates_lib.Slates:
     history=np.where(np.arange(H) < length[:, None], history, -1).astype(
       np.int32
     ),
+    history_grades=np.zeros((n, H), np.int8),
+    history_ages=np.full((n, H), -1, np.int64),
     history_length=length.astype(np.int32),
     time=np.zeros(n, np.int64),
     evidence=np.where(real[..., None], evidence, 0.0).astype(np.float32),

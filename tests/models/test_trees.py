@@ -39,6 +39,8 @@ def planted(n=400, k=6, seed=0, signal=True) -> slates_lib.Slates:
     ),
     count=count.astype(np.int32),
     history=np.full((n, 2), -1, np.int32),
+    history_grades=np.zeros((n, 2), np.int8),
+    history_ages=np.full((n, 2), -1, np.int64),
     history_length=np.zeros(n, np.int32),
     time=np.zeros(n, np.int64),
     evidence=np.where(real[..., None], evidence, 0.0).astype(np.float32),

@@ -185,6 +185,90 @@ def test_equivalence_needs_a_margin_and_two_users():
     statistics.equivalence(np.ones(3), np.ones(3), np.zeros(3), margin=1)
 
 
+def tost(difference, margin):
+  above = scipy.stats.ttest_1samp(difference, -margin, alternative='greater')
+  below = scipy.stats.ttest_1samp(difference, margin, alternative='less')
+  return max(above.pvalue, below.pvalue)
+
+
+@pytest.mark.parametrize('margin', [0.02, 0.03, 0.035, 0.045, 0.07])
+def test_two_level_equivalence_of_one_level_is_two_t_tests(margin):
+  first, second, clusters = paired(11, 1000, shift=0.02)
+  got = statistics.two_level_equivalence(
+    first[None], second, clusters, margin=margin, resamples=4000
+  )
+  wanted = tost(first - second, margin)
+  assert got.p == pytest.approx(wanted, abs=0.02)
+  assert got.equivalent == (wanted < 0.05)
+  assert got.not_worse
+
+
+def test_two_level_equivalence_is_the_interval_of_the_bootstrap():
+  rng = np.random.default_rng(12)
+  first, second, clusters = paired(12, 200, users=40)
+  first = first + rng.normal(scale=0.05, size=(4, 1))
+  given = (first, second, clusters)
+  wanted = statistics.two_level_bootstrap(*given, level=0.9, seed=3)
+  got = statistics.two_level_equivalence(*given, margin=0.1, seed=3)
+  assert got[:3] == wanted
+  # The p-value that a plain count over the same resamples gives.
+  replicas = statistics._replicas(first - second, clusters, 2000, 0.9, 3)
+  above = (1 + sum(replica >= 0.1 for replica in replicas)) / 2001
+  below = (1 + sum(replica <= -0.1 for replica in replicas)) / 2001
+  assert got.p == max(above, below)
+  assert 1 / 2001 < got.p < 1
+
+
+@pytest.mark.parametrize(
+  ('shift', 'equivalent', 'not_worse'),
+  [(0.0, True, True), (0.2, False, True), (-0.2, False, False)],
+)
+def test_better_is_not_worse_but_not_equivalent(shift, equivalent, not_worse):
+  first, second, clusters = paired(13, 800, shift=shift)
+  got = statistics.two_level_equivalence(
+    np.stack([first, first]), second, clusters, margin=0.1
+  )
+  assert (got.equivalent, got.not_worse) == (equivalent, not_worse)
+  assert (got.p < 0.05) == equivalent
+  other = statistics.two_level_equivalence(
+    np.stack([second, second]), first, clusters, margin=0.1
+  )
+  assert other.equivalent == equivalent
+  assert other.p == pytest.approx(got.p)
+
+
+def test_seeds_that_disagree_are_not_equivalent():
+  first, second, clusters = paired(14, 800, shift=0.0)
+  calm = np.stack([first] * 4)
+  wild = calm + np.array([[-0.3], [-0.1], [0.1], [0.3]])
+  one = statistics.two_level_equivalence(calm, second, clusters, margin=0.1)
+  two = statistics.two_level_equivalence(wild, second, clusters, margin=0.1)
+  assert one.equivalent
+  assert two.estimate == pytest.approx(one.estimate)
+  assert not two.equivalent
+  assert two.p > 0.1
+
+
+def test_two_level_equivalence_of_equal_values_and_of_bad_ones():
+  ones = np.ones((2, 3))
+  same = statistics.two_level_equivalence(ones, ones, np.arange(3), margin=0.1)
+  assert same == (0.0, 0.0, 0.0, 1 / 2001, True, True)
+  # A difference that is the margin is not below it.
+  edge = statistics.two_level_equivalence(
+    ones, 0 * ones, np.arange(3), margin=1
+  )
+  assert edge == (1.0, 1.0, 1.0, 1.0, False, True)
+  for margin in (0, -1, np.nan):
+    with pytest.raises(ValueError, match='margin is'):
+      statistics.two_level_equivalence(ones, ones, np.arange(3), margin=margin)
+  with pytest.raises(ValueError, match='paired_bootstrap'):
+    statistics.two_level_equivalence(ones[0], ones[0], np.arange(3), margin=1)
+  with pytest.raises(ValueError, match='level is 90'):
+    statistics.two_level_equivalence(
+      ones, ones, np.arange(3), margin=1, level=90
+    )
+
+
 def test_the_share_of_a_gain_and_its_interval():
   rng = np.random.default_rng(0)
   users = np.repeat(np.arange(60), 5)

@@ -98,6 +98,8 @@ def bodies(names):
   wrong = {
     'history': st.lists(st.one_of(strange, st.none()), max_size=6),
     'candidates': st.lists(st.one_of(strange, st.none()), max_size=6),
+    'history_grades': st.lists(st.sampled_from([1, 2, 3, None]), max_size=6),
+    'history_times': st.lists(st.one_of(st.floats(), st.none()), max_size=6),
     'scores': st.lists(st.floats(), max_size=6),
     'time': st.one_of(st.integers(), st.floats()),
     'id': anything(),

@@ -49,6 +49,12 @@ def test_the_first_mode_is_the_default(service):
   assert found['answers'][0]['mode'] == 'score'
 
 
+def test_what_is_known_of_a_history_may_be_told(service):
+  told = {'history_grades': [2], 'history_times': [None], 'time': 9}
+  status, found, _ = service.rank(GOOD | told)
+  assert (status, found['answers'][0]['unknown_history']) == (200, 0)
+
+
 def test_unknown_items_are_flagged(service):
   slate = {'history': ['c', 'gone'], 'candidates': ['a', 'new', 'b']}
   _, found, _ = service.rank(slate)
@@ -85,6 +91,14 @@ def test_unknown_items_are_flagged(service):
     (
       {'slates': [GOOD | {'history': ['a'] * 11}]},
       r"slates\[0\], field 'history': 11 items, room for 10: send the last",
+    ),
+    (
+      {'slates': [GOOD, GOOD | {'history_grades': [3]}]},
+      r"slates\[1\], field 'history_grades': 3: each must be 1 or 2",
+    ),
+    (
+      {'slates': [GOOD | {'history_times': [1, 2]}]},
+      r"slates\[0\], field 'history_times': 2 values for 1 items",
     ),
     (
       {'slates': [GOOD | {'candidates': ['new', 'new']}]},
@@ -152,7 +166,12 @@ def test_the_schema_tells_the_limits(service):
   slates = body['properties']['slates']
   assert slates['maxItems'] == 8
   assert slates['items']['properties']['candidates']['maxItems'] == 5
-  assert slates['items']['properties']['history']['maxItems'] == 10
+  fields = slates['items']['properties']
+  assert fields['history']['maxItems'] == 10
+  assert fields['history_grades']['items'] == {'enum': [1, 2, None]}
+  # A time of the history is one as the slate's is.
+  moment = fields['history_times']['items']
+  assert moment.items() <= fields['time'].items()
   assert body['properties']['mode']['enum'] == ['score', 'rank']
   assert '/reload' in found['paths']
   assert '/example' not in found['paths']

@@ -8,6 +8,8 @@ import pytest
 
 from gr2_jax import artifacts, policy
 from gr2_jax.data import log as log_lib
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.serving import examples
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.stages import rerank
 
@@ -176,6 +178,26 @@ def test_a_second_policy_shares_what_is_the_same(world, reranker, slates):
   )
   # RL may have kept the SFT parameters; otherwise the scores differ.
   assert (scores == before) == all(jax.tree.leaves(unchanged))
+
+
+def test_an_example_is_a_slate_to_be_ranked(world, reranker):
+  stored = slates_lib.read(world['slates'], 'test')
+  names = slates_lib.read_catalog(world['slates']).item_ids
+  found = examples.example(reranker, len(stored) + 3)
+  slate, length = found['slate'], stored.history_length[3]
+  assert slate['history'] == [names[i] for i in stored.history[3, :length]]
+  grades, ages = stored.history_grades[3], stored.history_ages[3]
+  assert slate['history_grades'] == grades[:length].tolist()
+  times = stored.time[3] - ages[:length]
+  assert slate['history_times'] == times.tolist()
+  assert found['slates'] == len(stored)
+  (answer,) = reranker.rank([slate])
+  assert sorted(answer['ranking']) == sorted(slate['candidates'])
+  assert set(found['relevant']) < set(slate['candidates'])
+  # The policy is told how and when.
+  request = reranker.parse(slate, '', 0)
+  assert request.grades == tuple(grades[:length].tolist())
+  assert request.times == tuple(times.tolist())
 
 
 def test_what_is_no_policy_is_refused(world, tmp_path):

@@ -48,7 +48,7 @@ def inputs(config, tmp_path_factory):
   policy.found_vocabulary(
     config, inputs['slates'], inputs['tokenizer'], home, ('likes',)
   )
-  setup = policy.load(config, inputs['slates'], inputs['tokenizer'], home)
+  setup = policy.load(config, inputs)
   params = sharding.unbox(
     transformer.init_params(setup.model, jax.random.key(0))
   )
@@ -138,9 +138,7 @@ def test_results_say_what_the_output_holds(finished):
 
 
 def test_reasoning_names_candidates_by_incoming_rank(config, inputs):
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  setup = policy.load(config, inputs)
   words = setup.vocabulary
   slots = words.slot_base + np.array([0, 2, 1, 5])
   tokens = [*words.encode('likes'), *slots, words.control['</think>'], slots[0]]
@@ -212,9 +210,7 @@ def test_without_input_the_test_slates_are_ranked(config, inputs, tmp_path):
   names = slates_lib.read_catalog(inputs['slates']).item_ids
   answers = output(tmp_path)
   assert results['slates'] == len(stored) == len(answers)
-  setup = policy.load(
-    config, inputs['slates'], inputs['tokenizer'], inputs['backbone']
-  )
+  setup = policy.load(config, inputs)
   direct = ranker.rank(
     setup,
     setup.load_params(inputs['rl']),

@@ -1,0 +1,296 @@
+"""What a completion may be: two grammars, each a mask on the next token.
+
+`Ranking` is the answer of a re-ranker, `[reasoning </think>] slot * count
+<eos>`. `Extraction` is a context in fewer tokens: a part of the prompt's own,
+in their order. A grammar is static; what it follows from besides is arrays:
+
+  facts     of every prompt: a slate's count, or what may be extracted
+  progress  of every rollout: where it stands before its next token
+
+The same `allowed` serves the decode loop and the scoring of finished
+completions, so a constrained sampler and its learner agree token for token.
+
+Axes: P prompts, G group, T completion time, K candidates, V vocabulary,
+S prompt tokens.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from gr2_jax.ops import masking, parsing
+
+
+@flax.struct.dataclass
+class RankingProgress:
+  """Where in a ranking each rollout stands."""
+
+  answering: jax.Array  # bool [...], past the reasoning
+  emitted: jax.Array  # bool [..., K], candidates already listed
+  done: jax.Array  # bool [...], <eos> was emitted
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+  """The token ids that an answer is made of; facts: int32 [P], the counts."""
+
+  slot_base: int  # id of slot token 0; the others follow
+  num_slots: int  # slot tokens in the vocabulary
+  num_candidates: int  # K, the longest slate
+  think_end: int
+  eos: int
+  pad: int
+
+  def start(
+    self, facts: jax.Array | None, shape: tuple[int, ...], thinking: bool
+  ) -> RankingProgress:
+    """Progress before the first token."""
+    del facts
+    return RankingProgress(
+      answering=jnp.full(shape, not thinking),
+      emitted=jnp.zeros((*shape, self.num_candidates), bool),
+      done=jnp.zeros(shape, bool),
+    )
+
+  def advance(
+    self, facts: jax.Array | None, progress: RankingProgress, token: jax.Array
+  ) -> RankingProgress:
+    """Progress after `token` [...]; slots named in reasoning do not count."""
+    del facts
+    slot = jax.nn.one_hot(
+      token - self.slot_base, self.num_candidates, dtype=bool
+    )
+    return RankingProgress(
+      answering=progress.answering | (token == self.think_end),
+      emitted=progress.emitted | (slot & progress.answering[..., None]),
+      done=progress.done | (token == self.eos),
+    )
+
+  def allowed(
+    self,
+    facts: jax.Array,
+    progress: RankingProgress,
+    remaining: jax.Array,
+    vocab_size: int,
+  ) -> jax.Array:
+    """The permutation mask: which tokens keep the completion on its way.
+
+    While reasoning everything but <eos> and padding is allowed, until just
+    enough room is left to close it and to list every candidate; in the answer
+    each candidate once, then <eos>.
+
+    Args:
+      facts: int32 [P], candidates in the slate.
+      progress: [P, ...].
+      remaining: int32 [P, ...], tokens left in the budget, this one included.
+      vocab_size: V.
+
+    Returns:
+      bool [P, ..., V], at least one True everywhere.
+    """
+    ids = jnp.arange(vocab_size)
+    K, base = self.num_candidates, self.slot_base
+    count = _spread(facts, remaining.shape)
+    allowed = parsing.answer_mask(progress.emitted, count)
+    answer = jnp.zeros((*allowed.shape[:-1], vocab_size), bool)
+    answer = answer.at[..., base : base + K].set(allowed[..., :K])
+    answer = answer.at[..., self.eos].set(allowed[..., K])
+    must_close = remaining <= count + 2
+    close = ids == self.think_end
+    text = (ids != self.eos) & (ids != self.pad)
+    reasoning = jnp.where(must_close[..., None], close, text)
+    return jnp.where(progress.answering[..., None], answer, reasoning)
+
+
+@flax.struct.dataclass
+class Source:
+  """What may be extracted of every prompt."""
+
+  tokens: jax.Array  # int32 [P, S], the prompts
+  begin: jax.Array  # int32 [P], where the history begins
+  mark: jax.Array  # int32 [P, S + 1], the first mark from each place on
+  marks_left: jax.Array  # int32 [P, S + 1], marks from each place on
+  count: jax.Array  # int32 [P], candidates
+  budget: jax.Array  # int32 [P], tokens of a compression, <eos> included
+
+
+@flax.struct.dataclass
+class ExtractionProgress:
+  """Where in its prompt each compression stands."""
+
+  place: jax.Array  # int32 [...], first of the tokens that are still left
+  used: jax.Array  # int32 [...], tokens written
+  line: jax.Array  # int32 [...], of them in this candidate's line
+  first: jax.Array  # int32 [...], in the first candidate's; -1 before its end
+  done: jax.Array  # bool [...], <eos> was emitted
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+  """A prompt's context in fewer tokens; facts: `Source`.
+
+  A compression keeps some tokens of the history, then `<candidates>`, then of
+  every candidate's line some tokens and its slot, then <eos>: what it keeps
+  stands in the order of the prompt, and the marks, `<candidates>` and every
+  slot, are always kept. It holds its budget, and no line is more than `slack`
+  tokens longer or shorter than the first: how much is said of a candidate does
+  not tell how good it is.
+  """
+
+  history: int
+  candidates: int
+  slot_base: int
+  num_slots: int
+  num_candidates: int
+  eos: int
+  pad: int
+  slack: int = 1
+
+  def source(
+    self,
+    prompt_PxS: jax.Array,
+    length_P: jax.Array,
+    count_P: jax.Array,
+    budget_P: jax.Array,
+  ) -> Source:
+    """Finds what can be kept of prompts whose history comes first."""
+    P, S = prompt_PxS.shape
+    real = masking.length_mask(length_P, S)
+    slot = prompt_PxS - self.slot_base
+    is_mark = (slot >= 0) & (slot < count_P[:, None])
+    is_mark = real & (is_mark | (prompt_PxS == self.candidates))
+    place = jnp.where(is_mark, jnp.arange(S), S)
+    mark = jax.lax.cummin(place, axis=1, reverse=True)
+    left = jnp.cumsum(is_mark[:, ::-1], axis=1)[:, ::-1]
+    opened = jnp.argmax(prompt_PxS == self.history, axis=1)
+    end = [(0, 0), (0, 1)]
+    return Source(
+      tokens=prompt_PxS,
+      begin=(opened + 1).astype(jnp.int32),
+      mark=jnp.pad(mark, end, constant_values=S).astype(jnp.int32),
+      marks_left=jnp.pad(left, end).astype(jnp.int32),
+      count=count_P,
+      budget=budget_P,
+    )
+
+  def least(self, count: Any) -> Any:
+    """Tokens of a compression that keeps nothing but the marks and <eos>."""
+    return count + 2
+
+  def start(
+    self, facts: Source, shape: tuple[int, ...], thinking: bool
+  ) -> ExtractionProgress:
+    """Progress before the first token."""
+    del thinking
+    zeros = jnp.zeros(shape, jnp.int32)
+    return ExtractionProgress(
+      place=_spread(facts.begin, shape),
+      used=zeros,
+      line=zeros,
+      first=zeros - 1,
+      done=jnp.zeros(shape, bool),
+    )
+
+  def advance(
+    self, facts: Source, progress: ExtractionProgress, token: jax.Array
+  ) -> ExtractionProgress:
+    """Progress after `token` [P, ...]."""
+    S = facts.tokens.shape[1]
+    place = jnp.arange(S)
+    tokens = _spread(facts.tokens, (*token.shape, S))
+    here = (tokens == token[..., None]) & (place >= progress.place[..., None])
+    found = jnp.min(jnp.where(here, place, S), axis=-1)
+    slot = token - self.slot_base
+    closes = (slot >= 0) & (slot < self.num_slots)
+    opened = token == self.candidates
+    in_line = _taken(facts.marks_left, progress.place) <= _spread(
+      facts.count, token.shape
+    )
+    ends_first = closes & (progress.first < 0)
+    return ExtractionProgress(
+      place=jnp.minimum(found + 1, S).astype(jnp.int32),
+      used=progress.used + 1,
+      line=jnp.where(closes | opened | ~in_line, 0, progress.line + 1),
+      first=jnp.where(ends_first, progress.line, progress.first),
+      done=progress.done | (token == self.eos),
+    )
+
+  def allowed(
+    self,
+    facts: Source,
+    progress: ExtractionProgress,
+    remaining: jax.Array,
+    vocab_size: int,
+  ) -> jax.Array:
+    """Which tokens can be kept next.
+
+    Args:
+      facts: of the prompts.
+      progress: [P, ...].
+      remaining: int32 [P, ...], tokens left in the sampler's budget, this one
+        included.
+      vocab_size: V.
+
+    Returns:
+      bool [P, ..., V], at least one True everywhere.
+    """
+    P, S = facts.tokens.shape
+    shape = remaining.shape
+    at, line, first = progress.place, progress.line, progress.first
+    mark = _taken(facts.mark, at)
+    marks = _taken(facts.marks_left, at)
+    budget = _spread(facts.budget, shape) - progress.used
+    # Tokens beside the marks and <eos> that there is room for.
+    spare = jnp.minimum(remaining, budget) - marks - 1
+    in_line = marks <= _spread(facts.count, shape)
+    share = (spare + line) // jnp.maximum(marks, 1)
+    most = jnp.where(first < 0, share, jnp.minimum(share, first + self.slack))
+    full = (spare <= 0) | (in_line & (line >= most))
+    # Tokens that this line is short of, and that it must not skip.
+    short = jnp.minimum(first - self.slack, share) - line
+    short = jnp.where(in_line & ~full, jnp.clip(short, 0, mark - at), 0)
+    place = jnp.arange(S)
+    end = mark - jnp.maximum(short - 1, 0)
+    window = (place >= at[..., None]) & (place < end[..., None])
+    window = (window & ~full[..., None]) | (
+      (place == mark[..., None]) & (short == 0)[..., None]
+    )
+    mask = jax.vmap(
+      lambda ids, rows: (
+        jnp.zeros((*rows.shape[:-1], vocab_size), bool).at[..., ids].max(rows)
+      )
+    )(facts.tokens, window)
+    ends = (marks == 0)[..., None]
+    return jnp.where(ends, jnp.arange(vocab_size) == self.eos, mask)
+
+
+Grammar = Ranking | Extraction
+
+
+def replay(
+  grammar: Grammar, facts: Any, tokens: jax.Array, thinking: bool
+) -> Any:
+  """Progress before every token of finished completions [P, ..., T]."""
+
+  def step(progress, token):
+    return grammar.advance(facts, progress, token), progress
+
+  first = grammar.start(facts, tokens.shape[:-1], thinking)
+  _, progress = jax.lax.scan(step, first, jnp.moveaxis(tokens, -1, 0))
+  axis = tokens.ndim - 1
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), progress)
+
+
+def _spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[P, *rest] -> `shape`, (P, .., *rest), the same for all in between."""
+  middle = (1,) * (len(shape) - x.ndim)
+  return jnp.broadcast_to(x.reshape(x.shape[0], *middle, *x.shape[1:]), shape)
+
+
+def _taken(x_PxS: jax.Array, place: jax.Array) -> jax.Array:
+  """x[p, place[p, ..]]: int32 [P, ...]."""
+  flat = place.reshape(place.shape[0], -1)
+  return jnp.take_along_axis(x_PxS, flat, axis=1).reshape(place.shape)

@@ -1,0 +1,308 @@
+"""Compress: a policy that rewrites contexts into a tenth of their tokens.
+
+It starts from the parameters of the ranker that is to read it. First it
+imitates compressions by rule, of every length that it may be asked for; then
+it learns, as any policy here, from its own: each is verified, read by that
+ranker, frozen, and paid by what is left of the slate (Eq. 10-11). Last it
+writes the contexts of all slates, once and for all: `rl.context=text` and the
+like have later stages read them.
+
+Axes: n slates.
+"""
+
+import collections
+import functools
+import json
+import logging
+import pathlib
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from gr2_jax import (
+  artifacts,
+  cluster,
+  compressor,
+  distillation,
+  learner,
+  policy,
+  ranker,
+  sharding,
+)
+from gr2_jax.data import batches, compressions, extracts, records
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.stages import on_policy, training
+
+IMITATION = 'imitation'
+JUDGED = 'judged.npz'
+
+
+def run(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Trains the compressor, then writes the contexts of every split.
+
+  Args:
+    config: sections prompt, model, mesh, compress; seed.
+    inputs: slates, tokenizer, backbone, and the stage that `compress.start`
+      names: the ranker that reads.
+    workdir: of this stage; gets one file of `compressions` a split.
+
+  Returns:
+    The chosen step and its validation numbers; per split what was written and
+    what stayed whole; `longest`, tokens of the longest context; and how well
+    preservation and the judge's numbers go with the ranking downstream.
+
+  Raises:
+    ValueError: a share of tokens that cannot be.
+  """
+  stage = config.compress
+  check(stage)
+  reader = policy.load(config, inputs)
+  setup = compressor.of(reader, stage.slack)
+  ranks = reader.load_params(inputs[stage.start])
+  write = compressor.make_write(setup, ranks, config, stage, stage.keep)
+  validate = validator(stage, setup, write)
+
+  # Imitation.
+  imitation = workdir / IMITATION
+  if not cluster.told((imitation / 'done.json').exists()):
+    found = _imitate(config, inputs, imitation, setup, validate)
+    if cluster.leads():
+      (imitation / 'done.json').write_text(json.dumps(found))
+
+  # RL.
+  sample = compressor.sampler(
+    setup,
+    max(stage.keeps),
+    group=stage.group_size,
+    temperature=stage.temperature,
+    constrained=stage.constrained,
+  )
+  start = setup.load_params(imitation)
+  chosen = on_policy.learn(
+    'compress',
+    config,
+    workdir,
+    setup,
+    render=compressor.requests(
+      setup.prompter, tuple(stage.keeps), config.prompt.order
+    ),
+    sampler=sample,
+    act=functools.partial(compressor.make_act(setup, sample, stage), ranks),
+    validate=validate,
+    start=imitation,
+    teacher=distillation.itself(setup, start) if stage.kl_weight else None,
+  )
+
+  # Write.
+  params = setup.load_params(workdir)
+  splits = {}
+  for split in ('train', 'validation', 'test'):
+    splits[split] = _write(
+      config, workdir, split, reader, functools.partial(write, params)
+    )
+    logging.info('compress: %s: %s', split, json.dumps(splits[split]))
+  longest = max(found['longest'] for found in splits.values())
+  return chosen | {
+    'splits': splits,
+    'longest': longest,
+    'judge': _honesty(config, workdir, reader, ranks, longest),
+  }
+
+
+def check(stage) -> None:
+  """Raises a ValueError that names the field of `compress` that cannot be."""
+  for keep in (stage.keep, *stage.keeps):
+    if not 0 < keep <= 1:
+      raise ValueError(
+        f'compress.keep={stage.keep}, compress.keeps={tuple(stage.keeps)}: '
+        'each must be a share of the tokens, above 0 and at most 1'
+      )
+  if stage.keep > max(stage.keeps):
+    raise ValueError(
+      f'compress.keep={stage.keep} is more than any of compress.keeps='
+      f'{tuple(stage.keeps)}: it was not learned'
+    )
+
+
+def _imitate(config, inputs, workdir: pathlib.Path, setup, validate):
+  """Learns compressions by rule; see `extracts`."""
+  stage = config.compress
+  weights = extracts.telling(
+    slates_lib.read(inputs['slates'], 'train'), setup.prompter.bins.index
+  )
+  data = batches.dataset(
+    setup.source('train'),
+    imitation_renderer(setup, config, weights),
+    stage.imitate.batch_size,
+    config.seed,
+    sharding.own_rows(setup.mesh, stage.imitate.batch_size),
+  )
+  iterator = batches.iterate(data)
+  optimizer = learner.make_optimizer(stage.imitate)
+  loss_fn = learner.supervised_loss(
+    setup.model, setup.grammar, listwise_weight=0.0
+  )
+  return training.fit(
+    stage.imitate,
+    setup=setup,
+    workdir=workdir,
+    seed=config.seed,
+    optimizer=optimizer,
+    take_step=training.supervised_step(setup, loss_fn, optimizer, iterator),
+    iterator=iterator,
+    validate=validate,
+    choose='reward',
+    inherited=inputs[stage.start],
+    desc='imitate',
+  )
+
+
+def imitation_renderer(setup: policy.Setup, config, weights_E: np.ndarray):
+  """`(slate, rng) -> example`: a prompt, and a compression by rule.
+
+  Args:
+    setup: of `compressor.of`.
+    config: sections prompt and compress.
+    weights_E: of `extracts.telling`.
+  """
+  stage, prompter = config.compress, setup.prompter
+  ask = compressor.requests(prompter, tuple(stage.keeps), config.prompt.order)
+  room = compressor.sampler(setup, max(stage.keeps)).max_tokens
+
+  def render(slate, rng):
+    row = ask(slate, rng)
+    count = int(row['count'])
+    ids = extracts.extract(
+      prompter,
+      slate,
+      row['incoming'][:count],
+      int(row['budget']),
+      weights_E,
+      rng,
+    )
+    prompt = row | {'prompt': row['prompt'][: row['prompt_length']]}
+    completion = batches.Completion(ids, [1.0] * len(ids))
+    return batches.examples(
+      prompt, [completion], prompter.prompt_tokens + 1, room
+    )
+
+  return render
+
+
+def validator(stage, setup: policy.Setup, write):
+  """Greedy compressions of the first validation slates, judged.
+
+  Args:
+    stage: section `compress`.
+    setup: of `compressor.of`.
+    write: of `compressor.make_write`.
+
+  Returns:
+    `params -> {name: mean}` of `compressor.watch`.
+  """
+  source = setup.source('validation')
+  chosen = np.random.default_rng(0).permutation(len(source))
+  few = ranker.Chosen(source, chosen[: stage.eval_slates])
+
+  def validate(params) -> dict[str, float]:
+    judged = _joined([part.judged for part in write(params, few, 0)])
+    return {k: float(v) for k, v in compressor.watch(judged).items()}
+
+  return validate
+
+
+def _joined(parts: list[compressor.Judgement]) -> compressor.Judgement:
+  return compressor.Judgement(
+    *(np.concatenate(x) for x in zip(*parts, strict=True))
+  )
+
+
+def _write(
+  config, workdir: pathlib.Path, split: str, reader: policy.Setup, write
+) -> dict[str, Any]:
+  """Writes a split's contexts, and what the judge made of each.
+
+  Args:
+    config: section compress; seed.
+    workdir: gets the files; one that is there is not made again.
+    split: of the slates.
+    reader: the ranker's setup.
+    write: `(slates, seed, desc) -> iterator of Written`.
+
+  Returns:
+    What `compressor.store` reports, and `kept`, the share of the tokens.
+  """
+  path = compressions.file(workdir, split)
+  noted = path.with_suffix('.json')
+  if cluster.told(noted.exists()):
+    return json.loads(noted.read_text())
+  slates, most = reader.source(split), config.compress.train_slates
+  if split == 'train' and most:
+    slates = ranker.Chosen(slates, np.arange(min(most, len(slates))))
+  judged: list[compressor.Judgement] = []
+
+  def noting():
+    for part in write(slates, config.seed, f'compress {split}'):
+      judged.append(part.judged)
+      yield part
+
+  report: collections.Counter = collections.Counter()
+  stored = compressor.store(reader, slates, noting(), report)
+  if cluster.leads():
+    records.write(path, stored)
+    np.savez(path.with_name(f'{split}-{JUDGED}'), **_joined(judged)._asdict())
+  else:  # Its devices are needed, not its disk.
+    collections.deque(stored, maxlen=0)
+  found = dict(report) | {
+    'kept': report['tokens'] / max(report['whole_tokens'], 1)
+  }
+  if cluster.leads():
+    noted.write_text(artifacts.dumps(found))
+  return found
+
+
+def _honesty(config, workdir, reader: policy.Setup, ranks, longest: int):
+  """Whether what the judge pays for is what ranks well downstream.
+
+  The judge reads the scores at the slots; downstream is the order that the
+  ranker then writes, on the validation slates.
+
+  Returns:
+    `n@5` of orders written after whole and after compressed contexts, and
+    Spearman's correlation over slates of `n@5` after the compressed one with
+    each of the judge's numbers; None where one of them never varies.
+  """
+  stage = config.compress
+  labels = slates_lib.read(reader.slates, 'validation')
+
+  def ranked(setup: policy.Setup) -> np.ndarray:
+    found = ranker.rank(
+      setup,
+      ranks,
+      setup.source('validation'),
+      thinking=False,
+      order=config.prompt.order,
+      batch_size=stage.eval_batch_size,
+      seed=0,
+      desc='judge',
+    )
+    return ranker.watch(found.generated, labels.grades, labels.count)['n@5']
+
+  whole = ranked(reader)
+  written = ranked(reader.reading_written(workdir, longest))
+  with np.load(workdir / f'validation-{JUDGED}') as judged:
+    numbers = {name: judged[name] for name in ('preservation', 'ranking')}
+    numbers |= {'judge': judged['judge'], 'reward': judged['reward']}
+  return {
+    'n@5': {'whole': float(whole.mean()), 'compressed': float(written.mean())},
+    'spearman': {
+      name: float(stats.spearmanr(values, written).statistic)
+      if len(np.unique(values)) > 1
+      else None
+      for name, values in numbers.items()
+    },
+    'slates': len(labels),
+  }

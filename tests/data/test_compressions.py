@@ -1,0 +1,154 @@
+"""Written contexts: from tokens to blocks, to disk, beside their slates."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gr2_jax.data import batches, compressions, contexts, records
+
+from .. import tiny_data
+
+K = tiny_data.K
+
+
+@pytest.fixture(scope='module')
+def prompter(tmp_path_factory):
+  return tiny_data.prompter(
+    tmp_path_factory.mktemp('compressions'), history_fields=('sid', 'grade')
+  )
+
+
+def blocks(prompter, row):
+  """What a prompt has between <history> and its last slot, then <eos>."""
+  words, ids = prompter.vocabulary, row['prompt'].tolist()
+  begin = ids.index(words.control['<history>']) + 1
+  last = int(row['slots'][int(row['count']) - 1])
+  return np.array([*ids[begin : last + 1], words.eos])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+  slate=st.builds(
+    tiny_data.slate, seed=st.integers(0, 500), count=st.integers(1, K),
+    length=st.integers(0, tiny_data.H),
+  ),
+  seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_a_written_context_reads_as_it_was_written(prompter, slate, seed):
+  """The whole context, as if it had been written, in another order."""
+  rng, count = np.random.default_rng(seed), int(slate['count'])
+  order = rng.permutation(count)
+  tokens = blocks(prompter, prompter.prompt(slate, order))
+  found = compressions.split_up(tokens, prompter, order)
+  assert found == prompter.context.reduce(prompter.lines(slate), None)
+  own = dataclasses.replace(
+    prompter,
+    context=contexts.parse('text'),
+    written=compressions.tokens(compressions.record(found, False)),
+  )
+  other = rng.permutation(count)
+  row = own.prompt(slate | {'written': found}, other)
+  wanted = prompter.prompt(slate, other)
+  np.testing.assert_array_equal(row['prompt'], wanted['prompt'])
+  np.testing.assert_array_equal(row['slots'], wanted['slots'])
+  slots_left = K - count
+  assert len(row['prompt']) + 1 + slots_left == own.prompt_tokens
+
+
+def test_lines_go_where_their_candidates_go(prompter):
+  words = prompter.vocabulary
+  mark, slot, end = words.control['<candidates>'], words.slot_base, words.eos
+  tokens = np.array([50, 51, mark, 60, slot, slot + 1, 70, 71, slot + 2, end])
+  found = compressions.split_up(tokens, prompter, np.array([2, 0, 1]))
+  assert found == contexts.Ids([50, 51], [[], [70, 71], [60]])
+  row = prompter.prompt(
+    tiny_data.slate(count=3) | {'written': found}, np.array([1, 2, 0])
+  )
+  assert row['prompt'].tolist() == [
+    *prompter.opening, words.control['<history>'], 50, 51,
+    mark, 70, 71, slot, 60, slot + 1, slot + 2,
+  ]  # fmt: skip
+
+
+def test_a_record_counts_the_tokens_of_its_blocks():
+  row = compressions.record(contexts.Ids([5, 6], [[7], [], [8, 9]]), True)
+  assert row['candidates'].tolist() == [7, 8, 9]
+  assert row['lengths'].tolist() == [1, 0, 2]
+  assert {row[name].dtype for name in ('history', 'candidates', 'lengths')} == {
+    np.dtype(np.int32)
+  }
+  assert bool(row['unchanged'])
+  assert compressions.tokens(row) == 5
+
+
+class Slates:
+  """Random access to slates, as `slates.source` gives them."""
+
+  def __init__(self, size):
+    self._size = size
+
+  def __len__(self):
+    return self._size
+
+  def __getitem__(self, index):
+    return tiny_data.slate(index, 1 + index % K)
+
+
+WRITTEN = [
+  contexts.Ids(
+    list(range(row % 3)), [[50 + row] * (rank % 3) for rank in range(count)]
+  )
+  for row in range(9)
+  for count in [1 + row % K]
+]
+
+
+@pytest.fixture
+def file(tmp_path):
+  path = compressions.file(tmp_path, 'train')
+  rows = (compressions.record(ids, False) for ids in WRITTEN)
+  assert records.write(path, rows) == len(WRITTEN)
+  return path
+
+
+def test_slates_come_with_what_was_written_of_them(file):
+  found = compressions.Joined(Slates(9), file)
+  assert file.name == 'train.array_record'
+  assert len(found) == 9
+  for index in (8, 0, np.int64(5)):
+    row = found[index]
+    assert row['written'] == WRITTEN[index]
+    for name, value in tiny_data.slate(index, 1 + index % K).items():
+      np.testing.assert_array_equal(row[name], value, name)
+  with pytest.raises(IndexError):
+    found[9]
+
+
+def test_batches_are_made_of_what_was_written(file, prompter):
+  longest = max(len(w.history) + sum(map(len, w.candidates)) for w in WRITTEN)
+  own = dataclasses.replace(
+    prompter, context=contexts.parse('text'), written=longest
+  )
+  render = batches.requests(own, '<answer>', 'shuffled')
+  joined = compressions.Joined(Slates(9), file)
+  found = batches.first_batches(joined, render, 3, 3, 0)
+  slots = own.vocabulary.is_slot
+  lengths = sorted(
+    int(n) - slots(row[:n]).sum()
+    for batch in found
+    for row, n in zip(batch['prompt'], batch['prompt_length'], strict=True)
+  )
+  marks = 1 + 2 + 1
+  assert lengths == sorted(
+    marks + len(w.history) + sum(map(len, w.candidates)) for w in WRITTEN
+  )
+
+
+@pytest.mark.parametrize('size', [8, 10])
+def test_contexts_of_other_slates_are_refused(file, size):
+  message = f'train.array_record: 9 contexts for {size} slates; delete'
+  with pytest.raises(ValueError, match=message):
+    compressions.Joined(Slates(size), file)

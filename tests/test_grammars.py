@@ -1,0 +1,362 @@
+"""Extraction: every constrained completion is a part of its prompt."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gr2_jax import grammars, learner, policy_gradient, sampling
+from gr2_jax.models import transformer
+from gr2_jax.ops import compression
+
+from . import tiny
+
+V = tiny.MODEL.vocab_size
+P, G, S, T, K = 4, 3, 60, 24, 4
+PAD, BOS, EOS, HISTORY, CANDIDATES, CLOSING, SLOT = 0, 1, 2, 3, 4, 5, 10
+WORDS = (20, 26)  # Few, so that tokens are there again and again.
+
+
+def extraction(slack=1):
+  return grammars.Extraction(
+    history=HISTORY,
+    candidates=CANDIDATES,
+    slot_base=SLOT,
+    num_slots=6,
+    num_candidates=K,
+    eos=EOS,
+    pad=PAD,
+    slack=slack,
+  )
+
+
+def blocks(rng, least=0):
+  """A history and lines, of any lengths."""
+  count = int(rng.integers(1, K + 1))
+
+  def some(low, high):
+    return rng.integers(*WORDS, int(rng.integers(low, high))).tolist()
+
+  return some(0, 13), [some(least, 10) for _ in range(count)]
+
+
+def rendered(told):
+  history, lines = told
+  ids = [BOS, HISTORY, *history, CANDIDATES]
+  for place, line in enumerate(lines):
+    ids += [*line, SLOT + place]
+  return [*ids, CLOSING]
+
+
+def sources(rng, told, slack=1, budgets=None):
+  """What may be extracted; behind the prompts' ends there is anything."""
+  prompt = rng.integers(0, V, (len(told), S)).astype(np.int32)
+  ids = [rendered(one) for one in told]
+  for row, one in zip(prompt, ids, strict=True):
+    row[: len(one)] = one
+  length = np.array([len(one) for one in ids], np.int32)
+  count = np.array([len(lines) for _, lines in told], np.int32)
+  if budgets is None:
+    budgets = count + 2 + rng.integers(0, 30, len(told))
+  budgets = np.asarray(budgets, np.int32)
+  facts = extraction(slack).source(prompt, length, count, budgets)
+  return prompt, length, facts
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def walk(slack, facts, key, bias):
+  """Completions of random logits: tokens, masks and progress of each step."""
+  grammar = extraction(slack)
+
+  def step(progress, at):
+    t, key = at
+    left = jnp.broadcast_to(T - t, (P, G))
+    allowed = grammar.allowed(facts, progress, left, V)
+    logits = 3 * jax.random.normal(key, (P, G, V)) + bias
+    token = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), -1)
+    token = jnp.where(progress.done, PAD, token).astype(jnp.int32)
+    return grammar.advance(facts, progress, token), (token, allowed, progress)
+
+  first = grammar.start(facts, (P, G), False)
+  _, found = jax.lax.scan(
+    step, first, (jnp.arange(T), jax.random.split(key, T))
+  )
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), found)
+
+
+def drawn(seed, slack, taste, least=0):
+  """Prompts, and completions that like their marks or do not."""
+  rng = np.random.default_rng(seed)
+  told = [blocks(rng, least) for _ in range(P)]
+  _, _, facts = sources(rng, told, slack)
+  bias = np.zeros(V, np.float32)
+  bias[[CANDIDATES, *range(SLOT, SLOT + K)]] = taste
+  tokens, allowed, progress = walk(slack, facts, jax.random.key(seed), bias)
+  return told, facts, np.asarray(tokens), np.asarray(allowed), progress
+
+
+def oracle(told, written, budget, remaining, slack):
+  """Tokens that may be next, from lists alone."""
+  history, lines = told
+  segments = [history, *lines]
+  marks = [CANDIDATES, *(SLOT + place for place in range(len(lines)))]
+  kept, rest = [[]], list(history)
+  for token in written:
+    if token in rest:
+      rest = rest[rest.index(token) + 1 :]
+      kept[-1].append(token)
+    else:
+      assert token == marks[len(kept) - 1]
+      rest = list(segments[len(kept)]) if len(kept) < len(segments) else []
+      kept.append([])
+  marks = marks[len(kept) - 1 :]
+  if not marks:
+    return {EOS}
+  room = min(budget - len(written), remaining) - len(marks) - 1
+  if room <= 0:
+    return {marks[0]}
+  if len(kept) == 1:
+    return {*rest, marks[0]}
+  size = len(kept[-1])
+  most = (room + size) // len(marks)  # An equal share of what is left.
+  wanted = 0
+  if len(kept) > 2:
+    first = len(kept[1])
+    most = min(most, first + slack)
+    wanted = min(first - slack - size, len(rest))
+  if size >= most:
+    return {marks[0]}
+  if wanted > 0:  # None may be skipped that this line cannot do without.
+    return set(rest[: len(rest) - wanted + 1])
+  return {*rest, marks[0]}
+
+
+CASES = dict(
+  seed=st.integers(0, 2**31),
+  slack=st.integers(0, 2),
+  taste=st.sampled_from([-8.0, -2.0, 0.0, 3.0]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(**CASES)
+def test_what_is_allowed_is_what_the_rules_say(seed, slack, taste):
+  told, facts, tokens, allowed, _ = drawn(seed, slack, taste)
+  assert allowed.any(-1).all()
+  for p in range(P):
+    for g in range(G):
+      for t in range(T):
+        written = tokens[p, g, :t].tolist()
+        wanted = oracle(told[p], written, int(facts.budget[p]), T - t, slack)
+        assert set(np.flatnonzero(allowed[p, g, t])) == wanted
+        if tokens[p, g, t] == EOS:
+          break
+
+
+def is_part(short, long):
+  rest = iter(long)
+  return all(token in rest for token in short)
+
+
+def split(tokens, count):
+  """History and lines of a completion, which must have its marks in order."""
+  size = tokens.index(EOS)
+  assert not any(tokens[size + 1 :])
+  marks = [CANDIDATES, *range(SLOT, SLOT + count)]
+  at = [tokens.index(mark) for mark in marks]
+  assert at == sorted(at)
+  assert at[-1] == size - 1
+  parts = [tokens[a + 1 : b] for a, b in zip([-1, *at[:-1]], at, strict=True)]
+  assert not set(sum(parts, [])) & {*marks, EOS}
+  return size + 1, parts
+
+
+@settings(max_examples=60, deadline=None)
+@given(**CASES)
+def test_every_completion_is_a_part_of_its_prompt(seed, slack, taste):
+  told, facts, tokens, _, _ = drawn(seed, slack, taste)
+  for p, (history, lines) in enumerate(told):
+    for row in tokens[p].tolist():
+      size, (kept, *shown) = split(row, len(lines))
+      assert size <= min(int(facts.budget[p]), T)
+      assert is_part(kept, history)
+      for line, whole in zip(shown, lines, strict=True):
+        assert is_part(line, whole)
+        assert len(line) <= len(shown[0]) + slack
+        assert len(line) >= min(len(shown[0]) - slack, len(whole))
+
+
+@settings(max_examples=30, deadline=None)
+@given(**CASES)
+def test_lines_that_are_long_enough_are_even(seed, slack, taste):
+  """The verdict of `ops.compression`, which shares no code with the mask."""
+  rng = np.random.default_rng(seed)
+  told = [blocks(rng, least=9) for _ in range(P)]
+  prompt, length, facts = sources(rng, told, slack)
+  bias = np.zeros(V, np.float32)
+  bias[[CANDIDATES, *range(SLOT, SLOT + K)]] = taste
+  tokens, _, _ = walk(slack, facts, jax.random.key(seed), bias)
+  symbols = compression.Symbols(HISTORY, CANDIDATES, SLOT, K, EOS)
+  size = 1 + jnp.argmax(tokens == EOS, -1)
+  verdict = compression.verify(
+    tokens, size, prompt, length, facts.count, facts.budget, symbols, 2 * slack
+  )
+  longest = np.array([
+    [max(map(len, split(row, len(lines))[1][1:])) for row in rows]
+    for rows, (_, lines) in zip(tokens.tolist(), told, strict=True)
+  ])  # fmt: skip
+  fits = longest <= 9
+  assert fits.any()
+  assert (np.asarray(verdict)[fits] == compression.VALID).all()
+
+
+@pytest.mark.parametrize('spare', [0, 1, 5])
+def test_a_small_budget_is_used_and_held(spare):
+  rng = np.random.default_rng(spare)
+  told = [blocks(rng, least=5) for _ in range(P)]
+  count = np.array([len(lines) for _, lines in told])
+  least = extraction().least(count)
+  _, _, facts = sources(rng, told, budgets=least + spare)
+  bias = np.zeros(V, np.float32)
+  bias[[CANDIDATES, *range(SLOT, SLOT + K)]] = -20.0
+  tokens, allowed, _ = walk(1, facts, jax.random.key(0), bias)
+  assert np.asarray(allowed).any(-1).all()
+  for p, (history, lines) in enumerate(told):
+    for row in np.asarray(tokens)[p].tolist():
+      size, parts = split(row, len(lines))
+      assert size == least[p] + sum(map(len, parts))
+      if not spare:
+        assert size == least[p]
+      if len(history) >= spare:  # What comes first takes what it likes.
+        assert spare - len(lines) <= size - least[p] <= spare
+
+
+def test_a_line_must_not_skip_what_it_needs():
+  told = ([], [[20, 21, 22, 23], [20, 21, 22, 23]])
+  rng = np.random.default_rng(0)
+  _, _, facts = sources(rng, [told], budgets=[30])
+  grammar = extraction()
+  progress = grammar.start(facts, (1,), False)
+  for token in (CANDIDATES, 20, 21, 22, 23, SLOT):
+    progress = grammar.advance(facts, progress, jnp.int32([token]))
+  allowed = grammar.allowed(facts, progress, jnp.int32([20]), V)
+  assert np.flatnonzero(allowed[0]).tolist() == [20, 21]  # Three of four.
+  progress = grammar.advance(facts, progress, jnp.int32([21]))
+  allowed = grammar.allowed(facts, progress, jnp.int32([19]), V)
+  assert np.flatnonzero(allowed[0]).tolist() == [22]
+
+
+def test_a_token_that_is_there_twice_is_the_first_of_them():
+  told = ([20, 21, 20, 22], [[23]])
+  _, _, facts = sources(np.random.default_rng(0), [told], budgets=[9])
+  grammar = extraction()
+  progress = grammar.start(facts, (1,), False)
+  progress = grammar.advance(facts, progress, jnp.int32([20]))
+  allowed = grammar.allowed(facts, progress, jnp.int32([9]), V)
+  assert np.flatnonzero(allowed[0]).tolist() == [CANDIDATES, 20, 21, 22]
+
+
+def test_padding_behind_a_prompt_is_never_read():
+  rng = np.random.default_rng(0)
+  told = [blocks(rng) for _ in range(P)]
+  budgets = [20] * P
+  one, other = (
+    sources(np.random.default_rng(seed), told, budgets=budgets)[2]
+    for seed in range(2)
+  )
+  assert (one.tokens != other.tokens).any()
+  found = [
+    walk(1, facts, jax.random.key(0), np.zeros(V, np.float32))[:2]
+    for facts in (one, other)
+  ]
+  tiny.assert_trees_equal(*found)
+
+
+@pytest.mark.parametrize('slack', [0, 1])
+def test_replay_equals_one_step_after_another(slack):
+  _, facts, tokens, _, progress = drawn(3, slack, 0.0)
+  found = grammars.replay(extraction(slack), facts, tokens, False)
+  # Past <eos> nothing is read.
+  real = np.cumsum(tokens == EOS, -1) - (tokens == EOS) == 0
+  for name in ('place', 'used', 'line', 'first', 'done'):
+    one, two = getattr(found, name), getattr(progress, name)
+    assert one.shape == (P, G, T)
+    np.testing.assert_array_equal(
+      np.asarray(one)[real], np.asarray(two)[real], name
+    )
+  assert np.asarray(found.first).max() > 0
+
+
+def test_sampler_and_learner_agree():
+  temperature = 0.7
+  rng = np.random.default_rng(1)
+  told = [blocks(rng, least=2) for _ in range(P)]
+  prompt, length, facts = sources(rng, told)
+  params, grammar = tiny.params(), extraction()
+  config = sampling.SamplingConfig(
+    group=G, max_tokens=T, temperature=temperature, constrained=True
+  )
+  found = tiny.sample(
+    tiny.MODEL, params, prompt, length, facts, jax.random.key(0), grammar,
+    config,
+  )  # fmt: skip
+  for p, (_, lines) in enumerate(told):
+    for g, row in enumerate(np.asarray(found.tokens)[p].tolist()):
+      assert split(row, len(lines))[0] == found.length[p, g]
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def score(chunk, constraint):
+    hidden, prefix = transformer.encode_prompt(
+      tiny.MODEL, params, prompt, length
+    )
+    hidden = transformer.completion_hidden(
+      tiny.MODEL, params, hidden, prefix, found.tokens
+    )
+    return learner.score_tokens(
+      params, hidden, found.tokens, grammar, temperature=temperature,
+      chunk=chunk, constraint=constraint,
+    )  # fmt: skip
+
+  progress = grammars.replay(grammar, facts, found.tokens, False)
+  real = np.arange(T) < np.asarray(found.length)[..., None]
+  for chunk in (32, 7):
+    scores = score(chunk, (progress, facts))
+    for ours, theirs in (
+      (scores.logp, found.logp),
+      (scores.entropy, found.entropy),
+    ):
+      apart = np.abs(np.asarray(ours) - np.asarray(theirs))[real]
+      assert apart.max() < 1e-5
+  # The mask is most of it.
+  free = score(32, None)
+  apart = np.abs(np.asarray(free.logp) - np.asarray(found.logp))[real]
+  assert apart.mean() > 0.5
+
+
+def test_a_policy_batch_carries_what_may_be_extracted():
+  """Facts are arrays of every prompt: they are scored and split with it."""
+  rng = np.random.default_rng(2)
+  told = [blocks(rng, least=2) for _ in range(P)]
+  prompt, length, facts = sources(rng, told)
+  params, grammar = tiny.params(), extraction()
+  config = sampling.SamplingConfig(group=G, max_tokens=T, constrained=True)
+  found = tiny.sample(
+    tiny.MODEL, params, prompt, length, facts, jax.random.key(0), grammar,
+    config,
+  )  # fmt: skip
+  batch = policy_gradient.PolicyBatch(
+    prompt=prompt, prompt_length=length, facts=facts, tokens=found.tokens,
+    length=found.length, logp=found.logp,
+    advantage=np.ones((P, G), np.float32), use=np.ones(P, bool),
+  )  # fmt: skip
+  score = jax.jit(policy_gradient.score, static_argnums=(0, 3, 4))
+  real = np.arange(T) < np.asarray(found.length)[..., None]
+  for rows in (slice(None), slice(2, 4)):
+    part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+    scores = score(tiny.MODEL, params, part, grammar, config)
+    apart = np.abs(np.asarray(scores.logp) - np.asarray(part.logp))
+    assert apart[real[rows]].max() < 1e-5
