@@ -37,6 +37,7 @@ SECTIONS = {
   'export': 'export',
   'compress': 'compress',
   'internalize': 'internalize',
+  'study_compress': 'study_compress',
   'study_distill': 'study_distill',
   'study_hacking': 'study_hacking',
   'study_internalize': 'study_internalize',
@@ -163,8 +164,6 @@ RECIPES = dict.fromkeys(('smollm2_135m', *QWEN3), PRETRAINED)
 # too. Policies learn from contexts of which parts are left out, and so can
 # read what is left of any.
 LONG = {
-  'data.history': 50,
-  'prompt.history': 50,
   'prompt.history_fields': ('sid', 'title', 'categories', 'grade', 'age'),
   'prompt.fields': ('sid', 'title', 'categories', 'evidence'),
   'prompt.title_tokens': 4,
@@ -173,12 +172,15 @@ LONG = {
   'sft.contexts': ('dropped:240',) * 3 + ('full',),
 }
 LONG_SIZES = {
+  'data.history': 50,
+  'prompt.history': 50,
   'data.max_slates_train': 40,
   'data.max_slates_eval': 15,
   'sft.batch_size': 16,
   'sft.eval_slates': 256,
   'sft.eval_batch_size': 32,
 }
+LONG_TEST_SIZES = {'prompt.history': 12}
 
 SYSTEM = (
   'You are an analyst of a catalog. You read the items that a user has engaged '
@@ -223,7 +225,7 @@ def compose(stage: str, arg: str = '') -> ConfigDict:
   config.data.source = dataset
   config.update_from_flattened_dict(RECIPES.get(preset, {}))
   if given.get('context', 'short') == 'long':
-    sizes = LONG_SIZES if not test else {}
+    sizes = LONG_TEST_SIZES if test else LONG_SIZES
     config.update_from_flattened_dict(LONG | sizes)
   return config
 
@@ -341,6 +343,23 @@ def on_policy(
   config.judge_weight = 0.0  # of the quality of the reasoning, 0: no judge
   config.credit = 'answer'  # advantage of the whole answer, or by placement
   config.choose = 'n@5'  # validation metric that chooses the step, or last
+  return config
+
+
+def endpoint() -> ConfigDict:
+  """How a model over HTTP is asked, of every stage that asks one."""
+  config = ConfigDict()
+  config.endpoint = ''  # base URL, OpenAI-compatible: http://localhost:8000/v1
+  config.model = ''  # its name there
+  config.key_variable = ''  # environment variable that holds the key; '': none
+  config.answer_tokens = 1024  # of an answer, at most
+  config.request = ''  # JSON object of more request fields; null: leave out
+  config.concurrency = 8  # requests under way at once
+  config.timeout = 120.0  # seconds without a byte until a request is lost
+  config.retries = 6  # of a request that failed, after growing waits
+  config.token_limit = 1_000_000  # read and written, all runs; 0: no limit
+  config.prompt_price = 0.0  # of a million tokens read, any currency
+  config.answer_price = 0.0  # of a million tokens written
   return config
 
 

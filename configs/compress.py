@@ -18,9 +18,8 @@ def section(test: bool = False) -> ConfigDict:
   )
   config.eval_slates = 64 if test else 256  # validation slates, a fixed draw
   config.eval_batch_size = 32  # of them at a time
-  config.start = (
-    'sft'  # ranker that reads, and starts the compressor: sft opd rl
-  )
+  # The ranker that reads, from whose parameters it starts: sft opd rl.
+  config.start = 'sft'
   config.keep = 0.1  # share of a context's tokens that is left
   config.keeps = (0.05, 0.1, 0.2)  # shares that are learned
   config.slack = 1  # tokens by which a candidate's line may differ from others
@@ -31,10 +30,15 @@ def section(test: bool = False) -> ConfigDict:
     eval_every=3 if test else 100,
   )  # of compressions by rule, before RL
   config.compression_weight = 0.2  # a of Eq. 10, of the tokens saved
+  config.judge = 'ranker'  # of Eq. 10: ranker, or remote: at an endpoint
   config.judge_k = 5  # cut-off of the ranker's NDCG
   config.judge_top = 3  # ranks in which it must find a positive
+  # How the judge `remote` is asked:
+  config.update(common.endpoint())
   config.ellipsis_cost = 1.0  # share of the reward that a truncation mark costs
-  config.train_slates = 0  # of the training split to write; 0: all
+  config.train_slates = (
+    64 if test else 0
+  )  # of the training split to write; 0: all
   config.kl_weight = 0.0  # of a divergence from the imitation, 0: none
   config.kl_kind = 'k3'  # on sampled tokens: k1 k2 k3; exact: reverse forward
   config.choose = 'reward'  # validation number that chooses the step, or last

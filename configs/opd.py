@@ -17,7 +17,8 @@ def section(test: bool = False) -> ConfigDict:
   config.refills = 0  # A group without variance still has a teacher.
   config.start = 'sft'  # stage whose parameters it starts from: sft midtrain
   config.policy = ''  # artifact of the teacher; empty: the start itself
-  config.view = 'readout'  # the teacher's: same privileged thinking readout
+  # The teacher's: same, privileged, thinking, readout, whole.
+  config.view = 'readout'
   config.kl_weight = 1.0  # b of Eq. 4
   config.kl_kind = 'reverse'  # exact: reverse forward; sampled: k1 k2 k3
   config.sharpness = 4.0  # factor on read-out scores that teach

@@ -30,19 +30,9 @@ def section(test: bool = False) -> ConfigDict:
   config.policy = ''  # finished artifact: midtrain, sft, opd or rl, of any size
   config.batch_size = 16 if test else 64  # slates asked about at once
   # What the teacher `http` is, and how it is asked:
-  config.endpoint = ''  # base URL, OpenAI-compatible: http://localhost:8000/v1
-  config.model = ''  # its name there
-  config.key_variable = ''  # environment variable that holds the key; '': none
+  config.update(common.endpoint())
   config.knowledge = False  # it is told what tends to hold in any catalog (KP)
   config.words = 80  # of reasoning that it is asked for, at most
-  config.answer_tokens = 1024  # of an answer, at most
-  config.request = ''  # JSON object of more request fields; null: leave out
-  config.concurrency = 8  # requests under way at once
-  config.timeout = 120.0  # seconds without a byte until a request is lost
-  config.retries = 6  # of a request that failed, after growing waits
-  config.token_limit = 1_000_000  # read and written, all runs; 0: no limit
-  config.prompt_price = 0.0  # of a million tokens read, any currency
-  config.answer_price = 0.0  # of a million tokens written
   # Who marks the reasoning, over HTTP; either teacher's:
   config.judged = 0  # traces that are marked, a random draw; 0: no judge
   config.judge_endpoint = ''  # as endpoint; empty: that one, with its key

@@ -13,9 +13,8 @@ Axes: P prompts, G compressions of each, S prompt tokens, T compression tokens,
 K candidates.
 """
 
-import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +33,6 @@ from gr2_jax import (
 from gr2_jax.data import batches, compressions, prompts, vocabulary
 from gr2_jax.models import transformer
 from gr2_jax.ops import advantages, compression, masking
-
-TOO_SHORT = 'too_short'  # what keeps a context whole, beside the verdicts
 
 
 class Judgement(NamedTuple):
@@ -378,10 +375,7 @@ def make_write(
 
 
 def store(
-  setup: policy.Setup,
-  slates: Any,
-  parts: Iterator[Written],
-  report: collections.Counter,
+  setup: policy.Setup, slates: Any, parts: Iterable[Written]
 ) -> Iterator[dict[str, np.ndarray]]:
   """Records of `compressions` of what was written, in order.
 
@@ -389,33 +383,23 @@ def store(
     setup: the ranker's, whose prompts have the whole context.
     slates: those that were compressed.
     parts: of `make_write`.
-    report: is told how many there were, how many stayed whole and why, tokens
-      before and after, and the longest.
   """
+  too_short = compressions.FAULTS.index('too_short')
   at = 0
   for part in parts:
-    for row in range(len(part.count)):
-      slate, count = slates[at + row], int(part.count[row])
-      code = int(part.judged.verdict[row])
-      why = compression.VERDICTS[code]
-      whole = setup.prompter.context.reduce(setup.prompter.lines(slate), None)
-      tokens = compressions.tokens(compressions.record(whole, True))
+    for row, count in enumerate(part.count.tolist()):
+      whole = setup.prompter.context.reduce(
+        setup.prompter.lines(slates[at + row]), None
+      )
+      fault, length = int(part.judged.verdict[row]), int(part.length[row])
       written = whole
-      if code == compression.VALID:
+      if fault == compression.VALID:
         written = compressions.split_up(
-          part.tokens[row, : part.length[row]],
+          part.tokens[row, :length],
           setup.prompter,
           part.presented[row, :count],
         )
-      elif why == 'over_budget' and part.length[row] == count + 2:
-        why = TOO_SHORT  # Not even its marks fit.
-      stored = compressions.record(written, written is whole)
-      report['slates'] += 1
-      report['whole_tokens'] += tokens
-      report['tokens'] += compressions.tokens(stored)
-      report['unchanged'] += written is whole
-      if written is whole:
-        report[f'unchanged/{why}'] += 1
-      report['longest'] = max(report['longest'], compressions.tokens(stored))
-      yield stored
+      elif fault == compression.OVER_BUDGET and length == count + 2:
+        fault = too_short  # Nothing but the marks, and these did not fit.
+      yield compressions.record(written, whole, fault)
     at += len(part.count)

@@ -11,6 +11,7 @@ semantic IDs, of any size; what sets it above the student is its view:
 | `privileged` | is told a positive (`sft.privileged` teaches it to use that) |
 | `thinking` | reasons first, where the student answers at once |
 | `readout` | ranks by the scores at its slot tokens; reasons as it does |
+| `whole` | reads the whole context, where the student reads a form of it |
 
 Axes: P prompts, G group, T completion time, K candidates, V the student's
 vocabulary, D' the teacher's width.
@@ -32,7 +33,7 @@ from gr2_jax.data import batches, vocabulary
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, masking
 
-VIEWS = ('same', 'privileged', 'thinking', 'readout')
+VIEWS = ('same', 'privileged', 'thinking', 'readout', 'whole')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,8 @@ def itself(
 ) -> Teacher:
   """A student's own start as its teacher."""
   table = np.arange(setup.model.vocab_size, dtype=np.int32)
+  if view == 'whole':
+    setup = setup.reading('full')
   return Teacher(
     policy.Policy(setup, params), view, table, view != 'same', sharpness
   )

@@ -114,6 +114,7 @@ class Source:
   mark: jax.Array  # int32 [P, S + 1], the first mark from each place on
   marks_left: jax.Array  # int32 [P, S + 1], marks from each place on
   count: jax.Array  # int32 [P], candidates
+  shortest: jax.Array  # int32 [P], tokens of the shortest line
   budget: jax.Array  # int32 [P], tokens of a compression, <eos> included
 
 
@@ -135,9 +136,9 @@ class Extraction:
   A compression keeps some tokens of the history, then `<candidates>`, then of
   every candidate's line some tokens and its slot, then <eos>: what it keeps
   stands in the order of the prompt, and the marks, `<candidates>` and every
-  slot, are always kept. It holds its budget, and no line is more than `slack`
-  tokens longer or shorter than the first: how much is said of a candidate does
-  not tell how good it is.
+  slot, are always kept. It holds its budget, where the marks alone do, and no
+  line is more than `slack` tokens longer or shorter than the first: how much is
+  said of a candidate does not tell how good it is.
   """
 
   history: int
@@ -161,8 +162,12 @@ class Extraction:
     real = masking.length_mask(length_P, S)
     slot = prompt_PxS - self.slot_base
     is_mark = (slot >= 0) & (slot < count_P[:, None])
-    is_mark = real & (is_mark | (prompt_PxS == self.candidates))
+    is_slot = real & is_mark
+    is_mark = is_slot | (real & (prompt_PxS == self.candidates))
     place = jnp.where(is_mark, jnp.arange(S), S)
+    before = jax.lax.cummax(jnp.where(is_mark, jnp.arange(S), -1), axis=1)
+    before = jnp.pad(before, [(0, 0), (1, 0)], constant_values=-1)[:, :-1]
+    line = jnp.where(is_slot, jnp.arange(S) - before - 1, S)
     mark = jax.lax.cummin(place, axis=1, reverse=True)
     left = jnp.cumsum(is_mark[:, ::-1], axis=1)[:, ::-1]
     opened = jnp.argmax(prompt_PxS == self.history, axis=1)
@@ -173,6 +178,7 @@ class Extraction:
       mark=jnp.pad(mark, end, constant_values=S).astype(jnp.int32),
       marks_left=jnp.pad(left, end).astype(jnp.int32),
       count=count_P,
+      shortest=line.min(1).astype(jnp.int32),
       budget=budget_P,
     )
 
@@ -247,7 +253,8 @@ class Extraction:
     spare = jnp.minimum(remaining, budget) - marks - 1
     in_line = marks <= _spread(facts.count, shape)
     share = (spare + line) // jnp.maximum(marks, 1)
-    most = jnp.where(first < 0, share, jnp.minimum(share, first + self.slack))
+    most = jnp.where(first < 0, _spread(facts.shortest, shape), first)
+    most = jnp.minimum(share, most + self.slack)
     full = (spare <= 0) | (in_line & (line >= most))
     # Tokens that this line is short of, and that it must not skip.
     short = jnp.minimum(first - self.slack, share) - line

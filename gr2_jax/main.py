@@ -25,7 +25,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string('workdir', 'runs', 'Where artifacts go.')
 # Stages whose policies are measured once they are trained, and by what.
-_FOLLOWED = {'rl': 'evaluate', 'internalize': 'study_internalize'}
+_FOLLOWED = {
+  'rl': 'evaluate',
+  'internalize': 'study_internalize',
+  'compress': 'study_compress',
+}
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 cluster.define_flags()
 

@@ -17,7 +17,14 @@ from gr2_jax import (
   sharding,
   stages,
 )
-from gr2_jax.data import chat, compressions, contexts, prompts, vocabulary
+from gr2_jax.data import (
+  chat,
+  compressions,
+  contexts,
+  prompts,
+  records,
+  vocabulary,
+)
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
 from gr2_jax.models import semantic_ids, transformer
@@ -25,9 +32,11 @@ from gr2_jax.models import semantic_ids, transformer
 BINS = 'evidence_bins.json'
 PARAMS = 'params'
 
-# Stages that train the language model, and leave a policy.
+# Stages that train the language model, and leave a policy that ranks.
 TRAINERS = tuple(
-  name for name, stage in stages.STAGES.items() if stage.together
+  name
+  for name, stage in stages.STAGES.items()
+  if stage.together and name != 'compress'
 )
 
 
@@ -51,10 +60,11 @@ class Setup:
 
   def source(self, split: str) -> Any:
     """A split's slates by random access, as `batches.requests` wants them."""
-    records = slates_lib.source(self.slates, split)
+    slates = slates_lib.source(self.slates, split)
     if not self.written:
-      return records
-    return compressions.Joined(records, compressions.file(self.written, split))
+      return slates
+    written = records.Records(compressions.file(self.written, split))
+    return compressions.Joined(slates, written)
 
   def reading(self, context: str) -> 'Setup':
     """The same, with prompts that have another form of the context.
@@ -155,9 +165,30 @@ def restore(
   inputs = {
     name: path.parent / folder for name, folder in found['inputs'].items()
   }
-  stage = config[found['stage']]
-  setup = load(config, inputs, stage.get('context', 'full'))
+  setup = load(config, inputs, context_of(path))
   return Policy(setup, setup.load_params(path))
+
+
+def context_of(artifact: os.PathLike[str] | str, own: bool = True) -> str:
+  """The form of context that a policy learned to read.
+
+  Args:
+    artifact: of one of TRAINERS.
+    own: whether the slates that it is to read are those it was trained beside,
+      of which alone the compressor has written.
+
+  Raises:
+    ArtifactError: they are not, and it reads what the compressor writes.
+  """
+  found = artifacts.read_run(pathlib.Path(artifact))
+  context = found['config'][found['stage']].get('context', 'full')
+  if not own and contexts.parse(context).text:
+    raise artifacts.ArtifactError(
+      f'{artifact}: this policy reads contexts that the compressor wrote, and '
+      'it wrote none of slates from outside; take one that reads them whole, '
+      'or through memory tokens'
+    )
+  return context
 
 
 def load(

@@ -124,6 +124,8 @@ def oracle(told, written, budget, remaining, slack):
   size = len(kept[-1])
   most = (room + size) // len(marks)  # An equal share of what is left.
   wanted = 0
+  if len(kept) == 2:  # The others must be able to be as long.
+    most = min(most, min(map(len, lines)) + slack)
   if len(kept) > 2:
     first = len(kept[1])
     most = min(most, first + slack)
@@ -195,7 +197,7 @@ def test_every_completion_is_a_part_of_its_prompt(seed, slack, taste):
 def test_lines_that_are_long_enough_are_even(seed, slack, taste):
   """The verdict of `ops.compression`, which shares no code with the mask."""
   rng = np.random.default_rng(seed)
-  told = [blocks(rng, least=9) for _ in range(P)]
+  told = [blocks(rng) for _ in range(P)]
   prompt, length, facts = sources(rng, told, slack)
   bias = np.zeros(V, np.float32)
   bias[[CANDIDATES, *range(SLOT, SLOT + K)]] = taste
@@ -205,13 +207,7 @@ def test_lines_that_are_long_enough_are_even(seed, slack, taste):
   verdict = compression.verify(
     tokens, size, prompt, length, facts.count, facts.budget, symbols, 2 * slack
   )
-  longest = np.array([
-    [max(map(len, split(row, len(lines))[1][1:])) for row in rows]
-    for rows, (_, lines) in zip(tokens.tolist(), told, strict=True)
-  ])  # fmt: skip
-  fits = longest <= 9
-  assert fits.any()
-  assert (np.asarray(verdict)[fits] == compression.VALID).all()
+  assert (np.asarray(verdict) == compression.VALID).all()
 
 
 @pytest.mark.parametrize('spare', [0, 1, 5])

@@ -307,7 +307,7 @@ def test_what_a_policy_was_told_is_found_through_its_origins(
     path.mkdir()
     run = artifacts.read_run(told)
     run['stage'] = name[:3].rstrip('o')
-    run['config'].pop('sft')
+    run['config'][run['stage']] = run['config'].pop('sft')
     stage = 'opd' if before == 'opd' else 'sft'
     run['inputs'] |= {stage: before}
     (path / 'config.json').write_text(json.dumps(run))
@@ -320,7 +320,8 @@ def test_a_policy_without_sft_was_told_nothing(told, world, student):
   path = told.with_name('midtrained')
   path.mkdir()
   run = artifacts.read_run(told)
-  run['config'].pop('sft')
+  run['stage'] = 'midtrain'
+  run['config']['midtrain'] = run['config'].pop('sft')
   (path / 'config.json').write_text(json.dumps(run))
   (path / 'results.json').write_text('{}')
   (path / policy.PARAMS).symlink_to(told / policy.PARAMS)

@@ -57,7 +57,7 @@ def make_batch(model, constrained):
 
 def unshared(batch):
   """The same rollouts, each with a prompt of its own: [P * G, 1, ...]."""
-  groups = ('prompt', 'prompt_length', 'count', 'use')
+  groups = ('prompt', 'prompt_length', 'facts', 'use')
 
   def spread(field):
     x = getattr(batch, field.name)

@@ -29,6 +29,7 @@ SIZES = {
   'prompt.evidence': ('incoming_rank', 'popularity:raw'),
   'prompt.bins': 4,
   'prompt.num_slots': 6,
+  'prompt.num_memory': 4,
   'prompt.text_tokens': 40,
   'prompt.reasoning_tokens': 6,
   'model.d_model': 16,
@@ -55,9 +56,17 @@ SIZES = {
   'rl.group_size': 4,
   'rl.eval_slates': 8,
   'rl.eval_batch_size': 8,
+  'compress.keep': 0.6,
+  'compress.keeps': (0.45, 0.6),
+  'compress.batch_size': 8,
+  'compress.eval_slates': 8,
+  'compress.eval_batch_size': 8,
+  'compress.train_slates': 12,
+  'compress.imitate.steps': 4,
+  'compress.imitate.eval_every': 2,
 } | {
   f'{stage}.{name}': value
-  for stage in ('midtrain', 'sft', 'opd', 'rl')
+  for stage in ('midtrain', 'sft', 'opd', 'rl', 'compress')
   for name, value in (('steps', 6), ('eval_every', 2), ('warmup', 1))
 }  # fmt: skip
 OVERRIDES = [

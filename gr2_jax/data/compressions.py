@@ -6,8 +6,8 @@ One ArrayRecord file a split, a record a slate, in the order of the slates:
   candidates  int32 [c], ids of the candidates' lines, one after another in the
               incoming order, without their slots
   lengths     int32 [count], tokens of each line
-  unchanged   bool, whether this is the whole context: it could not be
-              compressed, or what was written of it does not hold
+  whole       int32, tokens of the whole context, without its marks
+  fault       int32, why this is the whole context: of FAULTS; 0 where it is not
 
 A compression is made once, in one presentation of the candidates, and is read
 in any: lines go where their candidates go.
@@ -17,11 +17,17 @@ Axes: K candidates, T tokens.
 
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from gr2_jax.data import contexts, prompts, records
+from gr2_jax.data import contexts, prompts
+from gr2_jax.ops import compression
+
+# Why a context stays whole: what is wrong with what was written of it, or that
+# not even its marks would fit.
+FAULTS = (*compression.VERDICTS, 'too_short')
 
 
 def file(directory: os.PathLike[str] | str, split: str) -> pathlib.Path:
@@ -54,49 +60,76 @@ def split_up(
   return contexts.Ids(ids[:opened], lines)
 
 
-def record(written: contexts.Ids, unchanged: bool) -> dict[str, np.ndarray]:
-  """As it is stored."""
-  flat = [i for line in written.candidates for i in line]
+def record(
+  written: contexts.Ids, whole: contexts.Ids, fault: int
+) -> dict[str, np.ndarray]:
+  """As it is stored: what was written or, with a fault, the whole."""
+  kept = whole if fault else written
+  flat = [i for line in kept.candidates for i in line]
   return {
-    'history': np.array(written.history, np.int32),
+    'history': np.array(kept.history, np.int32),
     'candidates': np.array(flat, np.int32),
-    'lengths': np.array([len(line) for line in written.candidates], np.int32),
-    'unchanged': np.array(unchanged),
+    'lengths': np.array([len(line) for line in kept.candidates], np.int32),
+    'whole': np.array(len(whole), np.int32),
+    'fault': np.array(fault, np.int32),
   }
 
 
-def tokens(stored: dict[str, np.ndarray]) -> int:
-  """Length of a stored context, without its marks."""
-  return len(stored['history']) + len(stored['candidates'])
+def context(stored: dict[str, np.ndarray]) -> contexts.Ids:
+  """What `record` was given."""
+  ends = np.cumsum(stored['lengths'])[:-1]
+  lines = np.split(stored['candidates'], ends)
+  return contexts.Ids(
+    stored['history'].tolist(), [line.tolist() for line in lines]
+  )
+
+
+def report(stored: Iterable[dict[str, np.ndarray]]) -> dict[str, Any]:
+  """Counts: `slates`, `unchanged` in all and by fault, `longest`, `kept`.
+
+  `longest` counts tokens beside the marks, as a prompt has room for; `kept` is
+  the share of all tokens, marks included.
+  """
+  faults = dict.fromkeys(FAULTS[1:], 0)
+  n = longest = kept = whole = 0
+  for one in stored:
+    own = len(one['history']) + len(one['candidates'])
+    marks = 2 + len(one['lengths'])
+    n, longest = n + 1, max(longest, own)
+    kept, whole = kept + own + marks, whole + int(one['whole']) + marks
+    if fault := int(one['fault']):
+      faults[FAULTS[fault]] += 1
+  return {
+    'slates': n,
+    'unchanged': sum(faults.values()),
+    'faults': {name: number for name, number in faults.items() if number},
+    'longest': longest,
+    'kept': kept / max(whole, 1),
+  }
 
 
 class Joined:
   """Random access to slates with what was written of them.
 
   Args:
-    slates: random access to records of a split.
-    path: of `file`.
+    slates: random access to slate records.
+    written: random access to what `record` returns, of the first of them, as
+      many as there are; a file is opened by `records.Records`.
 
   Raises:
-    ValueError: it is not of these slates.
+    ValueError: there are more than slates.
   """
 
-  def __init__(self, slates: Any, path: pathlib.Path):
-    self._slates, self._written = slates, records.Records(path)
-    if len(slates) != len(self._written):
+  def __init__(self, slates: Any, written: Any):
+    self._slates, self._written = slates, written
+    if len(slates) < len(written):
       raise ValueError(
-        f'{path}: {len(self._written)} contexts for {len(slates)} slates; '
-        'delete the folder to have them written again'
+        f'{len(written)} contexts were written for {len(slates)} slates: they '
+        'are of others; delete the folder of `compress` to write them again'
       )
 
   def __len__(self) -> int:
-    return len(self._slates)
+    return len(self._written)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    stored = self._written[int(index)]
-    ends = np.cumsum(stored['lengths'])[:-1]
-    lines = np.split(stored['candidates'], ends)
-    written = contexts.Ids(
-      stored['history'].tolist(), [line.tolist() for line in lines]
-    )
-    return self._slates[index] | {'written': written}
+    return self._slates[index] | {'written': context(self._written[index])}

@@ -46,6 +46,10 @@ class Ids:
   history: list[int]
   candidates: list[list[int]]  # by incoming rank, without the slots
 
+  def __len__(self) -> int:
+    """Tokens."""
+    return len(self.history) + sum(map(len, self.candidates))
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -108,6 +112,8 @@ def parse(form: str) -> Context:
   for part in form.split('+'):
     name, _, value = part.strip().partition(':')
     try:
+      if name in found:
+        raise ValueError('named twice')
       if name == 'full' and form == 'full':
         continue
       if name == 'text' and not value:
@@ -140,6 +146,11 @@ def parse(form: str) -> Context:
     raise ValueError(
       f'context {form!r}: what the compressor wrote is read as it is: text '
       'stands alone'
+    )
+  if context.dropped and context.random is not None:
+    raise ValueError(
+      f'context {form!r}: dropped leaves tokens to chance as it is; leave '
+      'random out'
     )
   return context
 

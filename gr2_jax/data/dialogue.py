@@ -11,11 +11,11 @@ Axes: K candidates.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from gr2_jax.data import chat, prompts
+from gr2_jax.data import chat, contexts, prompts
 from gr2_jax.data import log as log_lib
 from gr2_jax.data.endpoint import Message
 from gr2_jax.ops import parsing
@@ -105,8 +105,15 @@ class Dialogue:
       {'role': 'user', 'content': '\n\n'.join(user)},
     ]
 
-  def describe(self, slate, order: np.ndarray) -> str:
-    """History and candidates, a line an item, in the policy's layout."""
+  def describe(self, slate, order: np.ndarray, symbols: bool = False) -> str:
+    """History and candidates, a line an item, in the policy's layout.
+
+    Args:
+      slate: one record of `slates.source`; of labels nothing is read.
+      order: int [count], incoming ranks in the order of presentation.
+      symbols: whether a line ends with what the policy reads of it and words
+        lack: semantic ID, evidence, grade, age.
+    """
     lines = {
       'history': [
         self._line(f'h{place}', item)
@@ -117,10 +124,18 @@ class Dialogue:
         for place, rank in enumerate(order, 1)
       ],
     }
-    return '\n\n'.join(
-      '\n'.join([f'{block.capitalize()}:', *(lines[block] or ['(none)'])])
-      for block in self.prompter.layout
-    )
+    if symbols:
+      read = self.prompter.lines(slate)
+      own = {
+        'history': read.history,
+        'candidates': [read.candidates[rank] for rank in order],
+      }
+      for block, shown in lines.items():
+        lines[block] = [
+          ' | '.join(filter(None, [line, self._symbols(more)]))
+          for line, more in zip(shown, own[block], strict=True)
+        ]
+    return _blocks({block: lines[block] for block in self.prompter.layout})
 
   def read(self, text: str, order: np.ndarray) -> Answer:
     """Parses an answer; what is before the ranking is the reasoning.
@@ -193,26 +208,80 @@ class Dialogue:
     Returns:
       Prose. What cites no item of the slate shows as the symbols it is.
     """
-    words, sids = self.prompter.vocabulary, self.prompter.items['sid']
-    history = self.prompter.shown(slate)
-    names = {
-      (words.slot_base + int(rank),): f'[{place}]'
+    slots = {
+      (self.prompter.vocabulary.slot_base + int(rank),): f'[{place}]'
       for place, rank in enumerate(order, 1)
     }
-    for place, rank in enumerate(order, 1):
-      names[sids[slate['candidates'][rank]]] = f'[{place}]'
-    for place, item in enumerate(history, 1):
-      names[sids[item]] = f'[h{place}]'
+    return self._cite(ids, slots | self._identifiers(slate, order))
+
+  def show_context(self, ids: np.ndarray, slate, order: np.ndarray) -> str:
+    """Tokens of a compression as words, a line a candidate; any tokens.
+
+    Args:
+      ids: as the compressor wrote them, slots are places; what stands behind
+        an <eos> is left out.
+      slate: which it is about.
+      order: of presentation.
+
+    Returns:
+      A block of the history and one of candidates. A whole semantic ID shows as
+      the item of the slate it is of, other symbols as they are.
+    """
+    words, names = self.prompter.vocabulary, self._identifiers(slate, order)
+    lines: dict[str, list[str]] = {'history': []}
+    line: list[int] = []
+    block = 'history'
+
+    def end(name: str = '') -> None:
+      told = ' '.join(filter(None, [name, self._cite(line, names)]))
+      lines[block] += [told] if told else []
+      line.clear()
+
+    for token in map(int, ids):
+      if token == words.eos:
+        break
+      if token == words.control['<candidates>']:
+        end()
+        block = 'candidates'
+        lines.setdefault(block, [])
+      elif words.is_slot(token):
+        end(f'[{token - words.slot_base + 1}]')
+      else:
+        line.append(token)
+    end()
+    return _blocks(lines)
+
+  def _identifiers(
+    self, slate, order: np.ndarray
+  ) -> dict[tuple[int, ...], str]:
+    """Semantic IDs of a slate's items -> how they are cited."""
+    sids = self.prompter.items['sid']
+    names = {
+      sids[slate['candidates'][rank]]: f'[{place}]'
+      for place, rank in enumerate(order, 1)
+    }
+    shown = enumerate(self.prompter.shown(slate), 1)
+    return names | {sids[item]: f'[h{place}]' for place, item in shown}
+
+  def _cite(self, ids: Iterable[int], names: dict[tuple[int, ...], str]) -> str:
+    """Tokens as words, some runs of them by name."""
+    words = self.prompter.vocabulary
     ids, shown, text = [int(i) for i in ids], [], []
-    levels = words.layout.levels
     while ids:
-      size = next((n for n in (levels, 1) if tuple(ids[:n]) in names), 0)
-      if not size:
+      sizes = (words.layout.levels, 1)
+      size = next((n for n in sizes if tuple(ids[:n]) in names), 0)
+      if size or not 0 <= ids[0] < len(words):
+        name = names.get(tuple(ids[:size]), '<?>')
+        shown += [words.decode(text), name]
+        ids, text = ids[size or 1 :], []
+      else:
         text.append(ids.pop(0))
-        continue
-      shown += [words.decode(text), names[tuple(ids[:size])]]
-      ids, text = ids[size:], []
     return ' '.join(filter(None, [*shown, words.decode(text)]))
+
+  def _symbols(self, line: contexts.Line) -> str:
+    """What of a line is no text."""
+    told = (ids for f, ids in line.items() if f not in ('title', 'categories'))
+    return self.prompter.vocabulary.decode([i for ids in told for i in ids])
 
   def _line(self, name: str, item: int) -> str:
     year = int(self.catalog.years[item])
@@ -248,6 +317,14 @@ class Dialogue:
   def _encode(self, text: str) -> list[int]:
     text = text.strip()
     return self.prompter.vocabulary.encode(text) if text else []
+
+
+def _blocks(lines: dict[str, list[str]]) -> str:
+  """Blocks with their headings, those of no line too."""
+  return '\n\n'.join(
+    '\n'.join([f'{block.capitalize()}:', *(own or ['(none)'])])
+    for block, own in lines.items()
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Settings:
     concurrency: requests under way at once.
     timeout: seconds without a byte until a request counts as lost.
     retries: of a request, after the first try.
+    section: of the config, where all this is said.
   """
 
   base_url: str
@@ -67,6 +68,7 @@ class Settings:
   concurrency: int
   timeout: float
   retries: int
+  section: str = 'traces'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +105,14 @@ class Endpoint:
       import openai
     except ModuleNotFoundError as e:
       raise ModuleNotFoundError(
-        f"a teacher over HTTP needs {e.name}: pip install 'gr2_jax[teacher]'"
+        f"a model over HTTP needs {e.name}: pip install 'gr2_jax[teacher]'"
       ) from e
     self._openai = openai
     _check(settings)
     self.settings, self._ledger = settings, ledger
     self._stopped = threading.Event()
     self._pause = pause or self._stopped.wait
-    self._key = _read_key(settings.key_variable)
+    self._key = _read_key(settings)
     self._client = openai.OpenAI(
       api_key=self._key or 'none',
       base_url=settings.base_url,
@@ -293,37 +295,39 @@ class Endpoint:
 
 def _check(settings: Settings) -> None:
   """Refuses what cannot be meant; repeats nothing that may hold a key."""
-  url = urllib.parse.urlsplit(settings.base_url)
+  url, section = urllib.parse.urlsplit(settings.base_url), settings.section
   if url.scheme not in ('http', 'https') or not url.hostname:
     raise EndpointError(
-      'traces.endpoint must be the base URL of an OpenAI-compatible server, '
-      'e.g. http://localhost:8000/v1'
+      f'{section}.endpoint must be the base URL of an OpenAI-compatible '
+      'server, e.g. http://localhost:8000/v1'
     )
   if url.username or url.password or url.query or url.fragment:
     raise EndpointError(
-      'traces.endpoint holds credentials or a query: leave them out, and put '
-      'the key into the environment variable that traces.key_variable names'
+      f'{section}.endpoint holds credentials or a query: leave them out, and '
+      'put the key into the environment variable that '
+      f'{section}.key_variable names'
     )
   if not settings.model:
-    raise EndpointError('traces.model is empty: name the model to ask')
+    raise EndpointError(f'{section}.model is empty: name the model to ask')
   for name in ('concurrency', 'timeout', 'answer_tokens'):
     if not getattr(settings, name) > 0:
-      raise EndpointError(f'traces.{name} must be above 0')
+      raise EndpointError(f'{section}.{name} must be above 0')
 
 
-def _read_key(variable: str) -> str:
+def _read_key(settings: Settings) -> str:
+  variable, field = settings.key_variable, f'{settings.section}.key_variable'
   if not variable:
     return ''
   if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', variable):
     raise EndpointError(
-      'traces.key_variable must be the name of an environment variable, not '
-      'the key itself; config.json of this run holds what you wrote'
+      f'{field} must be the name of an environment variable, not the key '
+      'itself; config.json of this run holds what you wrote'
     )
   key = os.environ.get(variable, '').strip()
   if not key:
     raise EndpointError(
-      f'the environment variable {variable} (traces.key_variable) is not set: '
-      'put the key of the endpoint there'
+      f'the environment variable {variable} ({field}) is not set: put the key '
+      'of the endpoint there'
     )
   return key
 

@@ -49,14 +49,20 @@ class Ledger:
   Args:
     path: the file; made where it does not exist.
     limit: tokens in all, prompts and answers; None: no limit.
+    section: of the config, whose `token_limit` that is.
 
   Raises:
     ValueError: a line before the last one is damaged; names it.
   """
 
-  def __init__(self, path: os.PathLike[str] | str, limit: int | None):
+  def __init__(
+    self,
+    path: os.PathLike[str] | str,
+    limit: int | None,
+    section: str = 'traces',
+  ):
     self.path = pathlib.Path(path)
-    self._limit = limit
+    self._limit, self._section = limit, section
     self._replies: dict[str, Reply] = {}
     self._charged = self._reserved = 0
     self._changed = threading.Condition()
@@ -71,6 +77,16 @@ class Ledger:
 
   def __len__(self) -> int:
     return len(self._replies)
+
+  def usage(self) -> dict[str, int]:
+    """What its answers took: answers, prompt_tokens, completion_tokens."""
+    with self._changed:
+      replies = [*self._replies.values()]
+    return {
+      'answers': len(replies),
+      'prompt_tokens': sum(reply.prompt_tokens for reply in replies),
+      'completion_tokens': sum(reply.completion_tokens for reply in replies),
+    }
 
   def get(self, name: str) -> Reply | None:
     """The answer of that key, if there is one."""
@@ -91,10 +107,10 @@ class Ledger:
       ):
         if not self._reserved:
           raise OverLimit(
-            f'{self.path}: traces.token_limit={self._limit}, {self._charged} '
-            f'tokens are spent and the next request may take {tokens}; the '
-            f'{len(self)} answers are kept: give the same command with a '
-            'higher limit, and it goes on from here'
+            f'{self.path}: {self._section}.token_limit={self._limit}, '
+            f'{self._charged} tokens are spent and the next request may take '
+            f'{tokens}; the {len(self)} answers are kept: give the same '
+            'command with a higher limit, and it goes on from here'
           )
         self._changed.wait()
       self._reserved += tokens

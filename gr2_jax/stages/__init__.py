@@ -161,6 +161,11 @@ STAGES: dict[str, Stage] = {
     (*_TRAINED, 'opd', 'rl', 'study_distill', 'seeds'),
     files=_FILES,
   ),
+  'study_compress': Stage(
+    (),
+    (*_TRAINED, 'opd', 'rl', 'compress', 'study_compress', 'seeds'),
+    files=_FILES,
+  ),
   'study_internalize': Stage(
     (),
     (

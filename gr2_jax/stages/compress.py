@@ -10,7 +10,6 @@ like have later stages read them.
 Axes: n slates.
 """
 
-import collections
 import functools
 import json
 import logging
@@ -233,7 +232,7 @@ def _write(
     write: `(slates, seed, desc) -> iterator of Written`.
 
   Returns:
-    What `compressor.store` reports, and `kept`, the share of the tokens.
+    What `compressions.report` says of them.
   """
   path = compressions.file(workdir, split)
   noted = path.with_suffix('.json')
@@ -249,17 +248,11 @@ def _write(
       judged.append(part.judged)
       yield part
 
-  report: collections.Counter = collections.Counter()
-  stored = compressor.store(reader, slates, noting(), report)
+  stored = list(compressor.store(reader, slates, noting()))
+  found = compressions.report(stored)
   if cluster.leads():
     records.write(path, stored)
     np.savez(path.with_name(f'{split}-{JUDGED}'), **_joined(judged)._asdict())
-  else:  # Its devices are needed, not its disk.
-    collections.deque(stored, maxlen=0)
-  found = dict(report) | {
-    'kept': report['tokens'] / max(report['whole_tokens'], 1)
-  }
-  if cluster.leads():
     noted.write_text(artifacts.dumps(found))
   return found
 

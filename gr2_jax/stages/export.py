@@ -66,7 +66,8 @@ def run(
     raise ValueError(
       f'export.dtype={stage.dtype!r}: must be one of {", ".join(DTYPES)}'
     )
-  setup = policy.load(config, inputs)
+  context = policy.context_of(inputs[stage.start], own=False)
+  setup = policy.load(config, inputs, context)
   model = dataclasses.replace(setup.model, dtype=DTYPES[stage.dtype])
   setup = dataclasses.replace(setup, model=model)
   files = _tokenizer_files(setup.vocabulary, inputs['backbone'])

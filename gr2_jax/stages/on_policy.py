@@ -68,6 +68,7 @@ def train(
     The chosen step, its validation numbers, and why training stopped.
   """
   stage = config[name]
+  check_rewards(name, stage)
   control = '<think>' if stage.thinking else '<answer>'
   render = batches.requests(setup.prompter, control, config.prompt.order)
   if teacher is not None and teacher.reads_its_own:
@@ -220,16 +221,17 @@ def check(section: str, stage) -> None:
       raise ValueError(
         f'{section}.{name}={stage[name]!r}: must be one of {", ".join(known)}'
       )
-  if (
-    stage.get('order_cost', 0) > stage.get('format_weight', 0)
-    and not stage.constrained
-  ):
+
+
+def check_rewards(section: str, stage) -> None:
+  """The same, of the fields that a stage has which learns to rank."""
+  if stage.order_cost > stage.format_weight and not stage.constrained:
     raise ValueError(
       f'{section}.order_cost={stage.order_cost} is more than '
       f'{section}.format_weight={stage.format_weight}: an invalid answer, '
       'which is not charged, would be the cheaper one'
     )
-  if stage.get('judge_weight', 0) and not stage.thinking:
+  if stage.judge_weight and not stage.thinking:
     raise ValueError(
       f'{section}.judge_weight={stage.judge_weight} judges reasoning, but '
       f'{section}.thinking is False: set one of them otherwise'

@@ -55,6 +55,11 @@ def check(stage) -> None:
       "opd.view='same' without a policy teaches nothing: name the folder of a "
       'finished artifact as opd.policy, or another view'
     )
+  if stage.view == 'whole' and stage.context == 'full':
+    raise ValueError(
+      "opd.view='whole' is for a student that reads less: name a form of the "
+      'context as opd.context, such as memory:16'
+    )
   if stage.view == 'thinking' and stage.thinking:
     raise ValueError(
       "opd.view='thinking' is for a student that answers at once: set "

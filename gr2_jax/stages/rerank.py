@@ -70,7 +70,8 @@ def _rank(
   stage = config.rerank
   if stage.chunk < 1:
     raise ValueError(f'rerank.chunk={stage.chunk}: it must be at least 1')
-  setup = policy.load(config, inputs)
+  context = policy.context_of(inputs[stage.start], own=False)
+  setup = policy.load(config, inputs, context)
   source = pathlib.Path(stage.input or workdir / REQUESTS)
   width = setup.prompter.num_candidates
 

@@ -13,7 +13,6 @@ another limit or another length of reasoning asks for nothing twice.
 """
 
 import contextlib
-import json
 import pathlib
 import shutil
 from typing import Any
@@ -21,11 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import artifacts, policy, policy_teacher, reporting
+from gr2_jax import policy, policy_teacher, reporting
 from gr2_jax.data import (
   dialogue,
   endpoint,
-  ledger,
   prompts,
   records,
   remote_judge,
@@ -34,10 +32,10 @@ from gr2_jax.data import (
 )
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
+from gr2_jax.stages import remote
 
 ACCEPTED = 'traces.array_record'
 REJECTED = 'rejected.array_record'
-ANSWERS = 'answers'  # a folder beside the stages'
 PARTS = 'parts'  # a folder of what a policy said, until all is said
 KINDS = ('rejection', 'targeted')
 TEACHERS = ('heuristic', 'policy', 'http')
@@ -92,11 +90,13 @@ def run(
     )
     if stage.teacher == 'http' or stage.judged:
       kept_answers = stack.enter_context(
-        ledger.Ledger(_ledger_path(config, workdir), stage.token_limit or None)
+        remote.book('traces', stage, workdir, _asked(config))
       )
     if stage.teacher == 'http':
       asked = stack.enter_context(
-        endpoint.Endpoint(_settings(stage), kept_answers)
+        endpoint.Endpoint(
+          remote.settings('traces', stage, stage.temperature), kept_answers
+        )
       )
       teacher = remote_teacher.Remote(words, asked, config.prompt.order)
     elif stage.teacher == 'policy':
@@ -116,7 +116,7 @@ def run(
     results = _results(stage, kept, lost)
     results |= _hardness(slates_lib.read(inputs['slates'], 'train'), kept, lost)
     if stage.teacher == 'http':
-      results |= _spent(stage, teacher.report())
+      results |= remote.spent(stage, teacher.report())
       if not kept:
         raise ValueError(
           f'{stage.endpoint}, model {stage.model!r}: no answer is fit to be a '
@@ -264,67 +264,29 @@ def _hardness(slates: slates_lib.Slates, kept, lost) -> dict[str, Any]:
   return {'hardness': hardness, 'tries_histogram': tries}
 
 
-def _spent(stage, report: dict[str, Any]) -> dict[str, Any]:
-  """What the answers cost, None where no price is given."""
-  cost = None
-  if stage.prompt_price or stage.answer_price:
-    cost = (
-      report['prompt_tokens'] * stage.prompt_price
-      + report['completion_tokens'] * stage.answer_price
-    ) / 1e6
-  return {'model': stage.model, **report, 'cost': cost}
-
-
 def _left_out(kept) -> dict[str, int]:
-  """Tokens that the kept traces lack, of an endpoint's traces see `_spent`."""
+  """Tokens that the kept traces lack; an endpoint's teacher reports them."""
   return {
     'unknown_tokens': sum(int(r['unknown']) for r in kept),
     'clipped_tokens': sum(int(r['clipped']) for r in kept),
   }
 
 
-def _settings(stage) -> endpoint.Settings:
-  """How the teacher is asked."""
-  try:
-    more = json.loads(stage.request or '{}')
-    fields = {
-      'temperature': stage.temperature,
-      'max_tokens': stage.answer_tokens,
-    } | more
-  except (ValueError, TypeError) as e:
-    raise ValueError(
-      f'traces.request must be a JSON object or empty ({e})'
-    ) from e
-  return endpoint.Settings(
-    base_url=stage.endpoint,
-    model=stage.model,
-    key_variable=stage.key_variable,
-    fields={k: v for k, v in fields.items() if v is not None},
-    answer_tokens=stage.answer_tokens,
-    concurrency=stage.concurrency,
-    timeout=stage.timeout,
-    retries=stage.retries,
-  )
-
-
 def _judge_settings(stage) -> endpoint.Settings:
   """How the judge is asked; a key goes to no endpoint but its own."""
   own = stage.copy_and_resolve_references()
   with own.unlocked():
-    own.temperature = 0.0
     own.model = stage.judge_model or stage.model
     if stage.judge_endpoint:
       own.endpoint = stage.judge_endpoint
       own.key_variable = stage.judge_key_variable
-  return _settings(own)
+  return remote.settings('traces', own, 0.0)
 
 
-def _ledger_path(config, workdir: pathlib.Path) -> pathlib.Path:
-  """One file for who is asked: the limit on tokens is of the file."""
-  stage = config.traces
+def _asked(config) -> list[object]:
+  """Whom the stage asks, and for which seed."""
   names = ('endpoint', 'model', 'judge_endpoint', 'judge_model')
-  who = artifacts.dumps([config.seed, *(stage[name] for name in names)])
-  return workdir.parent / ANSWERS / f'{ledger.key(who)[:8]}.jsonl'
+  return [config.seed, *(config.traces[name] for name in names)]
 
 
 def _sample(kept, slates, config) -> list[remote_judge.Case]:

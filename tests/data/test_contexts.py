@@ -73,16 +73,12 @@ def test_forms_that_leave_nothing_to_chance_do_without_a_generator():
 
 
 def test_parts_are_read():
-  form = (
-    'last:5+history:sid,grade+candidates:+columns:3+random:0.5+dropped:7'
-    '+memory:2'
-  )
+  form = 'last:5+history:sid,grade+candidates:+columns:3+dropped:7+memory:2'
   assert contexts.parse(form) == contexts.Context(
     last=5,
     history=('sid', 'grade'),
     candidates=(),
     columns=3,
-    random=0.5,
     dropped=7,
     memory=2,
   )

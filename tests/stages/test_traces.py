@@ -289,7 +289,7 @@ def test_a_run_that_breaks_asks_only_for_what_is_missing(world, tmp_path, torn):
   with chat_server.serve(answer) as server:
     with pytest.raises(endpoint.EndpointError, match='in a row'):
       remote(world, tmp_path / 'traces', server, concurrency=1)
-    (path,) = (tmp_path / traces.ANSWERS).iterdir()
+    (path,) = (tmp_path / 'answers').iterdir()
     have = len(path.read_bytes().splitlines())
     assert have == 4
     if torn:

@@ -1,0 +1,64 @@
+"""Study `compress`: tokens kept against ranking, for every form of a context.
+
+What `configs/compress.py` ends with.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import compress
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The whole config, of long contexts, with `study_compress` as the target."""
+  config = compress.get_config(arg)
+  config.stage = 'study_compress'
+  return config
+
+
+def section(test: bool = False) -> ConfigDict:
+  """Section `study_compress`."""
+  config = ConfigDict()
+  # Forms beside the whole context; see gr2_jax/data/contexts.py.
+  config.forms = (
+    'last:20',
+    'last:5',
+    'last:4+history:sid+candidates:sid,evidence',
+    'history:sid+candidates:sid',
+    'last:0+candidates:evidence',
+    'last:0+candidates:evidence+columns:7',
+    'last:0+candidates:evidence+columns:5',
+    'last:0+candidates:evidence+columns:3',
+    'random:0.5',
+    'random:0.2',
+    'random:0.1',
+    'random:0.05',
+  )
+  config.keeps = (0.05, 0.1, 0.2)  # shares that the compressor is asked for
+  # Forms with memory tokens; a policy each, distilled from the whole context.
+  config.memories = (
+    'memory:4+candidates:evidence',
+    'memory:16+candidates:evidence',
+    'memory:64+candidates:evidence',
+  )
+  config.opd = distillation(test)
+  config.test_slates = 64 if test else 1500  # of the test split, a fixed draw
+  config.margin = 0.01  # of N@5 and R@1, that a form may lose
+  config.resamples = 200 if test else 2000  # of the bootstrap
+  if test:
+    config.forms, config.keeps = config.forms[2:6:3], (0.1,)
+    config.memories = config.memories[1:2]
+  return config
+
+
+def distillation(test: bool) -> ConfigDict:
+  """What of section `opd` such a policy is trained with."""
+  config = ConfigDict()
+  config.view = 'whole'
+  config.kl_kind = 'forward'
+  config.thinking = False
+  config.steps = 6 if test else 200
+  config.batch_size = config.refill_size = 8
+  config.eval_every = 3 if test else 100
+  config.eval_slates = 64 if test else 256
+  config.eval_batch_size = 32
+  return config

@@ -1,0 +1,347 @@
+"""Study: how much of a context a ranker needs, and which.
+
+One ranker, which learned from contexts of which parts were left out, reads the
+test slates in every form: whole, cut by rule, thinned by chance, as the
+compressor wrote them, and through memory tokens. Against the whole context,
+each form keeps so many tokens and loses so much of N@5 and R@1; two one-sided
+tests say whether that is less than a margin.
+
+Axes: S seeds, n slates, K candidates.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from gr2_jax import artifacts, compressor, policy, ranker, reporting
+from gr2_jax.data import compressions
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.ops import statistics
+
+TABLE, FIGURE = 'compress.md', 'compress.png'
+WHOLE = 'full'
+METRICS = ('n@5', 'r@1')
+KINDS = ('cut by rule', 'random', 'compressor', 'memory')
+COLUMNS = (
+  'form',
+  'tokens',
+  'kept',
+  'N@5',
+  'N@5 lost',
+  'within',
+  'R@1',
+  'R@1 lost',
+  'read-out N@5 lost',
+)
+
+
+def run(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Trains what is not trained, and reads the test slates in every form.
+
+  Args:
+    config: every section that `compress`, `opd` and what they need read;
+      study_compress; seeds.
+    inputs: none: the runs are made here.
+    workdir: of this stage; its parent gets the runs.
+
+  Returns:
+    `rows`, one a form: `tokens` that the ranker read and the share `kept`,
+    means over seeds and slates; `n@5`, `r@1`; `n@5_lost`, `r@1_lost`,
+    `readout_lost` (N@5 of the read-out) to the whole context, with a 95 %
+    interval; and of the first two whether the loss is below the margin and
+    whether both sides are within it (`*_test`, of a 90 % interval).
+  """
+  del inputs
+  from matplotlib import figure  # noqa: F401  Fails before the runs, not after.
+
+  stage = config.study_compress
+  answers: dict[str, list[_Read]] = {}
+  slates = None
+  for seed in config.seeds:
+    for name, read in _forms(config, seed, workdir).items():
+      answers.setdefault(name, []).append(read())
+  slates = _slates(config, workdir)[0]
+  scores = {
+    name: [
+      ranker.watch(r.generated, slates.grades, slates.count) for r in reads
+    ]
+    for name, reads in answers.items()
+  }
+  readouts = {
+    name: [ranker.watch(r.readout, slates.grades, slates.count) for r in reads]
+    for name, reads in answers.items()
+  }
+  rows = []
+  for name, reads in answers.items():
+    row: dict[str, Any] = {
+      'form': name,
+      'tokens': float(np.mean([r.tokens.mean() for r in reads])),
+      'kept': float(np.mean([(r.tokens / r.whole).mean() for r in reads])),
+    }
+    for metric in METRICS:
+      own, base = (
+        np.stack([w[metric] for w in scores[n]]) for n in (name, WHOLE)
+      )
+      row[metric] = float(own.mean())
+      row[f'{metric}_lost'] = statistics.two_level_bootstrap(
+        base, own, slates.user, resamples=stage.resamples
+      )._asdict()
+      # Of gains: not worse is what the lower side says.
+      row[f'{metric}_test'] = statistics.two_level_equivalence(
+        own,
+        base,
+        slates.user,
+        margin=stage.margin,
+        resamples=stage.resamples,
+      )._asdict()
+    own, base = (
+      np.stack([w['n@5'] for w in readouts[n]]) for n in (name, WHOLE)
+    )
+    row['readout_lost'] = statistics.two_level_bootstrap(
+      base, own, slates.user, resamples=stage.resamples
+    )._asdict()
+    rows.append(row)
+  results = {
+    'rows': rows,
+    'margin': stage.margin,
+    'n_slates': len(slates),
+    'n_users': len(np.unique(slates.user)),
+    'seeds': len(config.seeds),
+  }
+  (workdir / TABLE).write_text(summary(results) + '\n', encoding='utf-8')
+  _draw(rows, stage.margin, workdir / FIGURE)
+  return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+  """What a ranker made of the test slates in one form.
+
+  Attributes:
+    generated: int32 [n, K], orders, in incoming ranks.
+    readout: int32 [n, K].
+    tokens: int32 [n], of the context that was read.
+    whole: int32 [n], of the whole context.
+  """
+
+  generated: np.ndarray
+  readout: np.ndarray
+  tokens: np.ndarray
+  whole: np.ndarray
+
+
+def _forms(
+  config: ml_collections.ConfigDict, seed: int, workdir: pathlib.Path
+) -> dict[str, Callable[[], _Read]]:
+  """Form -> how a seed's policies read it; trains what they need."""
+  stage, root, start = (
+    config.study_compress,
+    workdir.parent,
+    config.compress.start,
+  )
+  home = artifacts.run_stage(config, 'compress', root, seed)
+  plan = artifacts.plan(config, 'compress', seed)
+  inputs = {k: a.directory(root) for k, a in plan.inputs.items()}
+  whole = policy.load(config, inputs)
+  params = functools.cache(lambda path: whole.load_params(path))
+  read = functools.partial(_read, config, workdir, whole)
+  found = {
+    form: functools.partial(
+      read, form, whole.reading(form), params, inputs[start]
+    )
+    for form in (WHOLE, *stage.forms)
+  }
+  for keep in stage.keeps:
+    found[f'compressor, {keep:.0%}'] = functools.partial(
+      read, f'text-{keep}', None, params, inputs[start], home, keep
+    )
+  for form in stage.memories:
+    own = _memory(config, form)
+    trained = artifacts.run_stage(own, 'opd', root, seed)
+    found[form] = functools.partial(
+      read, form, whole.reading(form), params, trained
+    )
+  return found
+
+
+def _memory(
+  config: ml_collections.ConfigDict, form: str
+) -> ml_collections.ConfigDict:
+  """A run of `opd` whose student reads a form and whose teacher the whole."""
+  own = config.copy_and_resolve_references()
+  own.opd.update(config.study_compress.opd)
+  own.opd.context, own.opd.start = form, config.compress.start
+  return own
+
+
+def _slates(config, workdir: pathlib.Path):
+  """The test slates of the study, and which they are."""
+  plan = artifacts.plan(config, 'slates')
+  records = slates_lib.source(plan.directory(workdir.parent), 'test')
+  rng = np.random.default_rng(0)
+  most = config.study_compress.test_slates
+  chosen = np.sort(rng.permutation(len(records))[:most])
+  return records.slates().take(chosen), chosen
+
+
+def _read(
+  config,
+  workdir: pathlib.Path,
+  whole: policy.Setup,
+  name: str,
+  setup: policy.Setup | None,
+  params,
+  source: pathlib.Path,
+  home: pathlib.Path | None = None,
+  keep: float = 1.0,
+) -> _Read:
+  """Reads the slates in a form, or finds what was made of them before."""
+  label = name.translate(str.maketrans(':+, ', '____'))
+  kept = workdir / f'{(home or source).name}-{label}.npz'
+  if not kept.exists():
+    _, chosen = _slates(config, workdir)
+    slates = ranker.Chosen(whole.source('test'), chosen)
+    if home is not None:
+      setup, slates = _write(config, whole, params, source, home, keep, slates)
+    ranked = ranker.rank(
+      setup,
+      params(source),
+      slates,
+      thinking=False,
+      order=config.prompt.order,
+      batch_size=config.compress.eval_batch_size,
+      seed=1,
+      desc=name,
+    )
+    counted = [_tokens(whole, setup, slates[i], i) for i in range(len(slates))]
+    temporary = kept.with_suffix('.tmp.npz')
+    np.savez(
+      temporary,
+      generated=ranked.generated,
+      readout=ranked.readout,
+      **{
+        field: np.array([c[field] for c in counted])
+        for field in ('tokens', 'whole')
+      },
+    )
+    temporary.replace(kept)
+  with np.load(kept) as found:
+    return _Read(**found)
+
+
+def _tokens(
+  whole: policy.Setup, setup: policy.Setup, slate, seed: int
+) -> dict[str, int]:
+  """Tokens of a slate's context, whole and as a form has it."""
+  order, words = np.arange(int(slate['count'])), whole.vocabulary
+  plain = {k: v for k, v in slate.items() if k != 'written'}
+  rng = np.random.default_rng(seed)
+  ids = setup.prompter.prompt(slate, order, rng)['prompt']
+  own = compressor.context_tokens(setup.prompter, ids)
+  memory = setup.prompter.context.memory
+  if memory:  # What stands before it is read once for a user, and not again.
+    own -= int(np.argmax(ids == words.memory_base)) - len(
+      whole.prompter.opening
+    )
+  ids = whole.prompter.prompt(plain, order)['prompt']
+  return {
+    'tokens': own,
+    'whole': compressor.context_tokens(whole.prompter, ids),
+  }
+
+
+def _write(config, whole, params, source, home, keep, slates):
+  """Contexts of the slates, by the compressor, at a share of the tokens."""
+  stage = config.compress
+  writer = compressor.of(whole, stage.slack)
+  write = compressor.make_write(writer, params(source), config, stage, keep)
+  parts = write(
+    params(home), slates, config.seeds[0], f'compress to {keep:.0%}'
+  )
+  stored = list(compressor.store(whole, slates, parts))
+  longest = compressions.report(stored)['longest']
+  setup = whole.reading_written(home, longest)
+  return setup, compressions.Joined(slates, stored)
+
+
+def summary(results: dict[str, Any]) -> str:
+  """The study as a table and a line, for people."""
+  lines = []
+  for row in results['rows']:
+    line = {
+      'form': row['form'],
+      'tokens': f'{row["tokens"]:.0f}',
+      'kept': f'{row["kept"]:.1%}',
+    }
+    for metric in METRICS:
+      line[metric.upper()] = row[metric]
+      line[f'{metric.upper()} lost'] = _interval(row[f'{metric}_lost'])
+    line['read-out N@5 lost'] = _interval(row['readout_lost'])
+    tests = [row[f'{metric}_test'] for metric in METRICS]
+    line['within'] = (
+      'both'
+      if all(t['equivalent'] for t in tests)
+      else 'not worse'
+      if all(t['not_worse'] for t in tests)
+      else 'no'
+    )
+    lines.append(line)
+  counted = (
+    f'{results["n_slates"]} slates of {results["n_users"]} users, '
+    f'{results["seeds"]} seed(s); within: N@5 and R@1 are both equivalent to '
+    f'those of the whole context, or not worse, by a margin of '
+    f'{results["margin"]} (one-sided tests at 5 %)'
+  )
+  return f'{reporting.table(lines, COLUMNS)}\n\n{counted}'
+
+
+def _interval(found: dict[str, float]) -> str:
+  return '{estimate:+.4f} [{low:+.4f}, {high:+.4f}]'.format(**found)
+
+
+def _draw(rows: list[dict[str, Any]], margin: float, path: pathlib.Path):
+  """N@5 against the share of the tokens, a colour a kind of form."""
+  from matplotlib import figure
+
+  sheet = figure.Figure((7, 4.5), layout='constrained')
+  axis = sheet.subplots()
+  (whole,) = (row for row in rows if row['form'] == WHOLE)
+  axis.axhline(whole['n@5'], color='0.4', linewidth=1, label='whole context')
+  axis.axhspan(
+    whole['n@5'] - margin, whole['n@5'] + margin, color='0.5', alpha=0.15
+  )
+  for number, kind in enumerate(KINDS):
+    own = sorted(
+      (row['kept'], row['n@5'], row['n@5_lost'], row['form'])
+      for row in rows
+      if row is not whole and _kind(row['form']) == kind
+    )
+    if not own:
+      continue
+    x, y = [row[0] for row in own], [row[1] for row in own]
+    low = [row[2]['estimate'] - row[2]['low'] for row in own]
+    high = [row[2]['high'] - row[2]['estimate'] for row in own]
+    axis.errorbar(
+      x, y, yerr=[high, low], color=f'C{number}', label=kind, capsize=2,
+      marker='o', linestyle='-' if kind in KINDS[1:] else '',
+    )  # fmt: skip
+  axis.set_xscale('log')
+  axis.set_xlabel('share of the tokens read')
+  axis.set_ylabel('N@5 on test slates')
+  axis.legend(fontsize='small')
+  sheet.savefig(path, dpi=110)
+
+
+def _kind(form: str) -> str:
+  """Of KINDS."""
+  for kind in KINDS[1:]:
+    if form.startswith(kind):
+      return kind
+  return KINDS[0]

@@ -1,0 +1,380 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from gr2_jax import (
+  artifacts,
+  compressor,
+  policy,
+  ranker,
+  reporting,
+  sampling,
+  sharding,
+)
+from gr2_jax.data import batches, compressions, records
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.ops import compression
+from gr2_jax.stages import compress, study_compress
+
+from .. import tiny, tiny_world
+
+STUDY = dict(
+  study_compress__forms=('last:1', 'random:0.5'),
+  study_compress__keeps=(0.6,),
+  study_compress__memories=('memory:2+candidates:evidence',),
+  study_compress__test_slates=8,
+  study_compress__resamples=50,
+  study_compress__opd__steps=2,
+  study_compress__opd__eval_every=2,
+  study_compress__opd__eval_slates=8,
+  study_compress__opd__eval_batch_size=8,
+)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device(world):
+  with pytest.MonkeyPatch.context() as patch:
+    tiny_world.on_one_device(patch)
+    yield
+
+
+def run_stage(world, name, **changes):
+  root = world['rl'].parent
+  with artifacts.lock(root):
+    return artifacts.run_stage(
+      tiny_world.config(**changes), name, root, say=lambda _: None
+    )
+
+
+@pytest.fixture(scope='module')
+def written(world, one_device):
+  return run_stage(world, 'compress')
+
+
+@pytest.fixture(scope='module')
+def study(world, written):
+  directory = run_stage(world, 'study_compress', **STUDY)
+  return directory, artifacts.read_results(directory)
+
+
+@pytest.fixture(scope='module')
+def setup(world, one_device):
+  return tiny_world.setup(world)
+
+
+def is_part(part, whole):
+  rest = iter(whole)
+  return all(token in rest for token in part)
+
+
+def wholes(setup, split):
+  slates = setup.source(split)
+  for index in range(len(slates)):
+    lines = setup.prompter.lines(slates[index])
+    yield setup.prompter.context.reduce(lines, None)
+
+
+@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
+def test_what_is_written_is_a_part_of_each_slates_context(
+  setup, written, split
+):
+  stored = records.Records(compressions.file(written, split))
+  assert len(stored) == (12 if split == 'train' else len(setup.source(split)))
+  for one, whole in zip(
+    (stored[i] for i in range(len(stored))), wholes(setup, split), strict=False
+  ):
+    kept = compressions.context(one)
+    assert is_part(kept.history, whole.history)
+    for line, source in zip(kept.candidates, whole.candidates, strict=True):
+      assert is_part(line, source)
+    marks = 2 + len(whole.candidates)
+    assert one['whole'] == len(whole)
+    assert not one['fault']
+    assert len(kept) + marks <= 0.6 * (len(whole) + marks)
+  found = artifacts.read_results(written)
+  assert found['splits'][split] == compressions.report(stored)
+  assert found['longest'] >= max(map(len, map(compressions.context, stored)))
+
+
+def test_the_judge_is_compared_with_what_it_is_for(world, written):
+  found = artifacts.read_results(written)['judge']
+  assert found['slates'] == len(slates_lib.read(world['slates'], 'validation'))
+  assert set(found['n@5']) == {'whole', 'compressed'}
+  for value in found['spearman'].values():
+    assert value is None or -1 <= value <= 1
+
+
+def test_sampler_and_learner_agree(written):
+  rows = reporting.read_metrics(written / 'metrics.jsonl')
+  gaps = [row['sampler_gap'] for row in rows if 'sampler_gap' in row]
+  assert len(gaps) == 6
+  assert max(gaps) < 1e-5
+
+
+def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
+  world, written, tmp_path, monkeypatch
+):
+  """Killed in imitation, in RL, and while it writes."""
+  inputs = tiny_world.inputs(world, 'rl')
+  run = functools.partial(
+    compress.run, tiny_world.config(), inputs, tmp_path / 'run'
+  )
+  write, steps = reporting.MetricsWriter.write, []
+
+  def dying(self, step, metrics):
+    steps.append(step)
+    if len(steps) in (4, 12):
+      raise KeyboardInterrupt
+    write(self, step, metrics)
+
+  def stopping(path, examples):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(reporting.MetricsWriter, 'write', dying)
+    for _ in range(2):
+      with pytest.raises(KeyboardInterrupt):
+        run()
+    patch.setattr(records, 'write', stopping)
+    with pytest.raises(KeyboardInterrupt):
+      run()
+  assert artifacts.dumps(run()) == artifacts.dumps(
+    artifacts.read_results(written)
+  )
+  here = tiny_world.setup(world)
+  one, two = (
+    jax.device_get(here.load_params(p)) for p in (tmp_path / 'run', written)
+  )
+  tiny.assert_trees_equal(one, two)
+
+
+def judged(world, setup, tokens_of, budget=None):
+  """The judgement of completions made from the rows by hand."""
+  stage = tiny_world.config().compress
+  own = compressor.of(setup, stage.slack)
+  render = compressor.requests(own.prompter, (0.9,), 'shuffled')
+  slates = own.source('train')
+  rows = [render(slates[i], np.random.default_rng(i)) for i in range(4)]
+  T = own.prompter.prompt_tokens + 4
+  made = [tokens_of(own, row) for row in rows]
+  tokens = np.zeros((4, 1, T), np.int32)
+  for row, ids in enumerate(made):
+    tokens[row, 0, : len(ids)] = ids
+  length = np.array([[len(ids)] for ids in made], np.int32)
+  stacked = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+  if budget is not None:
+    stacked['budget'][:] = budget
+  zeros = np.zeros(tokens.shape, np.float32)
+  rollouts = sampling.Rollouts(tokens, length, zeros, zeros)
+  with sharding.activate(setup.mesh):
+    found = jax.jit(compressor.make_judge(own, stage))(
+      setup.load_params(world['sft']), stacked, rollouts
+    )
+  return jax.device_get(found)
+
+
+def blocks(setup, row):
+  """What stands between <history> and the request, and its marks."""
+  words = setup.vocabulary
+  ids = row['prompt'][: row['prompt_length']].tolist()
+  begin = ids.index(words.control['<history>']) + 1
+  end = ids.index(words.slot_base + int(row['count']) - 1) + 1
+  return ids[begin:end], words
+
+
+def copied(setup, row):
+  ids, words = blocks(setup, row)
+  return [*ids, words.eos]
+
+
+def marks_alone(setup, row):
+  _, words = blocks(setup, row)
+  slots = words.slot_base + np.arange(int(row['count']))
+  return [words.control['<candidates>'], *slots.tolist(), words.eos]
+
+
+def answered(setup, row):
+  """The ranking, by the labels, in front."""
+  slots = setup.vocabulary.slot_base + np.argsort(-row['grades'])
+  return [*slots[: int(row['count'])].tolist(), *marks_alone(setup, row)]
+
+
+def labelled(setup, row):
+  """A token that no line has, before the slots of the positives."""
+  told, words = [], setup.vocabulary
+  for slot in marks_alone(setup, row):
+    place = slot - words.slot_base
+    if 0 <= place < int(row['count']) and row['grades'][place] > 0:
+      told.append(words.control['<target>'])
+    told.append(slot)
+  return told
+
+
+def one_line(setup, row):
+  """The positives' lines whole, of the others nothing."""
+  ids, words = blocks(setup, row)
+  ids = ids[ids.index(words.control['<candidates>']) :]
+  kept, line = [ids[0]], []
+  for token in ids[1:]:
+    line.append(token)
+    place = token - words.slot_base
+    if 0 <= place < int(row['count']):
+      kept += line if row['grades'][place] > 0 else line[-1:]
+      line = []
+  return [*kept, words.eos]
+
+
+@pytest.mark.parametrize(
+  ('cheat', 'verdict'),
+  [
+    (copied, 'over_budget'),
+    (answered, 'malformed'),
+    (labelled, 'ungrounded'),
+    (one_line, 'uneven'),
+    (lambda setup, row: marks_alone(setup, row)[:-1], 'cut_off'),
+  ],
+)
+def test_cheats_earn_nothing(world, setup, cheat, verdict):
+  found = judged(world, setup, cheat)
+  code = compression.VERDICTS.index(verdict)
+  assert (found.verdict == code).all()
+  assert (found.reward == 0).all()
+
+
+def test_the_ranker_reads_what_was_written(world, setup):
+  """A copy, where it is allowed, is read as the whole prompt is."""
+  found = judged(world, setup, copied, budget=1000)
+  assert (found.verdict == compression.VALID).all()
+  np.testing.assert_allclose(found.kept, 1, atol=1e-6)
+  np.testing.assert_allclose(found.preservation, 1)
+  slates = ranker.Chosen(setup.source('train'), np.arange(4))
+  render = batches.requests(setup.prompter, '<answer>', 'shuffled')
+  rows = [render(slates[i], np.random.default_rng(i)) for i in range(4)]
+  labels = np.stack([slates[i]['grades'] for i in range(4)])
+  counts = np.stack([row['count'] for row in rows])
+  whole = ranker.rank(
+    setup, setup.load_params(world['sft']), _SameOrder(slates), thinking=False,
+    order='shuffled', batch_size=1, seed=0,
+  )  # fmt: skip
+  wanted = ranker.watch(whole.readout, labels, counts)['n@5']
+  assert wanted.shape == (4,)
+  bare = judged(world, setup, marks_alone)
+  assert (bare.verdict == compression.VALID).all()
+  assert (bare.preservation == 0).all()
+  assert (bare.kept < found.kept).all()
+  assert not np.allclose(bare.ranking, found.ranking)
+
+
+class _SameOrder:
+  def __init__(self, slates):
+    self._slates = slates
+
+  def __len__(self):
+    return len(self._slates)
+
+  def __getitem__(self, index):
+    return self._slates[index]
+
+
+@pytest.mark.parametrize(
+  ('keep', 'constrained', 'fault'),
+  [(0.05, True, 'too_short'), (0.6, False, None)],
+)
+def test_what_cannot_be_compressed_stays_whole_and_is_counted(
+  world, setup, written, keep, constrained, fault
+):
+  config = tiny_world.config(compress__constrained=constrained)
+  own = compressor.of(setup, config.compress.slack)
+  params = setup.load_params(world['sft'])
+  write = compressor.make_write(own, params, config, config.compress, keep)
+  slates = ranker.Chosen(setup.source('train'), np.arange(9))
+  stored = list(compressor.store(setup, slates, write(params, slates, 0)))
+  report = compressions.report(stored)
+  assert report['unchanged'] == report['slates'] == 9
+  assert report['kept'] == 1
+  assert sum(report['faults'].values()) == 9
+  assert fault is None or report['faults'] == {fault: 9}
+  for one, whole in zip(stored, wholes(setup, 'train'), strict=False):
+    assert compressions.context(one) == whole
+
+
+def test_later_stages_read_what_was_written(world, written, setup):
+  path = run_stage(
+    world, 'rl', rl__context='text', rl__steps=2, rl__eval_every=2
+  )
+  assert artifacts.read_run(path)['inputs']['compress'] == written.name
+  assert policy.context_of(path) == 'text'
+  with pytest.raises(artifacts.ArtifactError, match='compressor wrote'):
+    policy.context_of(path, own=False)
+  inputs = tiny_world.inputs(world, 'rl') | {'compress': written}
+  own = policy.load(tiny_world.config(), inputs, 'text')
+  assert own.prompter.prompt_tokens < setup.prompter.prompt_tokens
+  render = batches.requests(own.prompter, '<answer>', 'shuffled')
+  source = own.source('train')
+  assert len(source) == 12
+  stored = records.Records(compressions.file(written, 'train'))
+  for index in range(3):
+    row = render(source[index], np.random.default_rng(0))
+    context = compressions.context(stored[index])
+    ids = row['prompt'][: row['prompt_length']].tolist()
+    assert len(ids) == len(context) + len(context.candidates) + 4
+    for place, rank in enumerate(row['incoming'][: int(row['count'])]):
+      line = context.candidates[rank]
+      at = int(row['slots'][place])
+      assert ids[at] == own.vocabulary.slot_base + place
+      assert ids[at - len(line) : at] == line
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'said'),
+  [
+    ('keep', 0.0, 'above 0'),
+    ('keep', 0.9, 'not learned'),
+    ('keeps', (0.2, 1.5), 'at most 1'),
+  ],
+)
+def test_a_share_that_cannot_be_is_an_error(
+  world, tmp_path, field, value, said
+):
+  config = tiny_world.config(**{f'compress__{field}': value})
+  with pytest.raises(ValueError, match=said):
+    compress.run(config, tiny_world.inputs(world, 'rl'), tmp_path)
+
+
+def test_the_study_compares_every_form_with_the_whole(study):
+  directory, results = study
+  rows = {row['form']: row for row in results['rows']}
+  assert list(rows) == [
+    'full', 'last:1', 'random:0.5', 'compressor, 60%',
+    'memory:2+candidates:evidence',
+  ]  # fmt: skip
+  whole = rows['full']
+  assert whole['kept'] == 1
+  assert whole['n@5_lost']['estimate'] == 0
+  for name, row in rows.items():
+    assert name == 'full' or row['tokens'] < whole['tokens']
+    lost = row['n@5_lost']
+    assert lost['low'] <= lost['estimate'] <= lost['high']
+    np.testing.assert_allclose(
+      lost['estimate'], whole['n@5'] - row['n@5'], atol=1e-6
+    )
+    np.testing.assert_allclose(
+      row['n@5_test']['estimate'], -lost['estimate'], atol=1e-6
+    )
+  assert rows['compressor, 60%']['kept'] <= 0.6
+  table = (directory / study_compress.TABLE).read_text()
+  assert table.strip() == study_compress.summary(results)
+  assert all(name in table for name in rows)
+  assert (directory / study_compress.FIGURE).stat().st_size > 1000
+
+
+def test_the_memory_is_taught_by_the_whole_context(study):
+  directory, _ = study
+  (run,) = directory.parent.glob('opd-*')
+  found = artifacts.read_run(run)['config']['opd']
+  assert found['context'] == 'memory:2+candidates:evidence'
+  assert found['view'] == 'whole'
+  rows = reporting.read_metrics(run / 'metrics.jsonl')
+  assert any(row.get('teacher_kl', 0) > 0 for row in rows)
