@@ -177,8 +177,13 @@ LONG_SIZES = {
   'data.max_slates_train': 40,
   'data.max_slates_eval': 15,
   'sft.batch_size': 16,
-  'sft.eval_slates': 256,
-  'sft.eval_batch_size': 32,
+  'rl.batch_size': 8,
+  'rl.refill_size': 8,
+  'evaluate.batch_size': 32,
+} | {
+  f'{stage}.{field}': size
+  for stage in ('sft', 'opd', 'rl', 'internalize')
+  for field, size in (('eval_slates', 256), ('eval_batch_size', 32))
 }
 LONG_TEST_SIZES = {'prompt.history': 12}
 

@@ -19,7 +19,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -210,6 +210,19 @@ def told(value: bool) -> bool:
   if size() == 1:
     return value
   return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def led(make: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
+  """What process 0 makes, on all of them; the others make nothing.
+
+  Args:
+    make: what only one of them may do, such as asking somebody.
+    like: an array of the same shape and type.
+  """
+  if size() == 1:
+    return make()
+  made = make() if leads() else like
+  return np.asarray(multihost_utils.broadcast_one_to_all(made))
 
 
 def agree(what: str, value: int) -> None:

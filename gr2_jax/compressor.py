@@ -6,7 +6,8 @@ frozen ranker in place of the whole, and paid (Eq. 10-11):
 
   r = (a r_comp + (1 - a) r_judge) l
 
-All of it is one compiled function, from the prompt to the advantage. A context
+All of it is one compiled function, from the prompt to the advantage, unless a
+judge in words is asked in the ranker's place (`compressor_judge`). A context
 that cannot be compressed, or of which nothing valid was written, stays whole.
 
 Axes: P prompts, G compressions of each, S prompt tokens, T compression tokens,
@@ -14,8 +15,9 @@ K candidates.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ import numpy as np
 
 from gr2_jax import (
   cluster,
+  compressor_judge,
   grammars,
   policy,
   policy_gradient,
@@ -31,20 +34,7 @@ from gr2_jax import (
   sharding,
 )
 from gr2_jax.data import batches, compressions, prompts, vocabulary
-from gr2_jax.models import transformer
 from gr2_jax.ops import advantages, compression, masking
-
-
-class Judgement(NamedTuple):
-  """What compressions are worth; arrays [P, G]."""
-
-  verdict: jax.Array  # int32, of `compression.VERDICTS`
-  kept: jax.Array  # float32, share of the context's tokens
-  preservation: jax.Array  # float32, share of the history's evidence
-  solvable: jax.Array  # bool, the ranker still finds a positive
-  ranking: jax.Array  # float32, NDCG of the ranker's read-out
-  judge: jax.Array  # float32, r_judge, of preservation and ranking
-  reward: jax.Array  # float32, Eq. 10
 
 
 def of(setup: policy.Setup, slack: int) -> policy.Setup:
@@ -117,7 +107,10 @@ def context_tokens(prompter: prompts.Prompter, ids: np.ndarray) -> int:
 
 
 def requests(
-  prompter: prompts.Prompter, keeps: tuple[float, ...], order: str
+  prompter: prompts.Prompter,
+  keeps: tuple[float, ...],
+  order: str,
+  remote: bool = False,
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Rendering for the compressor: whole contexts, and how much is to be left.
 
@@ -125,6 +118,7 @@ def requests(
     prompter: of the data set.
     keeps: shares of the tokens, one drawn for each prompt.
     order: in which candidates are shown, of `prompts.ORDERS`.
+    remote: whether a judge in words is to read of the slates.
 
   Returns:
     `(slate, rng) -> dict`, the fields of `batches.requests` and `budget` and
@@ -142,6 +136,7 @@ def requests(
       'prompt_length': np.int32(len(ids)),
       'budget': np.int32(keep * whole),
       'whole': np.int32(whole),
+      **(compressor_judge.told(slate) if remote else {}),
     }
 
   return render
@@ -156,94 +151,22 @@ def facts(
   )
 
 
-def make_judge(setup: policy.Setup, stage) -> Callable[..., Judgement]:
-  """How compressions are judged, by a ranker that reads them.
-
-  Args:
-    setup: of `of`.
-    stage: slack, judge_k, judge_top, ellipsis_cost, compression_weight.
-
-  Returns:
-    `(ranker's parameters, rows, rollouts) -> Judgement`; pure.
-  """
-  marks = symbols(setup.vocabulary)
-  before = jnp.array([*setup.prompter.opening, marks.history], jnp.int32)
-
-  def read(params, rows, rollouts: sampling.Rollouts) -> jax.Array:
-    """The ranker's scores [P, G, K]."""
-    P, G, T = rollouts.tokens.shape
-    K = setup.prompter.num_candidates
-    tokens = rollouts.tokens.reshape(P * G, T)
-    opening = jnp.broadcast_to(before, (P * G, len(before)))
-    prompt = jnp.concatenate([opening, tokens], axis=1)
-    slot = marks.slot_base + jnp.arange(K)
-    places = jnp.argmax(tokens[:, None] == slot[:, None], axis=-1)
-    hidden, _ = transformer.encode_prompt(
-      setup.model,
-      params,
-      prompt,
-      rollouts.length.reshape(-1) + len(before),
-    )
-    scores = transformer.slot_scores(params, hidden, places + len(before))
-    return scores.reshape(P, G, K)
-
-  def judge(params, rows, rollouts: sampling.Rollouts) -> Judgement:
-    tokens, length = rollouts.tokens, rollouts.length
-    source = rows['prompt'], rows['prompt_length']
-    verdict = compression.verify(
-      tokens, length, *source, rows['count'], rows['budget'], marks,
-      2 * stage.slack,
-    )  # fmt: skip
-    preserved = compression.preservation(
-      source[0],
-      compression.source_segments(*source, marks) == 0,
-      tokens,
-      compression.segments(tokens, length, marks) == 0,
-    )
-    judged = compression.judge(
-      read(params, rows, rollouts),
-      rows['grades'],
-      rows['count'],
-      preserved,
-      k=stage.judge_k,
-      top=stage.judge_top,
-    )
-    saved = compression.compression_reward(length, rows['whole'])
-    reward = compression.reward(
-      verdict,
-      saved,
-      judged.total,
-      compression.ellipsis_factor(tokens, length, marks, stage.ellipsis_cost),
-      stage.compression_weight,
-    )
-    return Judgement(
-      verdict=verdict,
-      kept=1 - saved,
-      preservation=preserved,
-      solvable=judged.solvable,
-      ranking=judged.ranking,
-      judge=judged.total,
-      reward=reward,
-    )
-
-  return judge
-
-
-def make_act(setup: policy.Setup, config: sampling.SamplingConfig, stage):
-  """Compiles `(params, rows, key) -> (PolicyBatch, watches)` of a judge.
+def make_draw(
+  setup: policy.Setup, config: sampling.SamplingConfig, stage
+) -> Callable[..., compressor_judge.Drawn]:
+  """How compressions are sampled and verified.
 
   Args:
     setup: of `of`.
     config: how to roll out.
-    stage: section `compress`.
+    stage: slack, ellipsis_cost.
 
   Returns:
-    `(ranker's parameters, params, rows, key) -> (PolicyBatch, watches)`.
+    `(params, rows, key) -> Drawn`; pure.
   """
-  judge = make_judge(setup, stage)
+  marks = symbols(setup.vocabulary)
 
-  @jax.jit
-  def act(ranker: Any, params: Any, rows: dict[str, jax.Array], key: jax.Array):
+  def draw(params, rows, key) -> compressor_judge.Drawn:
     source = facts(setup.grammar, rows)
     rollouts = sampling.sample(
       setup.model,
@@ -255,12 +178,118 @@ def make_act(setup: policy.Setup, config: sampling.SamplingConfig, stage):
       setup.grammar,
       config,
     )
-    judged = judge(ranker, rows, rollouts)
+    tokens, length = rollouts.tokens, rollouts.length
+    shown = rows['prompt'], rows['prompt_length']
+    return compressor_judge.Drawn(
+      source=source,
+      rollouts=rollouts,
+      verdict=compression.verify(
+        tokens, length, *shown, rows['count'], rows['budget'], marks,
+        2 * stage.slack,
+      ),
+      saved=compression.compression_reward(length, rows['whole']),
+      preservation=compression.preservation(
+        shown[0],
+        compression.source_segments(*shown, marks) == 0,
+        tokens,
+        compression.segments(tokens, length, marks) == 0,
+      ),
+      ellipsis=compression.ellipsis_factor(
+        tokens, length, marks, stage.ellipsis_cost
+      ),
+    )  # fmt: skip
+
+  return draw
+
+
+def make_judged(
+  setup: policy.Setup,
+  config: sampling.SamplingConfig,
+  stage,
+  ranker: Any,
+  remote: compressor_judge.Remote | None,
+  use: Callable[..., Any],
+) -> Callable[..., Any]:
+  """Compiles sampling, judging, and what is to become of it.
+
+  With a ranker as the judge this is one compiled function; with another, two,
+  and the host between them.
+
+  Args:
+    setup: of `of`.
+    config: how to roll out.
+    stage: section `compress`.
+    ranker: parameters of the ranker.
+    remote: who judges in its place, if any.
+    use: `(rows, Drawn, Judgement) -> result`; pure.
+
+  Returns:
+    `(params, rows, key) -> result`.
+  """
+  draw = make_draw(setup, config, stage)
+
+  def finish(rows, drawn: compressor_judge.Drawn, judged: compression.Judged):
+    return use(
+      rows, drawn, compressor_judge.pay(drawn, judged, stage.compression_weight)
+    )
+
+  if remote is None:
+    read = compressor_judge.make_ranker(setup, symbols(setup.vocabulary), stage)
+
+    @jax.jit
+    def whole(ranker, params, rows, key):
+      drawn = draw(params, rows, key)
+      judged = read(ranker, rows, drawn.rollouts, drawn.preservation)
+      return finish(rows, drawn, judged)
+
+    return functools.partial(whole, ranker)
+
+  @jax.jit
+  def begin(params, rows, key):
+    """Compressions, and which of them the best marks would earn anything."""
+    drawn = draw(params, rows, key)
+    best = jnp.ones_like(drawn.saved)
+    most = compression.reward(drawn.verdict, best, best, drawn.ellipsis, 0.0)
+    return drawn, most > 0
+
+  end = jax.jit(finish)
+
+  def in_turn(params, rows, key):
+    drawn, paid = begin(params, rows, key)
+    return end(rows, drawn, remote(rows, drawn.rollouts, paid))
+
+  return in_turn
+
+
+def make_act(
+  setup: policy.Setup,
+  config: sampling.SamplingConfig,
+  stage,
+  ranker: Any,
+  remote: compressor_judge.Remote | None = None,
+) -> Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, jax.Array]]]:
+  """Compiles rollouts and what they teach.
+
+  Args:
+    setup: of `of`.
+    config: how to roll out.
+    stage: section `compress`.
+    ranker: parameters of the ranker that judges.
+    remote: who judges in its place, if any.
+
+  Returns:
+    `(params, rows, key) -> (PolicyBatch, watches)`.
+  """
+
+  def learn(
+    rows, drawn: compressor_judge.Drawn, judged: compressor_judge.Judgement
+  ):
+    rollouts = drawn.rollouts
     flat = advantages.zero_variance(judged.reward)
     batch = policy_gradient.PolicyBatch(
       prompt=rows['prompt'],
       prompt_length=rows['prompt_length'],
-      facts=source,
+      facts=drawn.source,
       tokens=rollouts.tokens,
       length=rollouts.length,
       logp=rollouts.logp,
@@ -268,27 +297,14 @@ def make_act(setup: policy.Setup, config: sampling.SamplingConfig, stage):
       use=~flat,
     )
     written = masking.length_mask(rollouts.length, config.max_tokens)
-    watches = watch(judged) | {
+    watches = compressor_judge.watch(judged) | {
       'flat_groups': flat.mean(),
       'length': rollouts.length.mean(),
       'sampler_entropy': masking.masked_mean(rollouts.entropy, written),
     }
     return batch, watches
 
-  return act
-
-
-def watch(judged: Judgement) -> dict[str, jax.Array]:
-  """Means of a judgement, and the share of each verdict."""
-  means = {
-    name: getattr(judged, name).mean()
-    for name in Judgement._fields
-    if name != 'verdict'
-  }
-  return means | {
-    f'verdict/{name}': (judged.verdict == code).mean()
-    for code, name in enumerate(compression.VERDICTS)
-  }
+  return make_judged(setup, config, stage, ranker, remote, learn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,49 +323,51 @@ class Written:
   length: np.ndarray
   presented: np.ndarray
   count: np.ndarray
-  judged: Judgement
+  judged: compressor_judge.Judgement
 
 
 def make_write(
-  setup: policy.Setup, ranker: Any, config, stage, keep: float
+  setup: policy.Setup,
+  ranker: Any,
+  config,
+  stage,
+  keep: float,
+  remote: compressor_judge.Remote | None = None,
 ) -> Callable[..., Iterator[Written]]:
   """How slates are compressed greedily, a batch after another.
 
   Args:
     setup: of `of`.
-    ranker: parameters of the judge.
+    ranker: parameters of the ranker that judges.
     config: section prompt.
     stage: section `compress`.
     keep: share of the tokens.
+    remote: who judges in the ranker's place, if any.
 
   Returns:
     `(params, slates, seed, desc) -> iterator of Written`; the presentation is a
     function of (seed, index), and an empty `desc` shows no progress.
   """
-  render = requests(setup.prompter, (keep,), config.prompt.order)
+  render = requests(
+    setup.prompter, (keep,), config.prompt.order, remote is not None
+  )
   greedy = sampler(setup, keep, constrained=stage.constrained)
-  judge = make_judge(setup, stage)
 
-  @jax.jit
-  def answer(params, ranker, rows):
-    rollouts = sampling.sample(
-      setup.model,
-      params,
-      rows['prompt'],
-      rows['prompt_length'],
-      facts(setup.grammar, rows),
-      jax.random.key(0),
-      setup.grammar,
-      greedy,
-    )
-    judged = judge(ranker, rows, rollouts)
+  def tell(
+    rows, drawn: compressor_judge.Drawn, judged: compressor_judge.Judgement
+  ):
+    del rows
+    rollouts = drawn.rollouts
     return {
       'tokens': rollouts.tokens,
       'length': rollouts.length,
       **judged._asdict(),
     }
 
+  answer = make_judged(setup, greedy, stage, ranker, remote, tell)
+
   def write(params, slates, seed: int, desc: str = '') -> Iterator[Written]:
+    key = jax.random.key(0)  # The greedy draw nothing.
     with (
       reporting.progress(
         len(slates), desc or 'compress', unit='slate', quiet=not desc
@@ -360,7 +378,7 @@ def make_write(
         slates, render, stage.eval_batch_size, seed
       ):
         rows = sharding.shard_batch(batch, setup.mesh)
-        found = cluster.fetch(answer(params, ranker, rows))
+        found = cluster.fetch(answer(params, rows, key))
         found = {name: x[:n, 0] for name, x in found.items()}
         bar.update(n)
         yield Written(
@@ -368,7 +386,7 @@ def make_write(
           length=found.pop('length'),
           presented=batch['incoming'][:n],
           count=batch['count'][:n],
-          judged=Judgement(**found),
+          judged=compressor_judge.Judgement(**found),
         )
 
   return write

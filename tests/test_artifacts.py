@@ -18,17 +18,21 @@ from gr2_jax import artifacts, stages
 
 def _config(**changes):
   sections = 'data tokenizer prompt model mesh midtrain traces sft opd rl'
-  sections += ' internalize baselines evaluate rerank export study_hacking'
+  sections += ' compress internalize baselines evaluate rerank export'
   config = ConfigDict({name: {'x': 1} for name in sections.split()})
   config.seed, config.seeds = 0, (0, 1)
   config.opd.start, config.rl.start = 'sft', 'opd'
   config.internalize.start = config.export.start = config.rerank.start = 'rl'
+  config.compress.start = 'rl'
+  for stage in (config.opd, config.rl, config.internalize):
+    stage.context = 'full'
   config.update_from_flattened_dict(changes)
   return config
 
 
-AFTER_RL = ('evaluate', 'rerank', 'export', 'internalize')
+AFTER_RL = ('evaluate', 'rerank', 'export', 'internalize', 'compress')
 STUDIES = {
+  'study_compress',
   'study_distill',
   'study_hacking',
   'study_internalize',
@@ -45,7 +49,7 @@ def _fingerprints(config):
     for a in artifact.inputs.values():
       visit(a)
 
-  for last in ('evaluate', 'rerank', 'export', 'internalize'):
+  for last in AFTER_RL:
     visit(artifacts.plan(config, last))
   return found
 
@@ -73,6 +77,7 @@ def test_every_stage_is_reached_and_seeded_ones_once_per_seed():
     ('evaluate.x', {'evaluate'}),
     ('rerank.x', {'rerank'}),
     ('export.x', {'export'}),
+    ('compress.x', {'compress'}),
     ('baselines.x', {'baselines', 'evaluate'}),
     ('traces.x', {'traces', 'sft', 'opd', 'rl', *AFTER_RL}),
     ('opd.x', {'opd', 'rl', *AFTER_RL}),
@@ -106,6 +111,21 @@ def test_a_field_names_the_stage_to_start_from(start):
   plan = artifacts.plan(_config(**{'rl.start': start}), 'rl')
   assert set(plan.inputs) == {'slates', 'tokenizer', 'backbone', start}
   assert plan.inputs[start].stage == start
+
+
+def test_a_stage_needs_the_compressor_where_it_reads_what_that_writes():
+  changes = {'compress.start': 'sft', 'rl.context': 'text', 'compress.x': 7}
+  plan = artifacts.plan(_config(**changes), 'rl')
+  assert plan.inputs['compress'].stage == 'compress'
+  assert plan.inputs['compress'].inputs['sft'].stage == 'sft'
+  inputs = artifacts.plan(_config(**changes), 'evaluate').inputs
+  assert {'compress@0', 'compress@1'} <= set(inputs)
+  for context in ('full', 'last:5', 'memory:4'):
+    config = _config(**changes | {'rl.context': context})
+    assert 'compress' not in artifacts.plan(config, 'rl').inputs
+  config = _config(**changes | {'rl.context': 'half'})
+  with pytest.raises(ValueError, match="context 'half'"):
+    artifacts.plan(config, 'rl')
 
 
 def test_a_stage_that_nothing_can_start_from_is_named():

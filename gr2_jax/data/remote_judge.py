@@ -39,12 +39,12 @@ identifiers: 0.5"""
 
 _ASK_COMPRESSION = """\
 You judge how much a short form of a text keeps. The full text has a user's \
-history and candidates, a line an item: title, category path, year, and behind \
-these symbols such as <a3>, a part of the item's code whose first letter is the \
-broadest, or <popularity=7>, evidence from low to high numbers. The short form \
-has the same two blocks, of each line only some words and symbols. In it [h2] \
-or [3] inside a line stands for the whole code of that item. Judge three \
-things:
+history and candidates, a line an item: title, category path, year, and \
+behind these symbols such as <a3>, a part of the item's code whose first \
+letter is the broadest, or <popularity=7>, evidence from low to high numbers. \
+The short form has the same two blocks, of each line only some words and \
+symbols. In it [h2] or [3] inside a line stands for the whole code of that \
+item. Judge three things:
 preservation: from 0 to 1, the share of what matters in the history (tastes, \
 their change, recent items) that the short form still tells
 ranking: from 0 to 1, how well who reads the short form alone could put the \

@@ -10,6 +10,7 @@ like have later stages read them.
 Axes: n slates.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -23,15 +24,24 @@ from gr2_jax import (
   artifacts,
   cluster,
   compressor,
+  compressor_judge,
   distillation,
   learner,
   policy,
   ranker,
   sharding,
 )
-from gr2_jax.data import batches, compressions, extracts, records
+from gr2_jax.data import (
+  batches,
+  compressions,
+  dialogue,
+  endpoint,
+  extracts,
+  records,
+  remote_judge,
+)
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.stages import on_policy, training
+from gr2_jax.stages import on_policy, remote, training
 
 IMITATION = 'imitation'
 JUDGED = 'judged.npz'
@@ -50,18 +60,77 @@ def run(
 
   Returns:
     The chosen step and its validation numbers; per split what was written and
-    what stayed whole; `longest`, tokens of the longest context; and how well
-    preservation and the judge's numbers go with the ranking downstream.
+    what stayed whole; `longest`, tokens of the longest context; how well
+    preservation and the judge's numbers go with the ranking downstream; and of
+    a judge behind an endpoint, tokens and cost.
 
   Raises:
-    ValueError: a share of tokens that cannot be.
+    ValueError: a judge or a share of tokens that cannot be.
+    endpoint.EndpointError: the endpoint cannot be used.
+    ledger.OverLimit: the next request might exceed the limit on tokens.
+  """
+  check(config.compress)
+  reader = policy.load(config, inputs)
+  with judge_in_words(config, reader, workdir) as (judge, spent):
+    return _run(config, inputs, workdir, reader, judge) | spent()
+
+
+@contextlib.contextmanager
+def judge_in_words(config, reader: policy.Setup, workdir: pathlib.Path):
+  """The judge behind an endpoint, while it is needed.
+
+  Args:
+    config: sections prompt, compress; seed.
+    reader: the ranker's setup.
+    workdir: of this stage; the answers are kept beside it.
+
+  Yields:
+    A `compressor_judge.Remote`, None where the ranker judges; and a function
+    whose result says under `asked` what was asked for so far, in this run and
+    in those before it with the same judge and seed.
   """
   stage = config.compress
-  check(stage)
-  reader = policy.load(config, inputs)
+  if stage.judge != 'remote':
+    yield None, dict
+    return
+  words = dialogue.Dialogue(
+    prompter=reader.prompter,
+    catalog=reader.catalog,
+    system=config.prompt.system,
+    words=0,
+    knowledge=False,
+  )
+  if not cluster.leads():  # Process 0 asks.
+    yield compressor_judge.Remote(words, reader.mesh, None), dict
+    return
+  settings = remote.settings('compress', stage, temperature=0.0)
+  who = [config.seed, 'compress', stage.endpoint, stage.model]
+  with (
+    remote.book('compress', stage, workdir, who) as book,
+    endpoint.Endpoint(settings, book) as model,
+  ):
+    ask = remote_judge.Judge(remote_judge.COMPRESSION, model)
+    yield (
+      compressor_judge.Remote(words, reader.mesh, ask),
+      lambda: {'asked': remote.spent(stage, book.usage())},
+    )
+
+
+def _run(
+  config,
+  inputs: dict[str, pathlib.Path],
+  workdir: pathlib.Path,
+  reader: policy.Setup,
+  judge: compressor_judge.Remote | None,
+) -> dict[str, Any]:
+  """See `run`."""
+  stage = config.compress
   setup = compressor.of(reader, stage.slack)
   ranks = reader.load_params(inputs[stage.start])
-  write = compressor.make_write(setup, ranks, config, stage, stage.keep)
+  make_write = functools.partial(
+    compressor.make_write, setup, ranks, config, stage, stage.keep
+  )
+  write = make_write(judge)
   validate = validator(stage, setup, write)
 
   # Imitation.
@@ -86,21 +155,26 @@ def run(
     workdir,
     setup,
     render=compressor.requests(
-      setup.prompter, tuple(stage.keeps), config.prompt.order
+      setup.prompter,
+      tuple(stage.keeps),
+      config.prompt.order,
+      remote=judge is not None,
     ),
     sampler=sample,
-    act=functools.partial(compressor.make_act(setup, sample, stage), ranks),
+    act=compressor.make_act(setup, sample, stage, ranks, judge),
     validate=validate,
     start=imitation,
     teacher=distillation.itself(setup, start) if stage.kl_weight else None,
   )
 
-  # Write.
+  # Write. What a judge in words says is asked for where `_honesty` reads it.
   params = setup.load_params(workdir)
+  unasked = make_write() if judge else write
   splits = {}
   for split in ('train', 'validation', 'test'):
+    own = write if split == 'validation' else unasked
     splits[split] = _write(
-      config, workdir, split, reader, functools.partial(write, params)
+      config, workdir, split, reader, functools.partial(own, params)
     )
     logging.info('compress: %s: %s', split, json.dumps(splits[split]))
   longest = max(found['longest'] for found in splits.values())
@@ -113,6 +187,11 @@ def run(
 
 def check(stage) -> None:
   """Raises a ValueError that names the field of `compress` that cannot be."""
+  if stage.judge not in compressor_judge.JUDGES:
+    raise ValueError(
+      f'compress.judge is {stage.judge!r}; it must be one of '
+      f'{compressor_judge.JUDGES}'
+    )
   for keep in (stage.keep, *stage.keeps):
     if not 0 < keep <= 1:
       raise ValueError(
@@ -200,7 +279,7 @@ def validator(stage, setup: policy.Setup, write):
     write: of `compressor.make_write`.
 
   Returns:
-    `params -> {name: mean}` of `compressor.watch`.
+    `params -> {name: mean}` of `compressor_judge.watch`.
   """
   source = setup.source('validation')
   chosen = np.random.default_rng(0).permutation(len(source))
@@ -208,13 +287,15 @@ def validator(stage, setup: policy.Setup, write):
 
   def validate(params) -> dict[str, float]:
     judged = _joined([part.judged for part in write(params, few, 0)])
-    return {k: float(v) for k, v in compressor.watch(judged).items()}
+    return {k: float(v) for k, v in compressor_judge.watch(judged).items()}
 
   return validate
 
 
-def _joined(parts: list[compressor.Judgement]) -> compressor.Judgement:
-  return compressor.Judgement(
+def _joined(
+  parts: list[compressor_judge.Judgement],
+) -> compressor_judge.Judgement:
+  return compressor_judge.Judgement(
     *(np.concatenate(x) for x in zip(*parts, strict=True))
   )
 
@@ -241,7 +322,7 @@ def _write(
   slates, most = reader.source(split), config.compress.train_slates
   if split == 'train' and most:
     slates = ranker.Chosen(slates, np.arange(min(most, len(slates))))
-  judged: list[compressor.Judgement] = []
+  judged: list[compressor_judge.Judgement] = []
 
   def noting():
     for part in write(slates, config.seed, f'compress {split}'):

@@ -134,6 +134,9 @@ def test_the_teacher_of_another_shape_is_restored_with_its_own(
     (dict(view='readout', kl_kind='k3'), 'opd.kl_kind.*reverse, forward'),
     (dict(view='thinking', thinking=False, kl_kind='k9'), 'opd.kl_kind.*k1'),
     (dict(kl_weight=0.0), 'opd.kl_weight'),
+    (dict(view='whole'), 'opd.context, such as memory:16'),
+    (dict(context='last'), "context 'last', part 'last'"),
+    (dict(context='memory:9'), 'prompt.num_memory=4'),
     (dict(refill_size=3), 'opd.refill_size=3 does not divide opd.batch_size'),
   ],
 )

@@ -1,0 +1,230 @@
+"""Who judges compressions: a frozen ranker, or a model behind an endpoint.
+
+Both say whether a slate is still solvable, how well it is still ranked, and
+what that comes to, r_judge, from preservation p and ranking q:
+
+  0.2 p + 0.8 q where it is solvable, else 0.8 p + 0.2 q
+
+The ranker reads a compression in place of the whole and is held to the labels,
+on the device. The other reads it in words beside the whole, on the host, and
+is told no label: p, q and solvable are its opinions.
+
+Axes: P prompts, G compressions of each, T compression tokens, K candidates.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gr2_jax import cluster, grammars, policy, sampling, sharding
+from gr2_jax.data import dialogue as dialogue_lib
+from gr2_jax.data import remote_judge
+from gr2_jax.models import transformer
+from gr2_jax.ops import compression
+
+JUDGES = ('ranker', 'remote')
+
+# What of a slate's record goes with a prompt that is judged in words.
+_TOLD = (
+  'history',
+  'history_length',
+  'history_grades',
+  'history_ages',
+  'candidates',
+  'evidence',
+)
+_PREFIX = 'slate/'
+
+
+class Drawn(NamedTuple):
+  """Compressions that were sampled, and what is verified of them: [P, G]."""
+
+  source: grammars.Source
+  rollouts: sampling.Rollouts
+  verdict: jax.Array  # int32, of `compression.VERDICTS`
+  saved: jax.Array  # float32, r_comp
+  preservation: jax.Array  # float32, share of the history's evidence
+  ellipsis: jax.Array  # float32, l
+
+
+class Judgement(NamedTuple):
+  """What compressions are worth; arrays [P, G]."""
+
+  verdict: jax.Array  # int32, of `compression.VERDICTS`
+  kept: jax.Array  # float32, share of the context's tokens
+  preservation: jax.Array  # float32, share of the history's evidence
+  solvable: jax.Array  # bool, the ranker still finds a positive, or as told
+  ranking: jax.Array  # float32, NDCG of the ranker's read-out, or as told
+  judge: jax.Array  # float32, r_judge
+  judge_failed: jax.Array  # bool, no mark could be had; `judge` is 0
+  reward: jax.Array  # float32, Eq. 10
+
+
+def pay(drawn: Drawn, judged: compression.Judged, weight: float) -> Judgement:
+  """What compressions are worth, by what a judge says; pure.
+
+  Args:
+    drawn: compressions.
+    judged: of them; a total of NaN is none, and counts as 0.
+    weight: a of Eq. 10.
+  """
+  failed = jnp.isnan(judged.total)
+  total = jnp.where(failed, 0.0, judged.total)
+  return Judgement(
+    verdict=drawn.verdict,
+    kept=1 - drawn.saved,
+    preservation=drawn.preservation,
+    solvable=judged.solvable,
+    ranking=judged.ranking,
+    judge=total,
+    judge_failed=failed,
+    reward=compression.reward(
+      drawn.verdict, drawn.saved, total, drawn.ellipsis, weight
+    ),
+  )
+
+
+def watch(judged: Judgement) -> dict[str, jax.Array]:
+  """Means of a judgement, and the share of each verdict."""
+  means = {
+    name: getattr(judged, name).mean()
+    for name in Judgement._fields
+    if name != 'verdict'
+  }
+  return means | {
+    f'verdict/{name}': (judged.verdict == code).mean()
+    for code, name in enumerate(compression.VERDICTS)
+  }
+
+
+def make_ranker(
+  setup: policy.Setup, marks: compression.Symbols, stage
+) -> Callable[..., compression.Judged]:
+  """How a ranker judges what it reads.
+
+  Args:
+    setup: of `compressor.of`.
+    marks: of `compressor.symbols`.
+    stage: judge_k, judge_top.
+
+  Returns:
+    `(ranker's parameters, rows, rollouts, preservation) -> Judged`; pure.
+  """
+  before = jnp.array([*setup.prompter.opening, marks.history], jnp.int32)
+
+  def read(params, rollouts: sampling.Rollouts) -> jax.Array:
+    """The ranker's scores [P, G, K]."""
+    P, G, T = rollouts.tokens.shape
+    K = setup.prompter.num_candidates
+    tokens = rollouts.tokens.reshape(P * G, T)
+    opening = jnp.broadcast_to(before, (P * G, len(before)))
+    prompt = jnp.concatenate([opening, tokens], axis=1)
+    slot = marks.slot_base + jnp.arange(K)
+    places = jnp.argmax(tokens[:, None] == slot[:, None], axis=-1)
+    hidden, _ = transformer.encode_prompt(
+      setup.model,
+      params,
+      prompt,
+      rollouts.length.reshape(-1) + len(before),
+    )
+    scores = transformer.slot_scores(params, hidden, places + len(before))
+    return scores.reshape(P, G, K)
+
+  def judge(params, rows, rollouts, preservation) -> compression.Judged:
+    return compression.judge(
+      read(params, rollouts),
+      rows['grades'],
+      rows['count'],
+      preservation,
+      k=stage.judge_k,
+      top=stage.judge_top,
+    )
+
+  return judge
+
+
+def told(slate: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Fields of a prompt's row that `Remote` needs; no label is among them."""
+  return {_PREFIX + name: slate[name] for name in _TOLD}
+
+
+class Remote:
+  """A judge in words.
+
+  Args:
+    dialogue: of the ranker's prompts.
+    mesh: of the policy.
+    ask: texts to marks [n, 3], a `remote_judge.Judge` of COMPRESSION; only the
+      first process calls it, others may have None.
+  """
+
+  def __init__(
+    self,
+    dialogue: dialogue_lib.Dialogue,
+    mesh: jax.sharding.Mesh,
+    ask: Callable[[Iterable[str]], np.ndarray] | None,
+  ):
+    self._dialogue, self._mesh, self._ask = dialogue, mesh, ask
+
+  def __call__(
+    self, rows: dict[str, Any], rollouts: sampling.Rollouts, paid: Any
+  ) -> compression.Judged:
+    """Judges compressions on the host; all processes call this.
+
+    Args:
+      rows: of prompts, with the fields of `told`.
+      rollouts: of these.
+      paid: bool [P, G], which may earn anything. It is not asked about others;
+        their marks are 0.
+
+    Returns:
+      Judged of [P, G], on the mesh; `total` is NaN where there is no mark.
+    """
+    names = ('incoming', 'count', *(_PREFIX + name for name in _TOLD))
+    host = cluster.fetch(
+      {name: rows[name] for name in names}
+      | {'tokens': rollouts.tokens, 'length': rollouts.length, 'paid': paid}
+    )
+    empty = np.zeros((*host['paid'].shape, 3), np.float32)
+    marks = cluster.led(lambda: self._marks(host, empty), empty)
+    return sharding.shard_batch(judged(marks), self._mesh)
+
+  def _marks(self, host: dict[str, np.ndarray], empty: np.ndarray):
+    """float32 [P, G, 3]; NaN where there is none."""
+    places = np.argwhere(host['paid'])
+    marks = empty.copy()
+    marks[tuple(places.T)] = self._ask(
+      self._case(host, p, g).shown(self._dialogue) for p, g in places
+    )
+    return marks
+
+  def _case(self, host, p: int, g: int) -> remote_judge.Compression:
+    slate = {name: host[_PREFIX + name][p] for name in _TOLD}
+    count = host['count'][p]
+    return remote_judge.Compression(
+      slate=slate | {'count': count},
+      order=host['incoming'][p, :count],
+      tokens=host['tokens'][p, g, : host['length'][p, g]],
+    )
+
+
+def judged(marks: np.ndarray) -> compression.Judged:
+  """What marks come to.
+
+  Args:
+    marks: float32 [P, G, 3]: preservation, ranking, solvable; rows of NaN
+      where there are none.
+
+  Returns:
+    Judged of [P, G]; where there are none not solvable, a ranking of 0 and a
+    total of NaN.
+  """
+  preservation, ranking, solvable = np.moveaxis(marks, -1, 0)
+  weight = np.where(solvable > 0, 0.8, 0.2)
+  total = (1 - weight) * preservation + weight * ranking
+  return compression.Judged(
+    solvable > 0, np.nan_to_num(ranking), total.astype(np.float32)
+  )

@@ -1,0 +1,405 @@
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gr2_jax import (
+  adapters,
+  compressor,
+  compressor_judge,
+  policy,
+  sampling,
+)
+from gr2_jax.data import dialogue, endpoint, ledger, remote_judge
+from gr2_jax.models import transformer
+from gr2_jax.ops import advantages, compression
+from gr2_jax.stages import compress
+
+from . import chat_server, tiny, tiny_data, tiny_world
+from .chat_server import Answer, completion
+
+P, G = 4, 3
+UNREADABLE = 4  # one text in so many gets no readable answer
+
+
+@pytest.fixture(scope='module')
+def reader(tmp_path_factory):
+  """A ranker's setup of the catalog of twelve items."""
+  prompter = tiny_data.prompter(
+    tmp_path_factory.mktemp('judge'), history_fields=('sid', 'title', 'grade')
+  )
+  return policy.Setup(
+    catalog=tiny_data.catalog(),
+    prompter=prompter,
+    grammar=None,
+    model=transformer.TransformerConfig(
+      vocab_size=len(prompter.vocabulary),
+      d_model=16,
+      num_layers=1,
+      num_heads=2,
+      num_kv_heads=2,
+      head_dim=8,
+      d_ff=24,
+    ),
+    mesh=tiny.one_device(),
+    adapters=adapters.Adapters(),
+  )
+
+
+def config(**changes):
+  return tiny_world.config(
+    **{'compress__eval_batch_size': P}
+    | {f'compress__{name}': value for name, value in changes.items()}
+  )
+
+
+@pytest.fixture(scope='module')
+def world_(reader):
+  """Setup, parameters of ranker and policy, sampler, rows."""
+  stage = config().compress
+  setup = compressor.of(reader, stage.slack)
+  sampler = compressor.sampler(setup, 0.5, group=G, temperature=1.0)
+  render = compressor.requests(setup.prompter, (0.4, 0.5), 'shuffled', True)
+  made = [
+    render(tiny_data.slate(seed, 3 + seed % 3), np.random.default_rng(seed))
+    for seed in range(P)
+  ]
+  rows = {name: jnp.stack([row[name] for row in made]) for name in made[0]}
+  parameters = [tiny.params(setup.model, seed) for seed in (0, 1)]
+  return setup, *parameters, sampler, rows
+
+
+def marks(text):
+  """What the fake judge thinks of a text; None where it cannot say."""
+  number = zlib.crc32(text.encode())
+  if number % UNREADABLE == 0:
+    return None
+  return [number % 7 / 8, number // 7 % 5 / 4, number // 35 % 2]
+
+
+def answer(body, number=0):
+  del number
+  found = marks(body['messages'][1]['content'])
+  if found is None:
+    return Answer(completion('I cannot say.'))
+  axes = remote_judge.COMPRESSION.axes
+  said = [f'{axis}: {mark}' for axis, mark in zip(axes, found, strict=True)]
+  return Answer(completion('\n'.join(said)))
+
+
+def remote(server, **changes):
+  """Fields of `compress` for a judge at a server."""
+  fields = dict(
+    judge='remote', endpoint=server.url, model='m', answer_tokens=50, retries=0
+  )
+  return fields | changes
+
+
+def texts(setup, rows, rollouts):
+  """What a judge is to be shown of each compression: [P][G]."""
+  words = dialogue.Dialogue(
+    setup.prompter, setup.catalog, 'An analyst.', 9, False
+  )
+  found = []
+  for p in range(P):
+    slate, count = tiny_data.slate(p, 3 + p % 3), int(rows['count'][p])
+    order = np.asarray(rows['incoming'][p, :count])
+    ends = np.asarray(rollouts.length[p])
+    ids = [np.asarray(rollouts.tokens[p, g, : ends[g]]) for g in range(G)]
+    cases = [remote_judge.Compression(slate, order, own) for own in ids]
+    found.append([case.shown(words) for case in cases])
+  return found
+
+
+def wanted(setup, stage, rows, drawn):
+  """Rewards by the marks of `marks`, and where there are none."""
+  told = [
+    [marks(text) for text in own] for own in texts(setup, rows, drawn.rollouts)
+  ]
+  failed = np.array([[one is None for one in own] for own in told])
+  p, q, solvable = np.moveaxis(
+    np.array([[one or [0, 0, 0] for one in own] for own in told]), -1, 0
+  )
+  total = np.where(solvable, 0.2 * p + 0.8 * q, 0.8 * p + 0.2 * q)
+  rewards = compression.reward(
+    drawn.verdict,
+    drawn.saved,
+    jnp.asarray(total, jnp.float32),
+    drawn.ellipsis,
+    stage.compression_weight,
+  )
+  return np.asarray(rewards), failed, q
+
+
+def everything(rows, drawn, judged):
+  del rows
+  return drawn, judged
+
+
+def test_rewards_are_those_of_the_marks(reader, world_, tmp_path):
+  setup, ranker, params, sampler, rows = world_
+  with chat_server.serve(answer) as server:
+    own = config(**remote(server))
+    with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, spent):
+      act = compressor.make_judged(
+        setup, sampler, own.compress, ranker, judge, everything
+      )
+      drawn, judged = act(params, rows, jax.random.key(0))
+      asked = spent()['asked']
+  assert (drawn.verdict == compression.VALID).all()
+  rewards, failed, quality = wanted(setup, own.compress, rows, drawn)
+  assert 0 < failed.sum() < P * G
+  np.testing.assert_allclose(judged.reward, rewards, atol=1e-6)
+  np.testing.assert_array_equal(judged.judge_failed, failed)
+  np.testing.assert_allclose(judged.ranking, quality, atol=1e-6)
+  np.testing.assert_array_equal(judged.judge[failed], 0)
+  np.testing.assert_array_equal(judged.preservation, drawn.preservation)
+  shown = {x for own in texts(setup, rows, drawn.rollouts) for x in own}
+  unread = sum(marks(text) is None for text in shown)
+  assert asked['answers'] == len(server.requests) == len(shown) + unread
+  watches = compressor_judge.watch(judged)
+  np.testing.assert_allclose(watches['judge_failed'], failed.mean())
+
+
+def test_what_is_learned_is_the_advantage_of_the_marks(
+  reader, world_, tmp_path
+):
+  setup, ranker, params, sampler, rows = world_
+  key = jax.random.key(0)
+  with chat_server.serve(answer) as server:
+    own = config(**remote(server))
+    with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
+      act = compressor.make_act(setup, sampler, own.compress, ranker, judge)
+      batch, watches = act(params, rows, key)
+      before = len(server.requests)
+      again, _ = act(params, rows, key)
+  assert len(server.requests) == before  # It has said so.
+  tiny.assert_trees_equal(again, batch)
+  drawn = jax.jit(compressor.make_draw(setup, sampler, own.compress))(
+    params, rows, key
+  )
+  rewards, failed, _ = wanted(setup, own.compress, rows, drawn)
+  np.testing.assert_array_equal(batch.tokens, drawn.rollouts.tokens)
+  np.testing.assert_allclose(
+    batch.advantage,
+    advantages.group_advantage(rewards, kind=own.compress.advantage),
+    atol=1e-4,
+  )
+  np.testing.assert_allclose(watches['reward'], rewards.mean(), atol=1e-6)
+  np.testing.assert_allclose(watches['judge_failed'], failed.mean())
+
+
+def test_of_what_earns_nothing_nobody_is_asked(reader, world_, tmp_path):
+  setup, ranker, params, _, rows = world_
+  free = compressor.sampler(
+    setup, 0.5, group=G, temperature=1.0, constrained=False
+  )
+  with chat_server.serve(answer) as server:
+    own = config(**remote(server))
+    with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
+      act = compressor.make_judged(
+        setup, free, own.compress, ranker, judge, everything
+      )
+      drawn, judged = act(params, rows, jax.random.key(0))
+  assert (drawn.verdict != compression.VALID).all()
+  assert not server.requests
+  for name in ('reward', 'judge', 'judge_failed', 'ranking', 'solvable'):
+    assert not getattr(judged, name).any()
+
+
+def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
+  setup, ranker, params, *_ = world_
+  slates = [tiny_data.slate(seed, 4) for seed in range(P + 1)]
+  with chat_server.serve(answer) as server:
+    own = config(**remote(server))
+    with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
+      parts, plain = (
+        list(
+          compressor.make_write(setup, ranker, own, own.compress, 0.5, who)(
+            params, slates, 0
+          )
+        )
+        for who in (judge, None)
+      )
+  assert [len(part.count) for part in parts] == [P, 1]
+  shown = {body['messages'][1]['content'] for body in server.requests}
+  assert len(shown) == P + 1
+  failed = sum(int(part.judged.judge_failed.sum()) for part in parts)
+  assert failed == sum(marks(text) is None for text in shown)
+  for part, other in zip(parts, plain, strict=True):
+    np.testing.assert_array_equal(part.tokens, other.tokens)
+    np.testing.assert_array_equal(part.judged.verdict, other.judged.verdict)
+    assert not other.judged.judge_failed.any()
+
+
+def test_a_ranker_judges_in_one_compiled_function(world_):
+  setup, ranker, params, sampler, rows = world_
+  stage, key = config().compress, jax.random.key(0)
+  act = compressor.make_act(setup, sampler, stage, ranker)
+  batch, watches = act(params, rows, key)
+  text = act.func.lower(*act.args, params, rows, key).as_text()
+  assert 'callback' not in text
+  assert len(re.findall('func.func public', text)) == 1
+
+  # The same, step by step.
+  marks_ = compressor.symbols(setup.vocabulary)
+  source = compressor.facts(setup.grammar, rows)
+  rollouts = jax.jit(sampling.sample, static_argnums=(0, 6, 7))(
+    setup.model, params, rows['prompt'], rows['prompt_length'], source, key,
+    setup.grammar, sampler,
+  )  # fmt: skip
+  np.testing.assert_array_equal(batch.tokens, rollouts.tokens)
+  tokens, length = rollouts.tokens, rollouts.length
+  shown = rows['prompt'], rows['prompt_length']
+  preserved = compression.preservation(
+    shown[0],
+    compression.source_segments(*shown, marks_) == 0,
+    tokens,
+    compression.segments(tokens, length, marks_) == 0,
+  )
+  judged = compression.judge(
+    _scores(setup, ranker, rows, rollouts),
+    rows['grades'],
+    rows['count'],
+    preserved,
+    k=stage.judge_k,
+    top=stage.judge_top,
+  )
+  rewards = compression.reward(
+    compression.verify(
+      tokens, length, *shown, rows['count'], rows['budget'], marks_,
+      2 * stage.slack,
+    ),
+    compression.compression_reward(length, rows['whole']),
+    judged.total,
+    compression.ellipsis_factor(tokens, length, marks_, stage.ellipsis_cost),
+    stage.compression_weight,
+  )  # fmt: skip
+  assert judged.solvable.any()
+  np.testing.assert_allclose(watches['reward'], rewards.mean(), atol=1e-5)
+  np.testing.assert_allclose(watches['judge'], judged.total.mean(), atol=1e-5)
+  np.testing.assert_allclose(
+    batch.advantage,
+    advantages.group_advantage(rewards, kind=stage.advantage),
+    atol=1e-3,
+  )
+  assert watches['judge_failed'] == 0
+
+
+def _scores(setup, ranker, rows, rollouts):
+  """The ranker's scores [P, G, K], one whole sequence after another."""
+  words, K = setup.vocabulary, setup.prompter.num_candidates
+  before = [*setup.prompter.opening, words.control['<history>']]
+  scores = np.zeros((P, G, K), np.float32)
+  for p in range(P):
+    for g in range(G):
+      ids = [*before, *rollouts.tokens[p, g, : rollouts.length[p, g]].tolist()]
+      places = [
+        ids.index(words.slot_base + k) for k in range(int(rows['count'][p]))
+      ]
+      hidden, _ = transformer.encode_prompt(
+        setup.model,
+        ranker,
+        jnp.array([ids]),
+        jnp.array([len(ids)]),
+      )
+      found = transformer.slot_scores(ranker, hidden, jnp.array([places]))
+      scores[p, g, : len(places)] = found[0]
+  return jnp.asarray(scores)
+
+
+def test_marks_come_to_what_the_ranker_would_be_paid():
+  given = np.array([[[0.75, 1, 1], [0.75, 0.5, 0], [np.nan] * 3]], np.float32)
+  found = compressor_judge.judged(given)
+  np.testing.assert_allclose(found.total, [[0.95, 0.7, np.nan]], rtol=1e-6)
+  assert found.solvable.tolist() == [[True, False, False]]
+  assert found.ranking.tolist() == [[1, 0.5, 0]]
+  # `compression.judge`, of scores that make the same of it.
+  scores = np.array([[[0.9, 0.2], [0.2, 0.9]]], np.float32)
+  other = compression.judge(
+    scores,
+    np.array([[2, 0]]),
+    np.array([2]),
+    given[:, :2, 0],
+    k=1,
+    top=1,
+  )
+  same = np.stack([given[:, :2, 0], other.ranking, other.solvable], -1)
+  np.testing.assert_allclose(
+    compressor_judge.judged(same).total, other.total, rtol=1e-6
+  )
+
+
+def test_what_was_asked_is_counted_over_runs_and_paid(reader, tmp_path):
+  good = Answer(completion('preservation: 1\nranking: 1\nsolvable: 1'))
+  with chat_server.serve(lambda *_: good) as server:
+    fields = remote(server, prompt_price=2.0, answer_price=10.0)
+    for run, name in enumerate(('one', 'two'), 1):
+      own = config(**fields, token_limit=10**6 + run)
+      workdir = tmp_path / name
+      with compress.judge_in_words(own, reader, workdir) as (judge, spent):
+        judge._ask(['a', 'b', f'of {name}'])
+        found = spent()['asked']
+      assert found == {
+        'model': 'm',
+        'answers': 2 + run,
+        'prompt_tokens': 30 * (2 + run),
+        'completion_tokens': 20 * (2 + run),
+        'cost': pytest.approx((2 + run) * (30 * 2 + 20 * 10) / 1e6),
+      }
+  assert len(server.requests) == 4
+  assert all(body['temperature'] == 0 for body in server.requests)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'error', 'message'),
+  [
+    ({}, endpoint.EndpointError, r'compress\.endpoint must be the base URL'),
+    (
+      {'endpoint': 'http://localhost:1/v1'},
+      endpoint.EndpointError,
+      r'compress\.model is empty',
+    ),
+    (
+      {
+        'endpoint': 'http://localhost:1/v1',
+        'model': 'm',
+        'key_variable': 'GR2_NO_SUCH_KEY',
+      },
+      endpoint.EndpointError,
+      r'GR2_NO_SUCH_KEY \(compress\.key_variable\) is not set',
+    ),
+    ({'request': '{'}, ValueError, r'compress\.request must be a JSON object'),
+  ],
+)
+def test_an_endpoint_that_cannot_be_is_told(
+  reader, tmp_path, fields, error, message
+):
+  own = config(judge='remote', **fields)
+  with (
+    pytest.raises(error, match=message),
+    compress.judge_in_words(own, reader, tmp_path / 'c'),
+  ):
+    pass
+
+
+def test_the_limit_on_tokens_is_that_of_the_section(reader, world_, tmp_path):
+  setup, ranker, params, sampler, rows = world_
+  with chat_server.serve(answer) as server:
+    own = config(**remote(server, token_limit=100))
+    with (
+      pytest.raises(ledger.OverLimit, match=r'compress\.token_limit=100, 0 '),
+      compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _),
+    ):
+      compressor.make_act(setup, sampler, own.compress, ranker, judge)(
+        params, rows, jax.random.key(0)
+      )
+  assert not server.requests
+
+
+def test_an_unknown_judge_is_named():
+  with pytest.raises(ValueError, match=r"compress.judge is 'rank'.*'remote'"):
+    compress.check(config(judge='rank').compress)
