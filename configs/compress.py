@@ -24,10 +24,10 @@ def section(test: bool = False) -> ConfigDict:
   config.keeps = (0.05, 0.1, 0.2)  # shares that are learned
   config.slack = 1  # tokens by which a candidate's line may differ from others
   config.imitate = common.training(
-    steps=6 if test else 200,
+    steps=6 if test else 150,
     batch_size=8 if test else 16,
-    learning_rate=1e-3,
-    eval_every=3 if test else 100,
+    learning_rate=2e-3,
+    eval_every=3 if test else 75,
   )  # of compressions by rule, before RL
   config.compression_weight = 0.2  # a of Eq. 10, of the tokens saved
   config.judge = 'ranker'  # of Eq. 10: ranker, or remote: at an endpoint

@@ -34,7 +34,7 @@ from gr2_jax import (
   sharding,
 )
 from gr2_jax.data import batches, compressions, prompts, vocabulary
-from gr2_jax.ops import advantages, compression, masking
+from gr2_jax.ops import advantages, compression, losses, masking
 
 
 def of(setup: policy.Setup, slack: int) -> policy.Setup:
@@ -149,6 +149,39 @@ def facts(
   return grammar.source(
     rows['prompt'], rows['prompt_length'], rows['count'], rows['budget']
   )
+
+
+def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig):
+  """Cross entropy of given compressions, under the sampler's own mask.
+
+  Args:
+    setup: of `of`.
+    config: of `sampler`, of temperature 1.
+
+  Returns:
+    `(params, rows) -> (loss, metrics)`; rows have `tokens` int32 [P, G, T] and
+    `length` int32 [P, G] beside the fields of `requests`.
+  """
+
+  def loss_fn(params, rows):
+    batch = policy_gradient.PolicyBatch(
+      prompt=rows['prompt'],
+      prompt_length=rows['prompt_length'],
+      facts=facts(setup.grammar, rows),
+      tokens=rows['tokens'],
+      length=rows['length'],
+      logp=None,
+      advantage=None,
+      use=None,
+    )
+    scores = policy_gradient.score(
+      setup.model, params, batch, setup.grammar, config
+    )
+    written = masking.length_mask(batch.length, batch.tokens.shape[-1])
+    loss = losses.token_cross_entropy(scores.logp, written).mean()
+    return loss, {'entropy': masking.masked_mean(scores.entropy, written)}
+
+  return loss_fn
 
 
 def make_draw(

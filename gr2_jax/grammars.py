@@ -8,10 +8,12 @@ in their order. A grammar is static; what it follows from besides is arrays:
   progress  of every rollout: where it stands before its next token
 
 The same `allowed` serves the decode loop and the scoring of finished
-completions, so a constrained sampler and its learner agree token for token.
+completions, so a constrained sampler and its learner agree token for token. A
+grammar of few tokens has a menu of them for every prompt: logits are made for
+these alone.
 
 Axes: P prompts, G group, T completion time, K candidates, V vocabulary,
-S prompt tokens.
+S prompt tokens, N tokens to choose from: V, or those of a menu.
 """
 
 import dataclasses
@@ -44,6 +46,10 @@ class Ranking:
   eos: int
   pad: int
 
+  def menu(self, facts: jax.Array) -> None:
+    """None: any token of the vocabulary may come."""
+    del facts
+
   def start(
     self, facts: jax.Array | None, shape: tuple[int, ...], thinking: bool
   ) -> RankingProgress:
@@ -74,7 +80,7 @@ class Ranking:
     facts: jax.Array,
     progress: RankingProgress,
     remaining: jax.Array,
-    vocab_size: int,
+    size: int,
   ) -> jax.Array:
     """The permutation mask: which tokens keep the completion on its way.
 
@@ -86,16 +92,16 @@ class Ranking:
       facts: int32 [P], candidates in the slate.
       progress: [P, ...].
       remaining: int32 [P, ...], tokens left in the budget, this one included.
-      vocab_size: V.
+      size: V.
 
     Returns:
       bool [P, ..., V], at least one True everywhere.
     """
-    ids = jnp.arange(vocab_size)
+    ids = jnp.arange(size)
     K, base = self.num_candidates, self.slot_base
     count = _spread(facts, remaining.shape)
     allowed = parsing.answer_mask(progress.emitted, count)
-    answer = jnp.zeros((*allowed.shape[:-1], vocab_size), bool)
+    answer = jnp.zeros((*allowed.shape[:-1], size), bool)
     answer = answer.at[..., base : base + K].set(allowed[..., :K])
     answer = answer.at[..., self.eos].set(allowed[..., K])
     must_close = remaining <= count + 2
@@ -110,6 +116,7 @@ class Source:
   """What may be extracted of every prompt."""
 
   tokens: jax.Array  # int32 [P, S], the prompts
+  before: jax.Array  # int32 [P, S], where each stood last; -1: nowhere
   begin: jax.Array  # int32 [P], where the history begins
   mark: jax.Array  # int32 [P, S + 1], the first mark from each place on
   marks_left: jax.Array  # int32 [P, S + 1], marks from each place on
@@ -172,8 +179,11 @@ class Extraction:
     left = jnp.cumsum(is_mark[:, ::-1], axis=1)[:, ::-1]
     opened = jnp.argmax(prompt_PxS == self.history, axis=1)
     end = [(0, 0), (0, 1)]
+    same = prompt_PxS[:, :, None] == prompt_PxS[:, None, :]
+    same &= jnp.arange(S)[:, None] > jnp.arange(S)
     return Source(
       tokens=prompt_PxS,
+      before=jnp.max(jnp.where(same, jnp.arange(S), -1), axis=-1),
       begin=(opened + 1).astype(jnp.int32),
       mark=jnp.pad(mark, end, constant_values=S).astype(jnp.int32),
       marks_left=jnp.pad(left, end).astype(jnp.int32),
@@ -181,6 +191,10 @@ class Extraction:
       shortest=line.min(1).astype(jnp.int32),
       budget=budget_P,
     )
+
+  def menu(self, facts: Source) -> jax.Array:
+    """int32 [P, S + 1], the prompts' tokens and <eos>."""
+    return jnp.pad(facts.tokens, [(0, 0), (0, 1)], constant_values=self.eos)
 
   def least(self, count: Any) -> Any:
     """Tokens of a compression that keeps nothing but the marks and <eos>."""
@@ -229,7 +243,7 @@ class Extraction:
     facts: Source,
     progress: ExtractionProgress,
     remaining: jax.Array,
-    vocab_size: int,
+    size: int,
   ) -> jax.Array:
     """Which tokens can be kept next.
 
@@ -238,13 +252,13 @@ class Extraction:
       progress: [P, ...].
       remaining: int32 [P, ...], tokens left in the sampler's budget, this one
         included.
-      vocab_size: V.
+      size: N = S + 1, of the menu.
 
     Returns:
-      bool [P, ..., V], at least one True everywhere.
+      bool [P, ..., N], at least one True everywhere; of a token that the menu
+      has several times the first place that is left.
     """
-    P, S = facts.tokens.shape
-    shape = remaining.shape
+    S, shape = size - 1, remaining.shape
     at, line, first = progress.place, progress.line, progress.first
     mark = _taken(facts.mark, at)
     marks = _taken(facts.marks_left, at)
@@ -265,13 +279,9 @@ class Extraction:
     window = (window & ~full[..., None]) | (
       (place == mark[..., None]) & (short == 0)[..., None]
     )
-    mask = jax.vmap(
-      lambda ids, rows: (
-        jnp.zeros((*rows.shape[:-1], vocab_size), bool).at[..., ids].max(rows)
-      )
-    )(facts.tokens, window)
+    window &= _spread(facts.before, window.shape) < at[..., None]
     ends = (marks == 0)[..., None]
-    return jnp.where(ends, jnp.arange(vocab_size) == self.eos, mask)
+    return jnp.concatenate([window & ~ends, ends], axis=-1)
 
 
 Grammar = Ranking | Extraction

@@ -58,7 +58,8 @@ class TokenScores:
 
   logp: jax.Array  # float32 [P, G, T], of the token
   entropy: jax.Array  # float32 [P, G, T], nats
-  slot_logp: jax.Array  # float32 [P, G, T, K], of every slot token
+  # float32 [P, G, T, K], of every slot token; None where there was a menu
+  slot_logp: jax.Array | None
   divergence: jax.Array | None = None  # float32 [P, G, T], from a teacher
 
 
@@ -197,6 +198,13 @@ def score_tokens(
   K, base = grammar.num_candidates, grammar.slot_base
   remaining = jnp.broadcast_to(T - jnp.arange(T), (P, G, T))
   progress, facts = constraint or (None, None)
+  menu = grammar.menu(facts) if constraint else None
+  rows, its_rows, its = embedding, None, None
+  if teacher is not None:
+    its_rows, its = teacher.rows, teacher.known
+  if menu is not None:  # Of every prompt some rows, in place of all.
+    rows, its_rows = jax.tree.map(lambda x: x[menu], (rows, its_rows))
+    known, its = jax.tree.map(lambda x: x[menu][:, None, None], (known, its))
   theirs = teacher.hidden if teacher is not None else None
   parts = (hidden_PxGxTxD, tokens_PxGxT, remaining, progress, theirs)
 
@@ -210,16 +218,16 @@ def score_tokens(
   @jax.checkpoint
   def score(part):
     hidden, tokens, left, progress, theirs = part
-    logits = hidden @ embedding.T.astype(hidden.dtype)
+    logits = sampling.logits_of(hidden, rows)
     allowed = known
     if progress is not None:
-      allowed = grammar.allowed(facts, progress, left, embedding.shape[0])
+      allowed = grammar.allowed(facts, progress, left, logits.shape[-1])
       allowed = allowed if known is None else allowed & known
     logps = sampling.distribution(logits, temperature, allowed)
     apart = None
     if theirs is not None:
-      other = theirs @ teacher.rows.T.astype(theirs.dtype)
-      support = jnp.broadcast_to(teacher.known, logits.shape)
+      other = sampling.logits_of(theirs, its_rows)
+      support = jnp.broadcast_to(its, logits.shape)
       if allowed is not None:
         support &= allowed
       apart = kl.divergence(
@@ -228,11 +236,15 @@ def score_tokens(
         other.astype(jnp.float32) / temperature,
         support,
       )
+    places, slots = tokens, logps[..., base : base + K]
+    if menu is not None:
+      same = menu[:, None, None] == tokens[..., None]
+      places, slots = jnp.argmax(allowed & same, axis=-1), None
     return TokenScores(
       divergence=apart,
-      logp=jnp.take_along_axis(logps, tokens[..., None], -1)[..., 0],
+      logp=jnp.take_along_axis(logps, places[..., None], -1)[..., 0],
       entropy=sampling.entropy(logps),
-      slot_logp=logps[..., base : base + K],
+      slot_logp=slots,
     )
 
   def join(x):

@@ -3,7 +3,11 @@
 Used by validation, evaluation and bulk re-ranking. Greedy, under the
 permutation mask unless told, so that every answer is valid.
 
-Axes: n slates, B batch, K candidates, T completion tokens.
+A prompt with memory tokens may be read in two programs: one makes what is kept
+of histories, one answers from that and the rest of the prompt.
+
+Axes: n slates, B batch, K candidates, T completion tokens, L layers, N
+key-value heads, M memory tokens, H head width.
 """
 
 import dataclasses
@@ -56,9 +60,7 @@ class Ranked:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
   """Greedy answers of one batch, one rollout a slate."""
-  encoded = transformer.encode_prompt(
-    model, params, batch['prompt'], batch['prompt_length']
-  )
+  encoded = _encode(model, params, batch)
   rollouts = sampling.sample(
     model,
     params,
@@ -85,13 +87,37 @@ def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model, params, batch) -> dict[str, jax.Array]:
   """One prefill of one batch: its read-out is the answer, nothing decodes."""
-  hidden, _ = transformer.encode_prompt(
-    model, params, batch['prompt'], batch['prompt_length']
-  )
+  hidden, _ = _encode(model, params, batch)
   found = _read_out(params, hidden, batch)
   none = jnp.zeros_like(batch['count'])
   return found | dict(
     generated=found['readout'], verdict=none, tokens=none[:, None], length=none
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _remember(model, num_memory, params, batch) -> jax.Array:
+  """What is kept of histories: [B, 2, L, N, M, H], keys and values."""
+  kv = transformer.encode_memory(
+    model, params, batch['prompt'], batch['prompt_length'], num_memory
+  ).kv
+  return jnp.moveaxis(jnp.stack([kv.k, kv.v]), 2, 0)
+
+
+def _encode(model, params, batch) -> tuple[jax.Array, transformer.Prefix]:
+  """Encodes prompts, or the rests of prompts behind their memories."""
+  memory = None
+  if 'memory' in batch:
+    k, v = jnp.moveaxis(batch['memory'], 0, 2)
+    length = batch['memory_length']
+    memory = transformer.Prefix(
+      kv=transformer.KeyValues(k=k, v=v),
+      mask=jnp.ones((len(length), k.shape[3]), bool),
+      length=length,
+      last=length - 1,
+    )
+  return transformer.encode_prompt(
+    model, params, batch['prompt'], batch['prompt_length'], memory
   )
 
 
@@ -122,17 +148,20 @@ def compiled(
 
   Returns:
     `(params, batch) -> arrays of Ranked`; the batch is of `batches.requests`
-    on the mesh, without its grades.
+    on the mesh, without its grades. Where prompts have memory tokens it is of
+    `batches.behind_memory`, the second, with a `memory` of `compiled_memory`.
   """
-  split = sharding.batch_sharding(setup.mesh)
   K, T = setup.prompter.num_candidates, setup.prompter.prompt_tokens
-  widths = dict(
-    prompt=(T,), prompt_length=(), slots=(K,), incoming=(K,), count=()
-  )
-  batch = {
-    name: jax.ShapeDtypeStruct((batch_size, *width), jnp.int32, sharding=split)
-    for name, width in widths.items()
-  }
+  widths = dict(slots=(K,), incoming=(K,), count=())
+  model, num_memory = setup.model, setup.prompter.context.memory
+  if num_memory:
+    T = setup.prompter.rest_tokens
+    widths |= dict(memory_length=())
+  batch = _abstract(setup, batch_size, prompt=(T,), prompt_length=(), **widths)
+  if num_memory:
+    heads = model.num_kv_heads
+    shape = 2, model.num_layers, heads, num_memory, model.head_dim
+    batch |= _abstract(setup, batch_size, model.dtype, memory=shape)
   params = setup.abstract_params()
   with sharding.activate(setup.mesh):
     if mode == 'score':
@@ -141,6 +170,43 @@ def compiled(
     return _answer.lower(
       setup.model, setup.grammar, config, params, batch
     ).compile()
+
+
+def compiled_memory(
+  setup: policy.Setup, batch_size: int
+) -> Callable[[Any, Any], jax.Array]:
+  """Compiles what makes memories, for batches of one size, ahead of time.
+
+  Args:
+    setup: whose prompts have memory tokens.
+    batch_size: a multiple of the devices that split a batch.
+
+  Returns:
+    `(params, batch) -> [B, 2, L, N, M, H]`, the keys and values that are kept;
+    the batch is of `batches.behind_memory`, the first, on the mesh.
+  """
+  prompter = setup.prompter
+  batch = _abstract(
+    setup,
+    batch_size,
+    prompt=(prompter.memory_prompt_tokens,),
+    prompt_length=(),
+  )
+  with sharding.activate(setup.mesh):
+    return _remember.lower(
+      setup.model, prompter.context.memory, setup.abstract_params(), batch
+    ).compile()
+
+
+def _abstract(
+  setup: policy.Setup, batch_size: int, dtype: Any = jnp.int32, **widths
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a batch on the mesh, split by rows."""
+  split = sharding.batch_sharding(setup.mesh)
+  return {
+    name: jax.ShapeDtypeStruct((batch_size, *width), dtype, sharding=split)
+    for name, width in widths.items()
+  }
 
 
 def rank(

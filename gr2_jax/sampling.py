@@ -39,6 +39,22 @@ class Rollouts:
   entropy: jax.Array  # float32 [P, G, T], of each token's distribution, nats
 
 
+def logits_of(hidden: jax.Array, rows: jax.Array) -> jax.Array:
+  """Logits of hidden states [P, ..., D].
+
+  Args:
+    hidden: the states.
+    rows: [V, D], the same for all, or [P, N, D], each prompt's own.
+
+  Returns:
+    [P, ..., V] or [P, ..., N], in the dtype of the states.
+  """
+  rows = rows.astype(hidden.dtype)
+  if rows.ndim == 2:
+    return hidden @ rows.T
+  return jnp.einsum('p...d,pnd->p...n', hidden, rows)
+
+
 def distribution(
   logits: jax.Array, temperature: float, allowed: jax.Array | None
 ) -> jax.Array:
@@ -112,24 +128,29 @@ def sample(
   embedding = transformer.output_embedding(params)
   shape = (model.num_layers, P, G, T, model.num_kv_heads, model.head_dim)
   empty = jnp.zeros(shape, model.dtype)
+  menu = grammar.menu(facts) if config.constrained else None
+  rows = embedding if menu is None else embedding[menu]
   zeros = jnp.zeros((P, G, T), jnp.float32)
 
   def draw(t, hidden_PxGxD, progress, rollouts):
     """Token t, what it changes, and the rollouts with it."""
-    logits = hidden_PxGxD @ embedding.T.astype(hidden_PxGxD.dtype)
+    logits = logits_of(hidden_PxGxD, rows)
     allowed = None
     if config.constrained:
       allowed = grammar.allowed(
-        facts, progress, jnp.broadcast_to(T - t, (P, G)), model.vocab_size
+        facts, progress, jnp.broadcast_to(T - t, (P, G)), logits.shape[-1]
       )
     logps = distribution(logits, config.temperature, allowed)
     if config.temperature:
-      token = jax.random.categorical(jax.random.fold_in(key, t), logps)
+      choice = jax.random.categorical(jax.random.fold_in(key, t), logps)
     else:
-      token = jnp.argmax(logps, -1)
+      choice = jnp.argmax(logps, -1)
+    logp = jnp.take_along_axis(logps, choice[..., None], -1)[..., 0]
+    token = choice
+    if menu is not None:
+      token = jnp.take_along_axis(menu, choice, axis=1)
     done = progress.done
     token = jnp.where(done, grammar.pad, token.astype(jnp.int32))
-    logp = jnp.take_along_axis(logps, token[..., None], -1)[..., 0]
 
     def keep(x):
       return jnp.where(done, 0.0, x)

@@ -29,6 +29,12 @@ _LARGEST_BATCH = flags.DEFINE_integer(
 _TENSOR = flags.DEFINE_integer(
   'tensor', 1, 'Devices that split the model; the rest split batches.', 1
 )
+_MEMORY_CACHE_BYTES = flags.DEFINE_integer(
+  'memory_cache_bytes',
+  256 << 20,
+  'Of histories that are kept, for a policy with memory tokens; 0: none.',
+  0,
+)
 _MOMENT = flags.DEFINE_float(
   'moment', 0.002, 'Seconds that a short batch waits for more.', 0.0
 )
@@ -104,6 +110,7 @@ def run() -> None:
     modes=_MODES.value,
     largest_batch=_LARGEST_BATCH.value,
     tensor=_TENSOR.value,
+    memory_cache_bytes=_MEMORY_CACHE_BYTES.value,
   )
   host, port = socket.getsockname()[:2]
   print(

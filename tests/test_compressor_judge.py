@@ -245,39 +245,16 @@ def test_a_ranker_judges_in_one_compiled_function(world_):
   assert len(re.findall('func.func public', text)) == 1
 
   # The same, step by step.
-  marks_ = compressor.symbols(setup.vocabulary)
-  source = compressor.facts(setup.grammar, rows)
   rollouts = jax.jit(sampling.sample, static_argnums=(0, 6, 7))(
-    setup.model, params, rows['prompt'], rows['prompt_length'], source, key,
+    setup.model, params, rows['prompt'], rows['prompt_length'],
+    jax.jit(lambda rows: compressor.facts(setup.grammar, rows))(rows), key,
     setup.grammar, sampler,
   )  # fmt: skip
   np.testing.assert_array_equal(batch.tokens, rollouts.tokens)
-  tokens, length = rollouts.tokens, rollouts.length
-  shown = rows['prompt'], rows['prompt_length']
-  preserved = compression.preservation(
-    shown[0],
-    compression.source_segments(*shown, marks_) == 0,
-    tokens,
-    compression.segments(tokens, length, marks_) == 0,
+  scores = _scores(setup, ranker, rows, rollouts)
+  rewards, judged = jax.jit(lambda *arrays: _rewards(setup, stage, *arrays))(
+    rows, rollouts, scores
   )
-  judged = compression.judge(
-    _scores(setup, ranker, rows, rollouts),
-    rows['grades'],
-    rows['count'],
-    preserved,
-    k=stage.judge_k,
-    top=stage.judge_top,
-  )
-  rewards = compression.reward(
-    compression.verify(
-      tokens, length, *shown, rows['count'], rows['budget'], marks_,
-      2 * stage.slack,
-    ),
-    compression.compression_reward(length, rows['whole']),
-    judged.total,
-    compression.ellipsis_factor(tokens, length, marks_, stage.ellipsis_cost),
-    stage.compression_weight,
-  )  # fmt: skip
   assert judged.solvable.any()
   np.testing.assert_allclose(watches['reward'], rewards.mean(), atol=1e-5)
   np.testing.assert_allclose(watches['judge'], judged.total.mean(), atol=1e-5)
@@ -289,26 +266,54 @@ def test_a_ranker_judges_in_one_compiled_function(world_):
   assert watches['judge_failed'] == 0
 
 
+def _rewards(setup, stage, rows, rollouts, scores):
+  """Eq. 10 of a ranker's scores, and what is judged by them."""
+  marks_ = compressor.symbols(setup.vocabulary)
+  tokens, length = rollouts.tokens, rollouts.length
+  shown = rows['prompt'], rows['prompt_length']
+  judged = compression.judge(
+    scores,
+    rows['grades'],
+    rows['count'],
+    compression.preservation(
+      shown[0],
+      compression.source_segments(*shown, marks_) == 0,
+      tokens,
+      compression.segments(tokens, length, marks_) == 0,
+    ),
+    k=stage.judge_k,
+    top=stage.judge_top,
+  )
+  verdict = compression.verify(
+    tokens, length, *shown, rows['count'], rows['budget'], marks_,
+    2 * stage.slack,
+  )  # fmt: skip
+  rewards = compression.reward(
+    verdict,
+    compression.compression_reward(length, rows['whole']),
+    judged.total,
+    compression.ellipsis_factor(tokens, length, marks_, stage.ellipsis_cost),
+    stage.compression_weight,
+  )
+  return rewards, judged
+
+
 def _scores(setup, ranker, rows, rollouts):
-  """The ranker's scores [P, G, K], one whole sequence after another."""
+  """The ranker's scores [P, G, K], of whole sequences."""
   words, K = setup.vocabulary, setup.prompter.num_candidates
   before = [*setup.prompter.opening, words.control['<history>']]
-  scores = np.zeros((P, G, K), np.float32)
-  for p in range(P):
-    for g in range(G):
-      ids = [*before, *rollouts.tokens[p, g, : rollouts.length[p, g]].tolist()]
-      places = [
-        ids.index(words.slot_base + k) for k in range(int(rows['count'][p]))
-      ]
-      hidden, _ = transformer.encode_prompt(
-        setup.model,
-        ranker,
-        jnp.array([ids]),
-        jnp.array([len(ids)]),
-      )
-      found = transformer.slot_scores(ranker, hidden, jnp.array([places]))
-      scores[p, g, : len(places)] = found[0]
-  return jnp.asarray(scores)
+  tokens, length = np.asarray(rollouts.tokens), np.asarray(rollouts.length)
+  ids = np.zeros((P * G, len(before) + tokens.shape[2]), np.int32)
+  places = np.zeros((P * G, K), np.int32)
+  for row in range(P * G):
+    p, g = divmod(row, G)
+    own = [*before, *tokens[p, g, : length[p, g]].tolist()]
+    ids[row, : len(own)] = own
+    for k in range(int(rows['count'][p])):
+      places[row, k] = own.index(words.slot_base + k)
+  hidden = tiny.plain_hidden(setup.model, ranker, ids)
+  scores = jax.jit(transformer.slot_scores)(ranker, hidden, places)
+  return scores.reshape(P, G, K)
 
 
 def test_marks_come_to_what_the_ranker_would_be_paid():

@@ -67,6 +67,19 @@ def sources(rng, told, slack=1, budgets=None):
   return prompt, length, facts
 
 
+def may(grammar, facts, progress, left):
+  """The mask over the menu as one over the vocabulary: bool [P, ..., V].
+
+  Nothing is allowed where a token could be chosen twice.
+  """
+  menu = grammar.menu(facts)
+  found = grammar.allowed(facts, progress, left, menu.shape[1])
+  hits = jax.vmap(lambda ids, rows: rows.astype(int) @ jax.nn.one_hot(ids, V))(
+    menu, found
+  )
+  return jnp.where((hits > 1).any(), False, hits > 0)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def walk(slack, facts, key, bias):
   """Completions of random logits: tokens, masks and progress of each step."""
@@ -75,7 +88,7 @@ def walk(slack, facts, key, bias):
   def step(progress, at):
     t, key = at
     left = jnp.broadcast_to(T - t, (P, G))
-    allowed = grammar.allowed(facts, progress, left, V)
+    allowed = may(grammar, facts, progress, left)
     logits = 3 * jax.random.normal(key, (P, G, V)) + bias
     token = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), -1)
     token = jnp.where(progress.done, PAD, token).astype(jnp.int32)
@@ -239,10 +252,10 @@ def test_a_line_must_not_skip_what_it_needs():
   progress = grammar.start(facts, (1,), False)
   for token in (CANDIDATES, 20, 21, 22, 23, SLOT):
     progress = grammar.advance(facts, progress, jnp.int32([token]))
-  allowed = grammar.allowed(facts, progress, jnp.int32([20]), V)
+  allowed = may(grammar, facts, progress, jnp.int32([20]))
   assert np.flatnonzero(allowed[0]).tolist() == [20, 21]  # Three of four.
   progress = grammar.advance(facts, progress, jnp.int32([21]))
-  allowed = grammar.allowed(facts, progress, jnp.int32([19]), V)
+  allowed = may(grammar, facts, progress, jnp.int32([19]))
   assert np.flatnonzero(allowed[0]).tolist() == [22]
 
 
@@ -252,7 +265,7 @@ def test_a_token_that_is_there_twice_is_the_first_of_them():
   grammar = extraction()
   progress = grammar.start(facts, (1,), False)
   progress = grammar.advance(facts, progress, jnp.int32([20]))
-  allowed = grammar.allowed(facts, progress, jnp.int32([9]), V)
+  allowed = may(grammar, facts, progress, jnp.int32([9]))
   assert np.flatnonzero(allowed[0]).tolist() == [CANDIDATES, 20, 21, 22]
 
 

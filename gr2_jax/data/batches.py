@@ -163,6 +163,35 @@ def requests(
   return render
 
 
+def behind_memory(
+  prompter: prompts.Prompter, row: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Splits an example of `requests` whose prompt has memory tokens.
+
+  Args:
+    prompter: of the data set.
+    row: of `requests`.
+
+  Returns:
+    What `transformer.encode_memory` reads, with prompt and prompt_length, and
+    the row with the rest as its prompt, where its slots stand, and the
+    memory_length that it stands behind.
+  """
+  ids = row['prompt'][: row['prompt_length']]
+  before, rest = prompter.split_memory(ids)
+
+  def padded(ids: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
+    return {
+      'prompt': prompts.pad(ids, tokens, 'prompt'),
+      'prompt_length': np.int32(len(ids)),
+    }
+
+  own = padded(rest, prompter.rest_tokens)
+  own['slots'] = np.maximum(row['slots'] - len(before), 0)  # Padding is at 0.
+  own['memory_length'] = np.int32(len(before))
+  return padded(before, prompter.memory_prompt_tokens), row | own
+
+
 def draw_target(grades: np.ndarray, rng: np.random.Generator) -> int:
   """The slot of one of a slate's positives."""
   return int(rng.choice(np.flatnonzero(grades > 0)))

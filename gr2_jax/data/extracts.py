@@ -62,7 +62,10 @@ def extract(
   words, lines = prompter.vocabulary, prompter.lines(slate)
   spare = max(0, budget - len(order) - 2)
   for_history = int(spare * rng.choice(_HISTORY_SHARES))
-  quota = (spare - for_history) // len(order)
+  shortest = min(
+    sum(map(len, line.values())) for line in lines.candidates
+  )  # So that all can be of one length.
+  quota = min((spare - for_history) // len(order), shortest)
   kept = _of_candidates(lines.candidates, quota, weights_E, rng)
   ids = _of_history(lines.history, spare - sum(map(len, kept)), rng)
   ids = ids if for_history else []
@@ -78,7 +81,7 @@ def _of_candidates(
   weights_E: np.ndarray,
   rng: np.random.Generator,
 ) -> list[list[int]]:
-  """The same places of every line, `quota` of them where it has so many."""
+  """`quota` tokens of every line, of the same places where it has them."""
   chances: dict[tuple[str, int], float] = {}
   for line in lines:
     for field, ids in line.items():

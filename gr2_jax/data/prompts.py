@@ -181,19 +181,48 @@ class Prompter:
     context, marks = self.context, self._mark_tokens + self.context.memory
     if context.text:
       return marks + self.written
-    fields = context.fields('candidates', self.fields)
-    longest = marks + self.num_candidates * self._longest(
-      fields, context.columns
-    ) * ('candidates' in self.layout)
-    if 'history' in self.layout:
-      items = self.history
-      if context.last is not None:
-        items = min(items, context.last)
-      fields = context.fields('history', self.history_fields)
-      longest += items * self._longest(fields)
+    longest = marks + self._history_tokens + self._candidate_tokens
     if self.budget:
       longest = min(longest, self.budget + context.memory)
     return min(longest, marks + (context.dropped or longest))
+
+  @functools.cached_property
+  def memory_prompt_tokens(self) -> int:
+    """Length that fits what stands before the rest, of `split_memory`."""
+    longest = len(self.opening) + 1 + self._history_tokens + self.context.memory
+    return min(longest, self.prompt_tokens - self._rest_marks)
+
+  @functools.cached_property
+  def rest_tokens(self) -> int:
+    """Length that fits the rest behind a memory, of `split_memory`."""
+    slots = self.num_candidates * ('candidates' in self.layout)
+    longest = self._rest_marks + slots + self._candidate_tokens
+    first = len(self.opening) + 1 + self.context.memory
+    return min(longest, self.prompt_tokens - first)
+
+  @property
+  def _rest_marks(self) -> int:
+    """Tokens that stand behind a memory in every prompt, slots apart."""
+    return len(self.layout) - 1 + len(self.closing) + self.ask_tokens
+
+  @functools.cached_property
+  def _history_tokens(self) -> int:
+    """Tokens of the longest history's items."""
+    if 'history' not in self.layout:
+      return 0
+    items = self.history
+    if self.context.last is not None:
+      items = min(items, self.context.last)
+    fields = self.context.fields('history', self.history_fields)
+    return items * self._longest(fields)
+
+  @functools.cached_property
+  def _candidate_tokens(self) -> int:
+    """Tokens of the longest candidates' lines, without their slots."""
+    if 'candidates' not in self.layout:
+      return 0
+    fields = self.context.fields('candidates', self.fields)
+    return self.num_candidates * self._longest(fields, self.context.columns)
 
   @functools.cached_property
   def _least_tokens(self) -> int:
@@ -279,6 +308,20 @@ class Prompter:
       'incoming': incoming,
       'count': np.int32(count),
     }
+
+  def split_memory(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits a prompt behind its memory tokens; the form must have some.
+
+    Args:
+      ids: int32 [T], of a prompt, without padding.
+
+    Returns:
+      What stands up to the last memory token, and the rest. The rest reads of
+      it the memory tokens alone, and these depend on nothing behind them.
+    """
+    last = self.vocabulary.memory_base + self.context.memory - 1
+    end = int(np.argmax(ids == last)) + 1
+    return ids[:end], ids[end:]
 
   def shown(self, slate: dict[str, np.ndarray]) -> np.ndarray:
     """Items of the history that the prompt shows, oldest first: int32 [..].

@@ -57,6 +57,15 @@ class Metrics:
     self.decoded = make(
       counter, 'decoded_tokens', 'Tokens that were written.', ('mode',)
     )
+    self.memory_hits = make(
+      counter, 'memory_hits', 'Prompts whose history was not read again.'
+    )
+    self.memory_misses = make(
+      counter, 'memory_misses', 'Histories that were read into memory tokens.'
+    )
+    self._memory_bytes = make(
+      gauge, 'memory_bytes', 'Of histories that are kept.'
+    )
     self.waiting = make(gauge, 'queue_slates', 'Slates that wait.')
     self.reloads = make(
       counter, 'reloads', 'Policies swapped in.', ('outcome',)
@@ -67,9 +76,10 @@ class Metrics:
     prometheus.ProcessCollector(registry=self.registry)
 
   def serves(self, policy: reranker_lib.Reranker) -> None:
-    """Names the policy that answers from now on."""
+    """Names the policy that answers from now on; its memories are counted."""
     self._policy.clear()
     self._policy.labels(policy.artifact.name).set(1)
+    self._memory_bytes.set_function(lambda: policy.memories.bytes)
 
   def text(self) -> bytes:
     """What Prometheus reads."""

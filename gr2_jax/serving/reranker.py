@@ -4,6 +4,10 @@ Every mode has one program for each of a few batch sizes. A batch is padded to
 the smallest that holds it, so that an answer does not depend on who else is in
 it, but for rounding: programs of two sizes may add in another order.
 
+Where prompts have memory tokens, those programs read the rest behind them, and
+others (one for each size, for all modes) make the memories of histories that
+are not known yet, see `memories.py`.
+
 A candidate that the catalog lacks has neither a semantic ID nor evidence, so
 the policy does not see it: it keeps its place in the slate, the others are
 ranked around it, and the answer names it.
@@ -27,9 +31,12 @@ from gr2_jax.data import batches
 from gr2_jax.data import evidence as evidence_lib
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import requests as requests_lib
+from gr2_jax.serving import memories as memories_lib
 from gr2_jax.stages import rerank
 
 Program = Callable[[Any, Any], dict[str, jax.Array]]
+Encoder = Callable[[Any, Any], jax.Array]
+MEMORY_CACHE_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +57,15 @@ class Answers:
     lines: one JSON object a slate, see `rank`.
     prompts: that were encoded.
     decoded: tokens that were written.
+    remembered: prompts whose history was known, or was another's of the batch.
+    memorized: histories that were encoded, where prompts have memory tokens.
   """
 
   lines: list[dict[str, Any]]
   prompts: int
   decoded: int
+  remembered: int = 0
+  memorized: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +78,8 @@ class Reranker:
   programs: Mapping[str, Mapping[int, Program]]  # mode -> batch size -> program
   order: str  # in which candidates are shown, of `prompts.ORDERS`
   history: int  # last items of a history that are kept
+  encoders: Mapping[int, Encoder]  # of memories, by batch size; else empty
+  memories: memories_lib.Memories  # of this policy alone
 
   @classmethod
   def load(
@@ -76,6 +89,7 @@ class Reranker:
     modes: Sequence[str] = ranker.MODES,
     largest_batch: int = 64,
     tensor: int = 1,
+    memory_cache_bytes: int = MEMORY_CACHE_BYTES,
     beside: 'Reranker | None' = None,
   ) -> 'Reranker':
     """Loads a policy, fits the evidence, compiles every program.
@@ -87,6 +101,8 @@ class Reranker:
       largest_batch: slates at a time; programs are made for it and for smaller
         powers of two.
       tensor: devices that split heads and feed-forward; the rest split batches.
+      memory_cache_bytes: of memories that are kept, where prompts have memory
+        tokens; 0 for none.
       beside: another one, whose data and programs are shared where they are
         the same.
 
@@ -110,9 +126,9 @@ class Reranker:
     else:
       knowledge = _know(slates, restored.setup.catalog, config.data)
     sizes = _sizes(restored.setup, largest_batch)
-    made = beside.programs if beside else {}
+    made, encoders = (beside.programs, beside.encoders) if beside else ({}, {})
     if beside and not _same_programs(beside.policy.setup, restored.setup):
-      made = {}
+      made, encoders = {}, {}
     programs = {
       mode: {
         size: made.get(mode, {}).get(size)
@@ -121,6 +137,11 @@ class Reranker:
       }
       for mode in modes
     }
+    if restored.setup.prompter.context.memory:
+      encoders = {
+        size: encoders.get(size) or ranker.compiled_memory(restored.setup, size)
+        for size in sizes
+      }
     return cls(
       path,
       restored,
@@ -128,6 +149,8 @@ class Reranker:
       programs,
       config.prompt.order,
       config.data.history,
+      encoders,
+      memories_lib.Memories(memory_cache_bytes),
     )
 
   @property
@@ -201,9 +224,10 @@ class Reranker:
     """
     known = [(_known_part(request), place) for request, place in asked]
     rows = [row for row, (part, _) in enumerate(known) if part.names]
-    ranked = None
+    memorized = decoded = 0
     if rows:
-      ranked = self._run([known[row] for row in rows], mode)
+      ranked, memorized = self._run([known[row] for row in rows], mode)
+      decoded = int(ranked.length.sum())
     lines = [incoming_order(request, mode) for request, _ in asked]
     for i, row in enumerate(rows):
       request, part = asked[row][0], known[row][0]
@@ -223,13 +247,22 @@ class Reranker:
         0,
       )
       lines[row] |= _around_unknown(request, own)
-    decoded = int(ranked.length.sum()) if rows else 0
-    return Answers(lines, prompts=len(rows), decoded=decoded)
+    return Answers(
+      lines,
+      prompts=len(rows),
+      decoded=decoded,
+      remembered=len(rows) - memorized if self.encoders else 0,
+      memorized=memorized,
+    )
 
   def _run(
     self, asked: Sequence[tuple[requests_lib.Request, int]], mode: str
-  ) -> ranker.Ranked:
-    """Ranks requests whose candidates are all known."""
+  ) -> tuple[ranker.Ranked, int]:
+    """Ranks requests whose candidates are all known.
+
+    Returns:
+      The answers, and how many memories were made for them.
+    """
     setup, knowledge = self.policy.setup, self.knowledge
     slates = requests_lib.to_slates(
       [request for request, _ in asked],
@@ -245,20 +278,44 @@ class Reranker:
       render(record, np.random.default_rng((0, place)))
       for record, (_, place) in zip(rerank.records(slates), asked, strict=True)
     ]
-    sizes = sorted(self.programs[mode])
+    for row in rows:
+      del row['grades']  # What the policy must not see.
+    memorized = 0
+    if self.encoders:
+      rows, memorized = self._behind_memory(rows)
+    return ranker.Ranked(**self._call(self.programs[mode], rows)), memorized
+
+  def _behind_memory(
+    self, rows: Sequence[dict[str, np.ndarray]]
+  ) -> tuple[list[dict[str, np.ndarray]], int]:
+    """The rests of prompts with their memories; how many of these are new."""
+    prompter = self.policy.setup.prompter
+    pairs = [batches.behind_memory(prompter, row) for row in rows]
+    histories = [history for history, _ in pairs]
+    found, memorized = self.memories.recall(
+      [h['prompt'][: h['prompt_length']].tobytes() for h in histories],
+      lambda places: self._call(self.encoders, [histories[i] for i in places]),
+    )
+    return [
+      rest | {'memory': memory}
+      for (_, rest), memory in zip(pairs, found, strict=True)
+    ], memorized
+
+  def _call(
+    self,
+    programs: Mapping[int, Program | Encoder],
+    rows: Sequence[dict[str, np.ndarray]],
+  ) -> Any:
+    """Runs the smallest program that holds the rows; on the host, unpadded."""
+    sizes = sorted(programs)
     size = sizes[bisect.bisect_left(sizes, len(rows))]
-    rows += [rows[-1]] * (size - len(rows))
-    batch = {
-      name: np.stack([row[name] for row in rows])
-      for name in rows[0]
-      if name != 'grades'  # What the policy must not see.
-    }
-    found = self.programs[mode][size](
-      self.policy.params, sharding.shard_batch(batch, setup.mesh)
+    padded = [*rows, *[rows[-1]] * (size - len(rows))]
+    batch = {name: np.stack([row[name] for row in padded]) for name in rows[0]}
+    found = programs[size](
+      self.policy.params,
+      sharding.shard_batch(batch, self.policy.setup.mesh),
     )
-    return ranker.Ranked(
-      **{k: np.asarray(v)[: len(asked)] for k, v in found.items()}
-    )
+    return jax.tree.map(lambda x: np.asarray(x)[: len(rows)], found)
 
 
 def incoming_order(request: requests_lib.Request, mode: str) -> dict[str, Any]:
@@ -351,6 +408,8 @@ def _same_programs(a: policy.Setup, b: policy.Setup) -> bool:
   def key(setup: policy.Setup):
     p = setup.prompter
     shape = p.prompt_tokens, p.num_candidates, p.thinking_tokens
+    if p.context.memory:
+      shape += p.context.memory, p.memory_prompt_tokens, p.rest_tokens
     return setup.model, setup.grammar, setup.mesh, shape
 
   return key(a) == key(b)

@@ -186,6 +186,7 @@ class Service:
       modes=tuple(present.programs),
       largest_batch=present.largest_batch,
       tensor=present.policy.setup.mesh.shape['tensor'],
+      memory_cache_bytes=present.memories.limit,
       beside=present,
     )
 
@@ -217,6 +218,8 @@ class Service:
     self.metrics.batch_slates.labels(mode).observe(len(asked))
     self.metrics.prefills.labels(mode).inc(answers.prompts)
     self.metrics.decoded.labels(mode).inc(answers.decoded)
+    self.metrics.memory_hits.inc(answers.remembered)
+    self.metrics.memory_misses.inc(answers.memorized)
     return answers.lines
 
 

@@ -37,6 +37,7 @@ from gr2_jax.data import (
   dialogue,
   endpoint,
   extracts,
+  prompts,
   records,
   remote_judge,
 )
@@ -220,16 +221,25 @@ def _imitate(config, inputs, workdir: pathlib.Path, setup, validate):
   )
   iterator = batches.iterate(data)
   optimizer = learner.make_optimizer(stage.imitate)
-  loss_fn = learner.supervised_loss(
-    setup.model, setup.grammar, listwise_weight=0.0
+  sample = compressor.sampler(
+    setup, max(stage.keeps), temperature=1.0, constrained=stage.constrained
   )
+  update = learner.make_update(
+    setup.adapters.wrap(compressor.imitation_loss(setup, sample)), optimizer
+  )
+
+  def take_step(state, frozen, step):
+    del step
+    rows = sharding.shard_share(next(iterator), setup.mesh)
+    return update(state, frozen, rows)
+
   return training.fit(
     stage.imitate,
     setup=setup,
     workdir=workdir,
     seed=config.seed,
     optimizer=optimizer,
-    take_step=training.supervised_step(setup, loss_fn, optimizer, iterator),
+    take_step=take_step,
     iterator=iterator,
     validate=validate,
     choose='reward',
@@ -239,12 +249,15 @@ def _imitate(config, inputs, workdir: pathlib.Path, setup, validate):
 
 
 def imitation_renderer(setup: policy.Setup, config, weights_E: np.ndarray):
-  """`(slate, rng) -> example`: a prompt, and a compression by rule.
+  """`(slate, rng) -> row` of `compressor.requests`, with its answer by rule.
 
   Args:
     setup: of `compressor.of`.
     config: sections prompt and compress.
     weights_E: of `extracts.telling`.
+
+  Returns:
+    The rendering; `tokens` int32 [1, T] and `length` int32 [1] are the answer.
   """
   stage, prompter = config.compress, setup.prompter
   ask = compressor.requests(prompter, tuple(stage.keeps), config.prompt.order)
@@ -252,20 +265,13 @@ def imitation_renderer(setup: policy.Setup, config, weights_E: np.ndarray):
 
   def render(slate, rng):
     row = ask(slate, rng)
-    count = int(row['count'])
-    ids = extracts.extract(
-      prompter,
-      slate,
-      row['incoming'][:count],
-      int(row['budget']),
-      weights_E,
-      rng,
-    )
-    prompt = row | {'prompt': row['prompt'][: row['prompt_length']]}
-    completion = batches.Completion(ids, [1.0] * len(ids))
-    return batches.examples(
-      prompt, [completion], prompter.prompt_tokens + 1, room
-    )
+    order = row['incoming'][: int(row['count'])]
+    budget = int(row['budget'])
+    ids = extracts.extract(prompter, slate, order, budget, weights_E, rng)
+    return row | {
+      'tokens': prompts.pad(ids, room, 'compression')[None],
+      'length': np.array([len(ids)], np.int32),
+    }
 
   return render
 

@@ -10,6 +10,7 @@ import types
 
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.serving import app as app_lib
+from gr2_jax.serving import memories
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.serving import server as server_lib
 from gr2_jax.serving import service as service_lib
@@ -27,7 +28,7 @@ class StubPolicy:
     self.candidates, self.largest_batch = 5, 4
     self.gate, self.entered = threading.Event(), threading.Event()
     self.gate.set()
-    self.batches = []
+    self.batches, self.memories = [], memories.Memories(1000)
     self.error = None
     mesh = types.SimpleNamespace(shape={'tensor': 1})
     self.policy = types.SimpleNamespace(setup=types.SimpleNamespace(mesh=mesh))

@@ -232,6 +232,7 @@ def test_a_reload_swaps_the_policy_and_keeps_requests(
     'modes': ('score', 'rank'),
     'largest_batch': 4,
     'tensor': 1,
+    'memory_cache_bytes': 1000,
   }
   assert service.metric('gr2_policy_info{artifact="rl-00000000"}') == 0
   assert service.metric('gr2_reloads_total{outcome="done"}') == 1
