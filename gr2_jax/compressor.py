@@ -47,13 +47,18 @@ def of(setup: policy.Setup, slack: int) -> policy.Setup:
   Raises:
     ValueError: the prompts do not begin with the history.
   """
-  prompter, words = setup.prompter, setup.vocabulary
+  return dataclasses.replace(setup, grammar=grammar(setup.prompter, slack))
+
+
+def grammar(prompter: prompts.Prompter, slack: int) -> grammars.Extraction:
+  """What may be written of a prompt; see `of`."""
+  words = prompter.vocabulary
   if prompter.layout != ('history', 'candidates'):
     raise ValueError(
       f'prompt.layout={prompter.layout}: the compressor reads the history '
       "first: ('history', 'candidates')"
     )
-  grammar = grammars.Extraction(
+  return grammars.Extraction(
     history=words.control['<history>'],
     candidates=words.control['<candidates>'],
     slot_base=words.slot_base,
@@ -63,7 +68,6 @@ def of(setup: policy.Setup, slack: int) -> policy.Setup:
     pad=words.pad,
     slack=slack,
   )
-  return dataclasses.replace(setup, grammar=grammar)
 
 
 def sampler(

@@ -97,7 +97,7 @@ def source_segments(
   chex.assert_shape(length, jnp.shape(source)[:-1])
   source = jnp.asarray(source)
   inside = masking.length_mask(length, source.shape[-1])
-  start = _first(inside & (source == symbols.history))
+  start = masking.first(inside & (source == symbols.history))
   opened = masking.index_like(source.shape) > start[..., None]
   return _segments(source, inside & opened, symbols)
 
@@ -386,17 +386,11 @@ def reward(
   return jnp.where(extract, earned, 0.0).astype(jnp.float32)
 
 
-def _first(hits):
-  """Index of the first hit, the size without one: int32 [...]."""
-  size = hits.shape[-1]
-  return jnp.min(jnp.where(hits, masking.index_like(hits.shape), size), axis=-1)
-
-
 def _stop(tokens, length, symbols):
   """Where the first `eos` stands or else the end; and whether it is the end."""
   chex.assert_shape(length, tokens.shape[:-1])
   inside = masking.length_mask(length, tokens.shape[-1])
-  end = _first(inside & (tokens == symbols.eos))
+  end = masking.first(inside & (tokens == symbols.eos))
   cut_off = end == tokens.shape[-1]
   return jnp.where(cut_off, jnp.asarray(length, jnp.int32), end), cut_off
 
@@ -421,7 +415,7 @@ def _is_mark(ids, symbols):
 def _segments(ids, inside, symbols):
   """Segments of the ids inside, the first of which is in the history."""
   time = masking.index_like(ids.shape)
-  start = _first(inside & (ids == symbols.candidates))
+  start = masking.first(inside & (ids == symbols.candidates))
   lines = time > start[..., None]
   slot = inside & lines & _is_slot(ids, symbols)
   last = jnp.max(jnp.where(slot, time, -1), axis=-1)[..., None]

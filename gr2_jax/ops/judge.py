@@ -112,8 +112,8 @@ def judge(
   tokens, prompt = jnp.asarray(tokens), jnp.asarray(prompt)
   count = jnp.broadcast_to(jnp.asarray(count)[:, None], length.shape)
   inside = masking.length_mask(length, tokens.shape[-1])
-  end = _first(inside & (tokens == symbols.think_end))
-  stop = _first(inside & (tokens == symbols.eos))
+  end = masking.first(inside & (tokens == symbols.think_end))
+  stop = masking.first(inside & (tokens == symbols.eos))
   span = masking.length_mask(jnp.where(end < stop, end, 0), tokens.shape[-1])
 
   history, candidates = _blocks(prompt, prompt_length, symbols)
@@ -140,12 +140,6 @@ def judge(
   return Quality(*axes, total=sum(axes) / len(axes))
 
 
-def _first(hits):
-  """Index of the first hit, T without one: int32 [...]."""
-  size = hits.shape[-1]
-  return jnp.min(jnp.where(hits, masking.index_like(hits.shape), size), axis=-1)
-
-
 def _number(hits):
   """How many hits: int32 [...]."""
   return jnp.sum(hits, axis=-1)
@@ -170,8 +164,8 @@ def _blocks(prompt, length, symbols):
   """Which places belong to history and to candidates: bool [P, Tp], twice."""
   inside = masking.length_mask(length, prompt.shape[-1])
   time = masking.index_like(prompt.shape)
-  history = _first(inside & (prompt == symbols.history))[..., None]
-  candidates = _first(inside & (prompt == symbols.candidates))[..., None]
+  history = masking.first(inside & (prompt == symbols.history))[..., None]
+  candidates = masking.first(inside & (prompt == symbols.candidates))[..., None]
 
   def block(start, other):
     return inside & (time > start) & ((other < start) | (time < other))
@@ -240,7 +234,7 @@ def _last_run(hits):
 
 def _agreement(conclusion, slot, ranking, count, num_slots):
   """Mean of: same first pick; overlap of the conclusion with as large a top."""
-  start = _first(conclusion)
+  start = masking.first(conclusion)
   first = _taken(slot, start[..., None])[..., 0]
   picked = (start < slot.shape[-1]) & (first == ranking[..., 0])
   shape = (*slot.shape, num_slots)

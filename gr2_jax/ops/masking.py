@@ -123,3 +123,16 @@ def masked_mean(
     float32, with `axis` removed.
   """
   return masked_sum(values, mask, axis).mean()
+
+
+def first(hits: chex.Array) -> jax.Array:
+  """Index of the first hit: int32 [...].
+
+  Args:
+    hits: bool [..., T].
+
+  Returns:
+    T where there is none.
+  """
+  size = hits.shape[-1]
+  return jnp.min(jnp.where(hits, index_like(hits.shape), size), axis=-1)

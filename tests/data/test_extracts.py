@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import grammars
+from gr2_jax import compressor, grammars
 from gr2_jax.data import extracts, prompts
 
 from .. import tiny_data
@@ -18,21 +18,8 @@ def prompter(tmp_path_factory):
   )
 
 
-def extraction(prompter):
-  words = prompter.vocabulary
-  return grammars.Extraction(
-    history=words.control['<history>'],
-    candidates=words.control['<candidates>'],
-    slot_base=words.slot_base,
-    num_slots=words.layout.num_slots,
-    num_candidates=prompter.num_candidates,
-    eos=words.eos,
-    pad=words.pad,
-  )
-
-
 def test_every_rule_writes_what_the_grammar_allows(prompter):
-  grammar, T = extraction(prompter), prompter.prompt_tokens
+  grammar, T = compressor.grammar(prompter, 1), prompter.prompt_tokens
 
   @jax.jit
   def chances(prompt, length, count, budget, tokens):
