@@ -16,7 +16,7 @@ K candidates.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,16 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gr2_jax import (
-  cluster,
   compressor_judge,
   grammars,
   policy,
   policy_gradient,
-  reporting,
   sampling,
-  sharding,
 )
-from gr2_jax.data import batches, compressions, prompts, vocabulary
+from gr2_jax.data import prompts, vocabulary
 from gr2_jax.ops import advantages, compression, losses, masking
 
 
@@ -342,119 +339,3 @@ def make_act(
     return batch, watches
 
   return make_judged(setup, config, stage, ranker, remote, learn)
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-  """Greedy compressions of some slates, on the host.
-
-  Attributes:
-    tokens: int32 [n, T].
-    length: int32 [n], with <eos>.
-    presented: int32 [n, K], incoming rank of each slot.
-    count: int32 [n].
-    judged: of `Judgement`, each [n].
-  """
-
-  tokens: np.ndarray
-  length: np.ndarray
-  presented: np.ndarray
-  count: np.ndarray
-  judged: compressor_judge.Judgement
-
-
-def make_write(
-  setup: policy.Setup,
-  ranker: Any,
-  config,
-  stage,
-  keep: float,
-  remote: compressor_judge.Remote | None = None,
-) -> Callable[..., Iterator[Written]]:
-  """How slates are compressed greedily, a batch after another.
-
-  Args:
-    setup: of `of`.
-    ranker: parameters of the ranker that judges.
-    config: section prompt.
-    stage: section `compress`.
-    keep: share of the tokens.
-    remote: who judges in the ranker's place, if any.
-
-  Returns:
-    `(params, slates, seed, desc) -> iterator of Written`; the presentation is a
-    function of (seed, index), and an empty `desc` shows no progress.
-  """
-  render = requests(
-    setup.prompter, (keep,), config.prompt.order, remote is not None
-  )
-  greedy = sampler(setup, keep, constrained=stage.constrained)
-
-  def tell(
-    rows, drawn: compressor_judge.Drawn, judged: compressor_judge.Judgement
-  ):
-    del rows
-    rollouts = drawn.rollouts
-    return {
-      'tokens': rollouts.tokens,
-      'length': rollouts.length,
-      **judged._asdict(),
-    }
-
-  answer = make_judged(setup, greedy, stage, ranker, remote, tell)
-
-  def write(params, slates, seed: int, desc: str = '') -> Iterator[Written]:
-    key = jax.random.key(0)  # The greedy draw nothing.
-    with (
-      reporting.progress(
-        len(slates), desc or 'compress', unit='slate', quiet=not desc
-      ) as bar,
-      sharding.activate(setup.mesh),
-    ):
-      for n, batch in batches.in_order(
-        slates, render, stage.eval_batch_size, seed
-      ):
-        rows = sharding.shard_batch(batch, setup.mesh)
-        found = cluster.fetch(answer(params, rows, key))
-        found = {name: x[:n, 0] for name, x in found.items()}
-        bar.update(n)
-        yield Written(
-          tokens=found.pop('tokens'),
-          length=found.pop('length'),
-          presented=batch['incoming'][:n],
-          count=batch['count'][:n],
-          judged=compressor_judge.Judgement(**found),
-        )
-
-  return write
-
-
-def store(
-  setup: policy.Setup, slates: Any, parts: Iterable[Written]
-) -> Iterator[dict[str, np.ndarray]]:
-  """Records of `compressions` of what was written, in order.
-
-  Args:
-    setup: the ranker's, whose prompts have the whole context.
-    slates: those that were compressed.
-    parts: of `make_write`.
-  """
-  too_short = compressions.FAULTS.index('too_short')
-  at = 0
-  for part in parts:
-    for row, count in enumerate(part.count.tolist()):
-      whole = setup.prompter.context.reduce(
-        setup.prompter.lines(slates[at + row]), None
-      )
-      fault, length = int(part.judged.verdict[row]), int(part.length[row])
-      written = whole
-      if fault == compression.VALID:
-        written = compressions.split_up(
-          part.tokens[row, :length],
-          setup.prompter,
-          part.presented[row, :count],
-        )
-      elif fault == compression.OVER_BUDGET and length == count + 2:
-        fault = too_short  # Nothing but the marks, and these did not fit.
-      yield compressions.record(written, whole, fault)
-    at += len(part.count)

@@ -21,6 +21,7 @@ from gr2_jax.data import (
   chat,
   compressions,
   contexts,
+  evidence_bins,
   prompts,
   records,
   vocabulary,
@@ -208,7 +209,7 @@ def load(
   slates, home = inputs['slates'], inputs['backbone']
   catalog = slates_lib.read_catalog(slates)
   sids = semantic_ids.load(inputs['tokenizer'])
-  bins = prompts.load_bins(home / BINS)
+  bins = evidence_bins.load(home / BINS)
   words = vocabulary.Vocabulary(
     vocabulary.find(home), _layout(config.prompt, sids)
   )
@@ -295,7 +296,7 @@ def found_vocabulary(
     )
   catalog = slates_lib.read_catalog(slates)
   train = slates_lib.read(slates, 'train')
-  bins = prompts.EvidenceBins.fit(
+  bins = evidence_bins.EvidenceBins.fit(
     train, meta['evidence'], tuple(config.prompt.evidence), config.prompt.bins
   )
   sids = semantic_ids.load(tokenizer)
@@ -321,7 +322,7 @@ def found_vocabulary(
       config.prompt.text_tokens,
       words={word for text in (*phrases, *names) for word in text.split()},
     )
-  prompts.save_bins(home / BINS, bins)  # Last: it says that both are there.
+  evidence_bins.save(home / BINS, bins)  # Last: it says that both are there.
 
 
 def _layout(config, sids: semantic_ids.SemanticIds) -> vocabulary.Layout:

@@ -10,6 +10,7 @@ from gr2_jax import (
   adapters,
   compressor,
   compressor_judge,
+  context_writer,
   policy,
   sampling,
 )
@@ -218,7 +219,7 @@ def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
     with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
       parts, plain = (
         list(
-          compressor.make_write(setup, ranker, own, own.compress, 0.5, who)(
+          context_writer.make_write(setup, ranker, own, own.compress, 0.5, who)(
             params, slates, 0
           )
         )

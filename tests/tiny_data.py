@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gr2_jax.data import chat, log, prompts, slates, vocabulary
+from gr2_jax.data import chat, evidence_bins, log, prompts, slates, vocabulary
 
 COLOURS = ('red', 'blue', 'green', 'pink')
 THINGS = ('soap', 'brush', 'cream')
@@ -88,7 +88,7 @@ def many(size=40):
 
 
 def bins():
-  return prompts.EvidenceBins.fit(
+  return evidence_bins.EvidenceBins.fit(
     many(), EVIDENCE, LAYOUT.evidence, LAYOUT.bins
   )
 

@@ -22,87 +22,16 @@ Axes: K candidates, E evidence columns, T tokens, H history.
 
 import dataclasses
 import functools
-import json
-import os
-import pathlib
 
 import numpy as np
 
 from gr2_jax.data import contexts
-from gr2_jax.data import slates as slates_lib
+from gr2_jax.data import evidence_bins as bins_lib
 from gr2_jax.data import vocabulary as vocabulary_lib
 from gr2_jax.data.log import Catalog
 
 TARGET_TOKENS = 2  # of `Prompter.ask` with a target, beside one without
 ORDERS = ('shuffled', 'incoming', 'mixed')
-RAW = ':raw'
-
-
-@dataclasses.dataclass(frozen=True)
-class EvidenceBins:
-  """Turns evidence columns into a few bins each.
-
-  A column is centred and scaled within its slate, so that it compares the
-  candidates; one named `column:raw` keeps its own scale, so that it compares
-  slates too. Bin edges are quantiles over the training slates.
-  """
-
-  columns: tuple[str, ...]  # as configured, some with `:raw`
-  index: np.ndarray  # int [E], where they stand in the slates' evidence
-  edges: np.ndarray  # float64 [E, bins - 1], ascending
-  age_edges: np.ndarray  # float64 [bins - 1], of the ages of a history
-
-  def __call__(self, evidence_KxE: np.ndarray, count: int) -> np.ndarray:
-    """int32 [K, E] bins of the first `count` candidates; 0 in the padding."""
-    values = self._prepare(evidence_KxE[None], np.array([count]))[0]
-    bins = (values[..., None] >= self.edges).sum(-1)
-    bins[count:] = 0
-    return bins.astype(np.int32)
-
-  def ages(self, ages: np.ndarray) -> np.ndarray:
-    """int32 [...] bins of how long ago something was."""
-    return np.searchsorted(self.age_edges, ages, side='right').astype(np.int32)
-
-  def _prepare(self, evidence: np.ndarray, count: np.ndarray) -> np.ndarray:
-    values = evidence[..., self.index].astype(np.float64)
-    real = (np.arange(evidence.shape[1]) < count[:, None])[..., None]
-    n = count[:, None, None]
-    mean = (values * real).sum(1, keepdims=True) / n
-    var = (((values - mean) ** 2) * real).sum(1, keepdims=True) / n
-    centred = (values - mean) / (np.sqrt(var) + 1e-6)
-    raw = np.array([name.endswith(RAW) for name in self.columns], bool)
-    return np.where(raw, values, centred)
-
-  @classmethod
-  def fit(
-    cls,
-    slates: slates_lib.Slates,
-    names: list[str],
-    columns: tuple[str, ...],
-    bins: int,
-  ) -> 'EvidenceBins':
-    """Quantiles over the real candidates of the training slates.
-
-    Raises:
-      ValueError: a column that the slates do not have.
-    """
-    for column in columns:
-      if column.removesuffix(RAW) not in names:
-        raise ValueError(
-          f'prompt.evidence: no column {column!r} in the slates; known: '
-          f'{", ".join(names)} (each also with the suffix {RAW!r})'
-        )
-    index = np.array([names.index(c.removesuffix(RAW)) for c in columns], int)
-    shares = np.linspace(0, 1, bins + 1)[1:-1]
-    known = slates.history_ages[slates.history_ages >= 0]
-    age_edges = np.quantile(known, shares) if len(known) else np.zeros(bins - 1)
-    empty = cls(columns, index, np.zeros((len(columns), bins - 1)), age_edges)
-    values = empty._prepare(slates.evidence, slates.count)
-    real = np.arange(values.shape[1]) < slates.count[:, None]
-    edges = np.quantile(values[real], shares, axis=0).T
-    return dataclasses.replace(
-      empty, edges=edges.reshape(len(columns), bins - 1)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +62,7 @@ class Prompter:
   """
 
   vocabulary: vocabulary_lib.Vocabulary
-  bins: EvidenceBins
+  bins: bins_lib.EvidenceBins
   items: dict[str, tuple[tuple[int, ...], ...]]
   opening: tuple[int, ...]
   closing: tuple[int, ...]
@@ -479,31 +408,3 @@ def item_tokens(
       for path in catalog.categories
     ),
   }
-
-
-def save_bins(path: os.PathLike[str] | str, bins: EvidenceBins) -> None:
-  """Writes JSON: columns, their places, edges."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(
-    json.dumps(
-      {
-        'columns': bins.columns,
-        'index': bins.index.tolist(),
-        'edges': bins.edges.tolist(),
-        'age_edges': bins.age_edges.tolist(),
-      }
-    )
-  )
-  os.replace(temporary, path)
-
-
-def load_bins(path: os.PathLike[str] | str) -> EvidenceBins:
-  """Reads what `save_bins` wrote."""
-  found = json.loads(pathlib.Path(path).read_text())
-  return EvidenceBins(
-    tuple(found['columns']),
-    np.array(found['index'], int),
-    np.array(found['edges'], np.float64).reshape(len(found['columns']), -1),
-    np.array(found['age_edges'], np.float64),
-  )

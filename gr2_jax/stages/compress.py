@@ -25,6 +25,7 @@ from gr2_jax import (
   cluster,
   compressor,
   compressor_judge,
+  context_writer,
   distillation,
   learner,
   policy,
@@ -129,7 +130,7 @@ def _run(
   setup = compressor.of(reader, stage.slack)
   ranks = reader.load_params(inputs[stage.start])
   make_write = functools.partial(
-    compressor.make_write, setup, ranks, config, stage, stage.keep
+    context_writer.make_write, setup, ranks, config, stage, stage.keep
   )
   write = make_write(judge)
   validate = validator(stage, setup, write)
@@ -282,7 +283,7 @@ def validator(stage, setup: policy.Setup, write):
   Args:
     stage: section `compress`.
     setup: of `compressor.of`.
-    write: of `compressor.make_write`.
+    write: of `context_writer.make_write`.
 
   Returns:
     `params -> {name: mean}` of `compressor_judge.watch`.
@@ -335,7 +336,7 @@ def _write(
       judged.append(part.judged)
       yield part
 
-  stored = list(compressor.store(reader, slates, noting()))
+  stored = list(context_writer.store(reader, slates, noting()))
   found = compressions.report(stored)
   if cluster.leads():
     records.write(path, stored)

@@ -18,7 +18,14 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import artifacts, compressor, policy, ranker, reporting
+from gr2_jax import (
+  artifacts,
+  compressor,
+  context_writer,
+  policy,
+  ranker,
+  reporting,
+)
 from gr2_jax.data import compressions
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import statistics
@@ -261,11 +268,11 @@ def _write(config, whole, params, source, home, keep, slates):
   """Contexts of the slates, by the compressor, at a share of the tokens."""
   stage = config.compress
   writer = compressor.of(whole, stage.slack)
-  write = compressor.make_write(writer, params(source), config, stage, keep)
+  write = context_writer.make_write(writer, params(source), config, stage, keep)
   parts = write(
     params(home), slates, config.seeds[0], f'compress to {keep:.0%}'
   )
-  stored = list(compressor.store(whole, slates, parts))
+  stored = list(context_writer.store(whole, slates, parts))
   longest = compressions.report(stored)['longest']
   setup = whole.reading_written(home, longest)
   return setup, compressions.Joined(slates, stored)

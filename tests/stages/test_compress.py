@@ -7,6 +7,7 @@ import pytest
 from gr2_jax import (
   artifacts,
   compressor,
+  context_writer,
   policy,
   ranker,
   reporting,
@@ -288,9 +289,9 @@ def test_what_cannot_be_compressed_stays_whole_and_is_counted(
   config = tiny_world.config(compress__constrained=constrained)
   own = compressor.of(setup, config.compress.slack)
   params = setup.load_params(world['sft'])
-  write = compressor.make_write(own, params, config, config.compress, keep)
+  write = context_writer.make_write(own, params, config, config.compress, keep)
   slates = ranker.Chosen(setup.source('train'), np.arange(9))
-  stored = list(compressor.store(setup, slates, write(params, slates, 0)))
+  stored = list(context_writer.store(setup, slates, write(params, slates, 0)))
   report = compressions.report(stored)
   assert report['unchanged'] == report['slates'] == 9
   assert report['kept'] == 1

@@ -1,0 +1,141 @@
+"""Contexts written by a trained compressor, slate after slate, to be kept.
+
+Greedy, and judged on the way. A context that cannot be compressed, or of which
+nothing valid was written, stays whole, and the record says why.
+
+Axes: n slates, K candidates, T compression tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from gr2_jax import (
+  cluster,
+  compressor,
+  compressor_judge,
+  policy,
+  reporting,
+  sharding,
+)
+from gr2_jax.data import batches, compressions
+from gr2_jax.ops import compression
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """Greedy compressions of some slates, on the host.
+
+  Attributes:
+    tokens: int32 [n, T].
+    length: int32 [n], with <eos>.
+    presented: int32 [n, K], incoming rank of each slot.
+    count: int32 [n].
+    judged: of `Judgement`, each [n].
+  """
+
+  tokens: np.ndarray
+  length: np.ndarray
+  presented: np.ndarray
+  count: np.ndarray
+  judged: compressor_judge.Judgement
+
+
+def make_write(
+  setup: policy.Setup,
+  ranker: Any,
+  config,
+  stage,
+  keep: float,
+  remote: compressor_judge.Remote | None = None,
+) -> Callable[..., Iterator[Written]]:
+  """How slates are compressed greedily, a batch after another.
+
+  Args:
+    setup: of `compressor.of`.
+    ranker: parameters of the ranker that judges.
+    config: section prompt.
+    stage: section `compress`.
+    keep: share of the tokens.
+    remote: who judges in the ranker's place, if any.
+
+  Returns:
+    `(params, slates, seed, desc) -> iterator of Written`; the presentation is a
+    function of (seed, index), and an empty `desc` shows no progress.
+  """
+  render = compressor.requests(
+    setup.prompter, (keep,), config.prompt.order, remote is not None
+  )
+  greedy = compressor.sampler(setup, keep, constrained=stage.constrained)
+
+  def tell(
+    rows, drawn: compressor_judge.Drawn, judged: compressor_judge.Judgement
+  ):
+    del rows
+    rollouts = drawn.rollouts
+    return {
+      'tokens': rollouts.tokens,
+      'length': rollouts.length,
+      **judged._asdict(),
+    }
+
+  answer = compressor.make_judged(setup, greedy, stage, ranker, remote, tell)
+
+  def write(params, slates, seed: int, desc: str = '') -> Iterator[Written]:
+    key = jax.random.key(0)  # The greedy draw nothing.
+    with (
+      reporting.progress(
+        len(slates), desc or 'compress', unit='slate', quiet=not desc
+      ) as bar,
+      sharding.activate(setup.mesh),
+    ):
+      for n, batch in batches.in_order(
+        slates, render, stage.eval_batch_size, seed
+      ):
+        rows = sharding.shard_batch(batch, setup.mesh)
+        found = cluster.fetch(answer(params, rows, key))
+        found = {name: x[:n, 0] for name, x in found.items()}
+        bar.update(n)
+        yield Written(
+          tokens=found.pop('tokens'),
+          length=found.pop('length'),
+          presented=batch['incoming'][:n],
+          count=batch['count'][:n],
+          judged=compressor_judge.Judgement(**found),
+        )
+
+  return write
+
+
+def store(
+  setup: policy.Setup, slates: Any, parts: Iterable[Written]
+) -> Iterator[dict[str, np.ndarray]]:
+  """Records of `compressions` of what was written, in order.
+
+  Args:
+    setup: the ranker's, whose prompts have the whole context.
+    slates: those that were compressed.
+    parts: of `make_write`.
+  """
+  too_short = compressions.FAULTS.index('too_short')
+  at = 0
+  for part in parts:
+    for row, count in enumerate(part.count.tolist()):
+      whole = setup.prompter.context.reduce(
+        setup.prompter.lines(slates[at + row]), None
+      )
+      fault, length = int(part.judged.verdict[row]), int(part.length[row])
+      written = whole
+      if fault == compression.VALID:
+        written = compressions.split_up(
+          part.tokens[row, :length],
+          setup.prompter,
+          part.presented[row, :count],
+        )
+      elif fault == compression.OVER_BUDGET and length == count + 2:
+        fault = too_short  # Nothing but the marks, and these did not fit.
+      yield compressions.record(written, whole, fault)
+    at += len(part.count)
