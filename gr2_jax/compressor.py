@@ -198,7 +198,7 @@ def make_draw(
   Returns:
     `(params, rows, key) -> Drawn`; pure.
   """
-  marks = symbols(setup.vocabulary)
+  verify = make_verify(setup, stage)
 
   def draw(params, rows, key) -> compressor_judge.Drawn:
     source = facts(setup.grammar, rows)
@@ -212,6 +212,26 @@ def make_draw(
       setup.grammar,
       config,
     )
+    return verify(rows, source, rollouts)
+
+  return draw
+
+
+def make_verify(
+  setup: policy.Setup, stage
+) -> Callable[..., compressor_judge.Drawn]:
+  """What can be said of compressions without a judge.
+
+  Args:
+    setup: of `of`.
+    stage: slack, ellipsis_cost.
+
+  Returns:
+    `(rows, facts, rollouts) -> Drawn`; pure.
+  """
+  marks = symbols(setup.vocabulary)
+
+  def verify(rows, source, rollouts) -> compressor_judge.Drawn:
     tokens, length = rollouts.tokens, rollouts.length
     shown = rows['prompt'], rows['prompt_length']
     return compressor_judge.Drawn(
@@ -233,7 +253,7 @@ def make_draw(
       ),
     )  # fmt: skip
 
-  return draw
+  return verify
 
 
 def make_judged(

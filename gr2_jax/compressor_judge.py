@@ -26,6 +26,7 @@ from gr2_jax.models import transformer
 from gr2_jax.ops import compression
 
 JUDGES = ('ranker', 'remote')
+JUDGED_BY = ('labels', 'order')  # what the ranker's order is held against
 
 # What of a slate's record goes with a prompt that is judged in words.
 _TOLD = (
@@ -108,7 +109,7 @@ def make_ranker(
   Args:
     setup: of `compressor.of`.
     marks: of `compressor.symbols`.
-    stage: judge_k, judge_top.
+    stage: judge_by, judge_k, judge_top.
 
   Returns:
     `(ranker's parameters, rows, rollouts, preservation) -> Judged`; pure.
@@ -134,9 +135,16 @@ def make_ranker(
     return scores.reshape(P, G, K)
 
   def judge(params, rows, rollouts, preservation) -> compression.Judged:
+    grades = rows['grades']
+    if stage.judge_by == 'order':
+      hidden, _ = transformer.encode_prompt(
+        setup.model, params, rows['prompt'], rows['prompt_length']
+      )
+      scores = transformer.slot_scores(params, hidden, rows['slots'])
+      grades = compression.order_grades(scores, rows['count'])
     return compression.judge(
       read(params, rollouts),
-      rows['grades'],
+      grades,
       rows['count'],
       preservation,
       k=stage.judge_k,

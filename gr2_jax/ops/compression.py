@@ -326,6 +326,30 @@ def judge(
   return Judged(solvable, quality, total.astype(jnp.float32))
 
 
+def order_grades(scores: chex.Array, count: chex.Array) -> jax.Array:
+  """Grades by an order in place of labels: 2 to the first, 1 to the next two.
+
+  With them `judge` says how much of the order that a ranker has of the whole
+  context is still its order of the compressed one. No label is read.
+
+  Example: scores 0.2 0.9 0.1 0.5: 1 2 0 1.
+
+  Args:
+    scores: float [P, K]; of equal ones the first candidate is first.
+    count: int [P], real candidates; the others get 0.
+
+  Returns:
+    int32 [P, K].
+  """
+  chex.assert_shape(count, jnp.shape(scores)[:1])
+  scores = jnp.asarray(scores)
+  real = masking.length_mask(jnp.asarray(count), scores.shape[-1])
+  order = jnp.lexsort((-scores, ~real), axis=-1)
+  rank = jnp.argsort(order, axis=-1)
+  grades = jnp.where(rank == 0, 2, jnp.where(rank < 3, 1, 0))
+  return jnp.where(real, grades, 0).astype(jnp.int32)
+
+
 def ellipsis_factor(
   tokens: chex.Array,
   length: chex.Array,

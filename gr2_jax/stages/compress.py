@@ -194,6 +194,11 @@ def check(stage) -> None:
       f'compress.judge is {stage.judge!r}; it must be one of '
       f'{compressor_judge.JUDGES}'
     )
+  if stage.judge_by not in compressor_judge.JUDGED_BY:
+    raise ValueError(
+      f'compress.judge_by is {stage.judge_by!r}; it must be one of '
+      f'{compressor_judge.JUDGED_BY}'
+    )
   for keep in (stage.keep, *stage.keeps):
     if not 0 < keep <= 1:
       raise ValueError(

@@ -32,19 +32,10 @@ from gr2_jax.ops import statistics
 
 TABLE, FIGURE = 'compress.md', 'compress.png'
 WHOLE = 'full'
-METRICS = ('n@5', 'r@1')
+# Whose order, and what of it.
+MEASURES = ('generated n@5', 'generated r@1', 'readout n@5')
 KINDS = ('cut by rule', 'random', 'compressor', 'memory')
-COLUMNS = (
-  'form',
-  'tokens',
-  'kept',
-  'N@5',
-  'N@5 lost',
-  'within',
-  'R@1',
-  'R@1 lost',
-  'read-out N@5 lost',
-)
+SHOWN = ('N@5', 'R@1', 'read-out N@5')
 
 
 def run(
@@ -60,60 +51,57 @@ def run(
 
   Returns:
     `rows`, one a form: `tokens` that the ranker read and the share `kept`,
-    means over seeds and slates; `n@5`, `r@1`; `n@5_lost`, `r@1_lost`,
-    `readout_lost` (N@5 of the read-out) to the whole context, with a 95 %
-    interval; and of the first two whether the loss is below the margin and
-    whether both sides are within it (`*_test`, of a 90 % interval).
+    means over seeds and slates; and of every one of MEASURES the `mean`, what
+    is `lost` to the whole context, with a 95 % interval, and a `test` of the
+    gain against the margin (`statistics.two_level_equivalence`).
   """
   del inputs
   from matplotlib import figure  # noqa: F401  Fails before the runs, not after.
 
   stage = config.study_compress
   answers: dict[str, list[_Read]] = {}
-  slates = None
   for seed in config.seeds:
     for name, read in _forms(config, seed, workdir).items():
       answers.setdefault(name, []).append(read())
   slates = _slates(config, workdir)[0]
-  scores = {
-    name: [
-      ranker.watch(r.generated, slates.grades, slates.count) for r in reads
-    ]
-    for name, reads in answers.items()
-  }
-  readouts = {
-    name: [ranker.watch(r.readout, slates.grades, slates.count) for r in reads]
-    for name, reads in answers.items()
-  }
-  rows = []
+
+  def measured(name: str) -> dict[str, np.ndarray]:
+    """Metric -> [S, n]."""
+    found = {}
+    for measure in MEASURES:
+      order, metric = measure.split()
+      found[measure] = np.stack(
+        [
+          ranker.watch(getattr(r, order), slates.grades, slates.count)[metric]
+          for r in answers[name]
+        ]
+      )
+    return found
+
+  whole, rows = measured(WHOLE), []
   for name, reads in answers.items():
     row: dict[str, Any] = {
       'form': name,
       'tokens': float(np.mean([r.tokens.mean() for r in reads])),
       'kept': float(np.mean([(r.tokens / r.whole).mean() for r in reads])),
     }
-    for metric in METRICS:
-      own, base = (
-        np.stack([w[metric] for w in scores[n]]) for n in (name, WHOLE)
+    for metric, values in measured(name).items():
+      lost = statistics.two_level_bootstrap(
+        whole[metric], values, slates.user, resamples=stage.resamples
       )
-      row[metric] = float(own.mean())
-      row[f'{metric}_lost'] = statistics.two_level_bootstrap(
-        base, own, slates.user, resamples=stage.resamples
-      )._asdict()
-      # Of gains: not worse is what the lower side says.
-      row[f'{metric}_test'] = statistics.two_level_equivalence(
-        own,
-        base,
+      # Of the gain: its lower side says that nothing is lost.
+      test = statistics.two_level_equivalence(
+        values,
+        whole[metric],
         slates.user,
         margin=stage.margin,
         resamples=stage.resamples,
-      )._asdict()
-    own, base = (
-      np.stack([w['n@5'] for w in readouts[n]]) for n in (name, WHOLE)
-    )
-    row['readout_lost'] = statistics.two_level_bootstrap(
-      base, own, slates.user, resamples=stage.resamples
-    )._asdict()
+      )
+      row[metric] = {
+        'mean': float(values.mean()),
+        'lost': lost._asdict(),
+        'test': test._asdict(),
+      }
     rows.append(row)
   results = {
     'rows': rows,
@@ -282,23 +270,22 @@ def summary(results: dict[str, Any]) -> str:
   """The study as a table and a line, for people."""
   lines = []
   for row in results['rows']:
+    written = [row[m] for m in MEASURES[:2]]
+    tests = [found['test'] for found in written]
+    within = 'no'
+    if all(test['equivalent'] for test in tests):
+      within = 'both'
+    elif all(test['not_worse'] for test in tests):
+      within = 'not worse'
     line = {
       'form': row['form'],
       'tokens': f'{row["tokens"]:.0f}',
       'kept': f'{row["kept"]:.1%}',
+      'within': within,
     }
-    for metric in METRICS:
-      line[metric.upper()] = row[metric]
-      line[f'{metric.upper()} lost'] = _interval(row[f'{metric}_lost'])
-    line['read-out N@5 lost'] = _interval(row['readout_lost'])
-    tests = [row[f'{metric}_test'] for metric in METRICS]
-    line['within'] = (
-      'both'
-      if all(t['equivalent'] for t in tests)
-      else 'not worse'
-      if all(t['not_worse'] for t in tests)
-      else 'no'
-    )
+    for name, measure in zip(SHOWN, MEASURES, strict=True):
+      line[name] = row[measure]['mean']
+      line[f'{name} lost'] = _interval(row[measure]['lost'])
     lines.append(line)
   counted = (
     f'{results["n_slates"]} slates of {results["n_users"]} users, '
@@ -306,7 +293,10 @@ def summary(results: dict[str, Any]) -> str:
     f'those of the whole context, or not worse, by a margin of '
     f'{results["margin"]} (one-sided tests at 5 %)'
   )
-  return f'{reporting.table(lines, COLUMNS)}\n\n{counted}'
+  columns = ['form', 'tokens', 'kept', 'within']
+  for name in SHOWN:
+    columns += [name, f'{name} lost']
+  return f'{reporting.table(lines, columns)}\n\n{counted}'
 
 
 def _interval(found: dict[str, float]) -> str:
@@ -320,21 +310,21 @@ def _draw(rows: list[dict[str, Any]], margin: float, path: pathlib.Path):
   sheet = figure.Figure((7, 4.5), layout='constrained')
   axis = sheet.subplots()
   (whole,) = (row for row in rows if row['form'] == WHOLE)
-  axis.axhline(whole['n@5'], color='0.4', linewidth=1, label='whole context')
-  axis.axhspan(
-    whole['n@5'] - margin, whole['n@5'] + margin, color='0.5', alpha=0.15
-  )
+  level = whole[MEASURES[0]]['mean']
+  axis.axhline(level, color='0.4', linewidth=1, label='whole context')
+  axis.axhspan(level - margin, level + margin, color='0.5', alpha=0.15)
   for number, kind in enumerate(KINDS):
     own = sorted(
-      (row['kept'], row['n@5'], row['n@5_lost'], row['form'])
-      for row in rows
-      if row is not whole and _kind(row['form']) == kind
+      (row for row in rows if row is not whole and _kind(row['form']) == kind),
+      key=lambda row: row['kept'],
     )
     if not own:
       continue
-    x, y = [row[0] for row in own], [row[1] for row in own]
-    low = [row[2]['estimate'] - row[2]['low'] for row in own]
-    high = [row[2]['high'] - row[2]['estimate'] for row in own]
+    found = [row[MEASURES[0]] for row in own]
+    x, y = [row['kept'] for row in own], [one['mean'] for one in found]
+    lost = [one['lost'] for one in found]
+    low = [one['estimate'] - one['low'] for one in lost]
+    high = [one['high'] - one['estimate'] for one in lost]
     axis.errorbar(
       x, y, yerr=[high, low], color=f'C{number}', label=kind, capsize=2,
       marker='o', linestyle='-' if kind in KINDS[1:] else '',

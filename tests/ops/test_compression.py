@@ -26,6 +26,7 @@ segments = jax.jit(functools.partial(compression.segments, symbols=SYMBOLS))
 verify = jax.jit(functools.partial(compression.verify, symbols=SYMBOLS))
 compression_reward = jax.jit(compression.compression_reward)
 preservation = jax.jit(compression.preservation)
+order_grades = jax.jit(compression.order_grades)
 judge = jax.jit(compression.judge, static_argnames=('k', 'top'))
 ellipsis_factor = jax.jit(
   functools.partial(compression.ellipsis_factor, symbols=SYMBOLS)
@@ -432,6 +433,32 @@ def test_judge_by_hand():
   got = judge(scores, 0 * grades, full(2), kept)
   assert not got.solvable.any()
   np.testing.assert_allclose(got.total, 0.6, rtol=1e-6)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32 - 1))
+def test_grades_of_an_order_equal_the_oracle(seed):
+  rng = np.random.default_rng(seed)
+  count = rng.integers(1, K + 1, P).astype(np.int32)
+  scores = rng.integers(-2, 3, (P, K)).astype(np.float32)  # With ties.
+  got = np.asarray(order_grades(scores, count))
+  for p in range(P):
+    order = sorted(range(count[p]), key=lambda j: -scores[p, j])  # noqa: B023
+    wanted = np.zeros(K, np.int32)
+    wanted[order[1:3]] = 1
+    wanted[order[0]] = 2
+    assert got[p].tolist() == wanted.tolist()
+
+
+def test_who_keeps_the_order_of_the_whole_is_judged_best():
+  rng = np.random.default_rng(0)
+  scores = rng.normal(size=(P, K)).astype(np.float32)
+  grades = order_grades(scores, full(K))
+  same = np.stack([scores] * G, 1)
+  kept = np.ones((P, G), np.float32)
+  best = judge(3 * same - 1, grades, full(K), kept)
+  np.testing.assert_allclose(best.total, 1, rtol=1e-6)
+  assert (judge(-same, grades, full(K), kept).ranking < 1).all()
 
 
 def test_an_empty_source_saves_nothing():

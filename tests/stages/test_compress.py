@@ -7,6 +7,7 @@ import pytest
 from gr2_jax import (
   artifacts,
   compressor,
+  compressor_judge,
   context_writer,
   policy,
   ranker,
@@ -16,6 +17,7 @@ from gr2_jax import (
 )
 from gr2_jax.data import batches, compressions, records
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.models import transformer
 from gr2_jax.ops import compression
 from gr2_jax.stages import compress, study_compress
 
@@ -169,10 +171,18 @@ def judged(world, setup, tokens_of, budget=None):
     stacked['budget'][:] = budget
   zeros = np.zeros(tokens.shape, np.float32)
   rollouts = sampling.Rollouts(tokens, length, zeros, zeros)
+  verify = compressor.make_verify(own, stage)
+  marks = compressor.symbols(own.vocabulary)
+  read = compressor_judge.make_ranker(own, marks, stage)
+
+  @jax.jit
+  def judge(params, rows, rollouts):
+    drawn = verify(rows, compressor.facts(own.grammar, rows), rollouts)
+    found = read(params, rows, rollouts, drawn.preservation)
+    return compressor_judge.pay(drawn, found, stage.compression_weight)
+
   with sharding.activate(setup.mesh):
-    found = jax.jit(compressor.make_judge(own, stage))(
-      setup.load_params(world['sft']), stacked, rollouts
-    )
+    found = judge(setup.load_params(world['sft']), stacked, rollouts)
   return jax.device_get(found)
 
 
@@ -250,33 +260,26 @@ def test_the_ranker_reads_what_was_written(world, setup):
   assert (found.verdict == compression.VALID).all()
   np.testing.assert_allclose(found.kept, 1, atol=1e-6)
   np.testing.assert_allclose(found.preservation, 1)
-  slates = ranker.Chosen(setup.source('train'), np.arange(4))
   render = batches.requests(setup.prompter, '<answer>', 'shuffled')
-  rows = [render(slates[i], np.random.default_rng(i)) for i in range(4)]
-  labels = np.stack([slates[i]['grades'] for i in range(4)])
-  counts = np.stack([row['count'] for row in rows])
-  whole = ranker.rank(
-    setup, setup.load_params(world['sft']), _SameOrder(slates), thinking=False,
-    order='shuffled', batch_size=1, seed=0,
-  )  # fmt: skip
-  wanted = ranker.watch(whole.readout, labels, counts)['n@5']
-  assert wanted.shape == (4,)
+  source = setup.source('train')
+  rows = [render(source[i], np.random.default_rng(i)) for i in range(4)]
+  rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+  params = setup.load_params(world['sft'])
+  with sharding.activate(setup.mesh):
+    hidden, _ = transformer.encode_prompt(
+      setup.model, params, rows['prompt'], rows['prompt_length']
+    )
+  scores = transformer.slot_scores(params, hidden, rows['slots'])
+  wanted = compression.judge(
+    scores[:, None], rows['grades'], rows['count'], np.ones((4, 1))
+  )
+  np.testing.assert_allclose(found.ranking, wanted.ranking, atol=1e-5)
+  np.testing.assert_array_equal(found.solvable, wanted.solvable)
   bare = judged(world, setup, marks_alone)
   assert (bare.verdict == compression.VALID).all()
   assert (bare.preservation == 0).all()
   assert (bare.kept < found.kept).all()
   assert not np.allclose(bare.ranking, found.ranking)
-
-
-class _SameOrder:
-  def __init__(self, slates):
-    self._slates = slates
-
-  def __len__(self):
-    return len(self._slates)
-
-  def __getitem__(self, index):
-    return self._slates[index]
 
 
 @pytest.mark.parametrize(
@@ -331,6 +334,7 @@ def test_later_stages_read_what_was_written(world, written, setup):
 @pytest.mark.parametrize(
   ('field', 'value', 'said'),
   [
+    ('judge_by', 'taste', 'labels.*order'),
     ('keep', 0.0, 'above 0'),
     ('keep', 0.9, 'not learned'),
     ('keeps', (0.2, 1.5), 'at most 1'),
@@ -353,17 +357,15 @@ def test_the_study_compares_every_form_with_the_whole(study):
   ]  # fmt: skip
   whole = rows['full']
   assert whole['kept'] == 1
-  assert whole['n@5_lost']['estimate'] == 0
   for name, row in rows.items():
     assert name == 'full' or row['tokens'] < whole['tokens']
-    lost = row['n@5_lost']
-    assert lost['low'] <= lost['estimate'] <= lost['high']
-    np.testing.assert_allclose(
-      lost['estimate'], whole['n@5'] - row['n@5'], atol=1e-6
-    )
-    np.testing.assert_allclose(
-      row['n@5_test']['estimate'], -lost['estimate'], atol=1e-6
-    )
+    for measure in study_compress.MEASURES:
+      lost, test = row[measure]['lost'], row[measure]['test']
+      assert lost['low'] <= lost['estimate'] <= lost['high']
+      apart = whole[measure]['mean'] - row[measure]['mean']
+      np.testing.assert_allclose(lost['estimate'], apart, atol=1e-6)
+      np.testing.assert_allclose(test['estimate'], -apart, atol=1e-6)
+      assert test['equivalent'] or name != 'full'
   assert rows['compressor, 60%']['kept'] <= 0.6
   table = (directory / study_compress.TABLE).read_text()
   assert table.strip() == study_compress.summary(results)
