@@ -152,25 +152,41 @@ def facts(
   )
 
 
-def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig):
+def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
   """Cross entropy of given compressions, under the sampler's own mask.
+
+  Of several of a slate only the one counts that the ranker judges best.
 
   Args:
     setup: of `of`.
     config: of `sampler`, of temperature 1.
+    stage: section `compress`.
 
   Returns:
-    `(params, rows) -> (loss, metrics)`; rows have `tokens` int32 [P, G, T] and
-    `length` int32 [P, G] beside the fields of `requests`.
+    `(params, ranker, rows) -> (loss, metrics)`; rows have `tokens` int32
+    [P, G, T] and `length` int32 [P, G] beside the fields of `requests`.
   """
+  verify = make_verify(setup, stage)
+  read = compressor_judge.make_ranker(setup, symbols(setup.vocabulary), stage)
 
-  def loss_fn(params, rows):
+  def loss_fn(params, ranker, rows):
+    tokens, length = rows['tokens'], rows['length']
+    source = facts(setup.grammar, rows)
+    nothing = jnp.zeros(tokens.shape)
+    drawn = verify(
+      rows, source, sampling.Rollouts(tokens, length, nothing, nothing)
+    )
+    judged = read(ranker, rows, drawn.rollouts, drawn.preservation)
+    reward = compressor_judge.pay(
+      drawn, judged, stage.compression_weight
+    ).reward
+    best = jnp.argmax(reward, axis=1)[:, None]
     batch = policy_gradient.PolicyBatch(
       prompt=rows['prompt'],
       prompt_length=rows['prompt_length'],
-      facts=facts(setup.grammar, rows),
-      tokens=rows['tokens'],
-      length=rows['length'],
+      facts=source,
+      tokens=jnp.take_along_axis(tokens, best[..., None], axis=1),
+      length=jnp.take_along_axis(length, best, axis=1),
       logp=None,
       advantage=None,
       use=None,
@@ -178,9 +194,13 @@ def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig):
     scores = policy_gradient.score(
       setup.model, params, batch, setup.grammar, config
     )
-    written = masking.length_mask(batch.length, batch.tokens.shape[-1])
+    written = masking.length_mask(batch.length, tokens.shape[-1])
     loss = losses.token_cross_entropy(scores.logp, written).mean()
-    return loss, {'entropy': masking.masked_mean(scores.entropy, written)}
+    return loss, {
+      'entropy': masking.masked_mean(scores.entropy, written),
+      'reward_drawn': reward.mean(),
+      'reward_best': reward.max(axis=1).mean(),
+    }
 
   return loss_fn
 

@@ -1,11 +1,12 @@
 """Compress: a policy that rewrites contexts into a tenth of their tokens.
 
 It starts from the parameters of the ranker that is to read it. First it
-imitates compressions by rule, of every length that it may be asked for; then
-it learns, as any policy here, from its own: each is verified, read by that
-ranker, frozen, and paid by what is left of the slate (Eq. 10-11). Last it
-writes the contexts of all slates, once and for all: `rl.context=text` and the
-like have later stages read them.
+imitates compressions by rule, of every length that it may be asked for: of
+several the one that this ranker ranks best with. Then it learns, as any policy
+here, from its own: each is verified, read by that ranker, frozen, and paid by
+what is left of the slate (Eq. 10-11). Last it writes the contexts of all
+slates, once and for all: `rl.context=text` and the like have later stages read
+them.
 
 Axes: n slates.
 """
@@ -138,7 +139,7 @@ def _run(
   # Imitation.
   imitation = workdir / IMITATION
   if not cluster.told((imitation / 'done.json').exists()):
-    found = _imitate(config, inputs, imitation, setup, validate)
+    found = _imitate(config, inputs, imitation, setup, ranks, validate)
     if cluster.leads():
       (imitation / 'done.json').write_text(json.dumps(found))
 
@@ -212,8 +213,8 @@ def check(stage) -> None:
     )
 
 
-def _imitate(config, inputs, workdir: pathlib.Path, setup, validate):
-  """Learns compressions by rule; see `extracts`."""
+def _imitate(config, inputs, workdir: pathlib.Path, setup, ranks, validate):
+  """Learns compressions by rule, of several the best; see `extracts`."""
   stage = config.compress
   weights = extracts.telling(
     slates_lib.read(inputs['slates'], 'train'), setup.prompter.bins.index
@@ -231,13 +232,14 @@ def _imitate(config, inputs, workdir: pathlib.Path, setup, validate):
     setup, max(stage.keeps), temperature=1.0, constrained=stage.constrained
   )
   update = learner.make_update(
-    setup.adapters.wrap(compressor.imitation_loss(setup, sample)), optimizer
+    setup.adapters.wrap(compressor.imitation_loss(setup, sample, stage)),
+    optimizer,
   )
 
   def take_step(state, frozen, step):
     del step
     rows = sharding.shard_share(next(iterator), setup.mesh)
-    return update(state, frozen, rows)
+    return update(state, frozen, ranks, rows)
 
   return training.fit(
     stage.imitate,
@@ -255,7 +257,7 @@ def _imitate(config, inputs, workdir: pathlib.Path, setup, validate):
 
 
 def imitation_renderer(setup: policy.Setup, config, weights_E: np.ndarray):
-  """`(slate, rng) -> row` of `compressor.requests`, with its answer by rule.
+  """`(slate, rng) -> row` of `compressor.requests`, with answers by rule.
 
   Args:
     setup: of `compressor.of`.
@@ -263,7 +265,8 @@ def imitation_renderer(setup: policy.Setup, config, weights_E: np.ndarray):
     weights_E: of `extracts.telling`.
 
   Returns:
-    The rendering; `tokens` int32 [1, T] and `length` int32 [1] are the answer.
+    The rendering; `tokens` int32 [G, T] and `length` int32 [G] are answers, of
+    which the best is to be imitated.
   """
   stage, prompter = config.compress, setup.prompter
   ask = compressor.requests(prompter, tuple(stage.keeps), config.prompt.order)
@@ -273,10 +276,13 @@ def imitation_renderer(setup: policy.Setup, config, weights_E: np.ndarray):
     row = ask(slate, rng)
     order = row['incoming'][: int(row['count'])]
     budget = int(row['budget'])
-    ids = extracts.extract(prompter, slate, order, budget, weights_E, rng)
+    drawn = [
+      extracts.extract(prompter, slate, order, budget, weights_E, rng)
+      for _ in range(stage.draws)
+    ]
     return row | {
-      'tokens': prompts.pad(ids, room, 'compression')[None],
-      'length': np.array([len(ids)], np.int32),
+      'tokens': np.stack([prompts.pad(d, room, 'draw') for d in drawn]),
+      'length': np.array([len(d) for d in drawn], np.int32),
     }
 
   return render
