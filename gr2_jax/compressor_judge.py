@@ -6,8 +6,9 @@ what that comes to, r_judge, from preservation p and ranking q:
   0.2 p + 0.8 q where it is solvable, else 0.8 p + 0.2 q
 
 The ranker reads a compression in place of the whole, on the device, and is held
-to the labels or to its own order of the whole. The other reads it in words beside the whole, on the host, and
-is told no label: p, q and solvable are its opinions.
+to the labels or to its own order of the whole. The other reads it in words
+beside the whole, on the host, and is told no label: p, q and solvable are its
+opinions.
 
 Axes: P prompts, G compressions of each, T compression tokens, K candidates.
 """
