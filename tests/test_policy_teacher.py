@@ -257,7 +257,9 @@ def test_another_vocabulary_is_translated(
   words = vocabulary.train(
     tmp_path / vocabulary.TRAINED,
     ['few words'],
-    dataclasses.replace(student.vocabulary.layout, num_slots=9),
+    dataclasses.replace(
+      student.vocabulary.layout, num_slots=9, codebook_size=3
+    ),
     15,
   )
   other = restore(

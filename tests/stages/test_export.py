@@ -55,6 +55,7 @@ def pretrained(root, world, family):
     found['rl'] = root / 'midtrain'  # A stage that trains adapters.
     found['rl'].mkdir()
     midtrain.run(own, tiny_world.inputs(found, 'midtrain'), found['rl'])
+  tiny_world.finish(found['rl'], 'rl')
   return own, found
 
 

@@ -15,6 +15,8 @@ from gr2_jax.ops import parsing
 from gr2_jax.stages import rerank
 from gr2_jax.stages import slates as slates_stage
 
+from .. import tiny_world
+
 CHUNK = 16
 
 
@@ -57,6 +59,7 @@ def inputs(config, tmp_path_factory):
     lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params
   )
   checkpoint.save_params(inputs['rl'] / policy.PARAMS, params)
+  tiny_world.finish(inputs['rl'], 'rl')
   return inputs
 
 
