@@ -363,9 +363,10 @@ def _honesty(config, workdir, reader: policy.Setup, ranks, longest: int):
   ranker then writes, on the validation slates.
 
   Returns:
-    `n@5` of orders written after whole and after compressed contexts, and
-    Spearman's correlation over slates of `n@5` after the compressed one with
-    each of the judge's numbers; None where one of them never varies.
+    `n@5` of orders written after whole and after compressed contexts; and
+    Spearman's correlation over slates of each of the judge's numbers with
+    `n@5` after the compressed one, which says most of how hard a slate is, and
+    with its `change` from that after the whole.
   """
   stage = config.compress
   labels = slates_lib.read(reader.slates, 'validation')
@@ -385,16 +386,21 @@ def _honesty(config, workdir, reader: policy.Setup, ranks, longest: int):
 
   whole = ranked(reader)
   written = ranked(reader.reading_written(workdir, longest))
+  names = ('preservation', 'ranking', 'judge', 'reward')
   with np.load(workdir / f'validation-{JUDGED}') as judged:
-    numbers = {name: judged[name] for name in ('preservation', 'ranking')}
-    numbers |= {'judge': judged['judge'], 'reward': judged['reward']}
+    numbers = {name: judged[name] for name in names}
   return {
     'n@5': {'whole': float(whole.mean()), 'compressed': float(written.mean())},
     'spearman': {
-      name: float(stats.spearmanr(values, written).statistic)
-      if len(np.unique(values)) > 1
-      else None
-      for name, values in numbers.items()
+      'n@5': {k: _spearman(v, written) for k, v in numbers.items()},
+      'change': {k: _spearman(v, written - whole) for k, v in numbers.items()},
     },
     'slates': len(labels),
   }
+
+
+def _spearman(one: np.ndarray, other: np.ndarray) -> float | None:
+  """Rank correlation; None where one of them never varies."""
+  if min(len(np.unique(one)), len(np.unique(other))) < 2:
+    return None
+  return float(stats.spearmanr(one, other).statistic)

@@ -105,8 +105,16 @@ def test_the_judge_is_compared_with_what_it_is_for(world, written):
   found = artifacts.read_results(written)['judge']
   assert found['slates'] == len(slates_lib.read(world['slates'], 'validation'))
   assert set(found['n@5']) == {'whole', 'compressed'}
-  for value in found['spearman'].values():
-    assert value is None or -1 <= value <= 1
+  assert set(found['spearman']) == {'n@5', 'change'}
+  for told in found['spearman'].values():
+    assert set(told) == {'preservation', 'ranking', 'judge', 'reward'}
+    assert all(v is None or -1 <= v <= 1 for v in told.values())
+
+
+def test_a_number_that_never_varies_has_no_correlation():
+  rising = np.arange(5.0)
+  assert compress._spearman(rising, np.ones(5)) is None
+  np.testing.assert_allclose(compress._spearman(rising, -(rising**3)), -1)
 
 
 def test_sampler_and_learner_agree(written):
