@@ -33,7 +33,7 @@ def section(test: bool = False) -> ConfigDict:
   config.compression_weight = 0.2  # a of Eq. 10, of the tokens saved
   config.judge = 'ranker'  # of Eq. 10: ranker, or remote: at an endpoint
   # What its order is held against: the labels, or its own order of the whole.
-  config.judge_by = 'labels'
+  config.judge_by = 'order'
   config.judge_k = 5  # cut-off of the ranker's NDCG
   config.judge_top = 3  # ranks in which it must find a positive
   # How the judge `remote` is asked:

@@ -163,7 +163,7 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
 
 def judged(world, setup, tokens_of, budget=None):
   """The judgement of completions made from the rows by hand."""
-  stage = tiny_world.config().compress
+  stage = tiny_world.config(compress__judge_by='labels').compress
   own = compressor.of(setup, stage.slack)
   render = compressor.requests(own.prompter, (0.9,), 'shuffled')
   slates = own.source('train')
