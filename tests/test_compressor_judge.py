@@ -236,9 +236,10 @@ def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
     assert not other.judged.judge_failed.any()
 
 
-def test_a_ranker_judges_in_one_compiled_function(world_):
+@pytest.mark.parametrize('judge_by', compressor_judge.JUDGED_BY)
+def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
   setup, ranker, params, sampler, rows = world_
-  stage, key = config().compress, jax.random.key(0)
+  stage, key = config(judge_by=judge_by).compress, jax.random.key(0)
   act = compressor.make_act(setup, sampler, stage, ranker)
   batch, watches = act(params, rows, key)
   text = act.func.lower(*act.args, params, rows, key).as_text()
@@ -253,8 +254,15 @@ def test_a_ranker_judges_in_one_compiled_function(world_):
   )  # fmt: skip
   np.testing.assert_array_equal(batch.tokens, rollouts.tokens)
   scores = _scores(setup, ranker, rows, rollouts)
+  grades = rows['grades']
+  if judge_by == 'order':
+    hidden, _ = transformer.encode_prompt(
+      setup.model, ranker, rows['prompt'], rows['prompt_length']
+    )
+    whole = transformer.slot_scores(ranker, hidden, rows['slots'])
+    grades = compression.order_grades(whole, rows['count'])
   rewards, judged = jax.jit(lambda *arrays: _rewards(setup, stage, *arrays))(
-    rows, rollouts, scores
+    rows | {'grades': grades}, rollouts, scores
   )
   assert judged.solvable.any()
   np.testing.assert_allclose(watches['reward'], rewards.mean(), atol=1e-5)
