@@ -289,12 +289,18 @@ def training(
   return config
 
 
-def validation(test: bool) -> ConfigDict:
-  """How a ranking stage validates while it trains."""
+def held_out(test: bool) -> ConfigDict:
+  """What every stage validates on that reads slates."""
   config = ConfigDict()
-  config.thinking = True  # reason before the ranking
   config.eval_slates = 64 if test else 1024  # validation slates, a fixed draw
   config.eval_batch_size = 64 if test else 256  # of them at a time
+  return config
+
+
+def validation(test: bool) -> ConfigDict:
+  """How a ranking stage validates while it trains."""
+  config = held_out(test)
+  config.thinking = True  # reason before the ranking
   return config
 
 
@@ -313,8 +319,7 @@ def rollouts(
     learning_rate=learning_rate,
     eval_every=3 if test else eval_every,
   )
-  config.eval_slates = 64 if test else 1024  # validation slates, a fixed draw
-  config.eval_batch_size = 64 if test else 256  # of them at a time
+  config.update(held_out(test))
   config.group_size = 4 if test else 8  # rollouts of one slate
   config.temperature = 1.0  # of the sampler and of the learner
   config.constrained = True  # the grammar's mask while training, as in serving

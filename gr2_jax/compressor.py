@@ -77,9 +77,10 @@ def sampler(
 ) -> sampling.SamplingConfig:
   """A sampler with room for that share of the longest context."""
   p = setup.prompter
+  least = setup.grammar.least(p.num_candidates)
   return sampling.SamplingConfig(
     group=group,
-    max_tokens=max(int(keep * p.prompt_tokens), p.num_candidates + 2),
+    max_tokens=max(int(keep * p.prompt_tokens), least),
     temperature=temperature,
     constrained=constrained,
   )
@@ -87,18 +88,13 @@ def sampler(
 
 def symbols(words: vocabulary.Vocabulary) -> compression.Symbols:
   """The token ids that compressions are verified by."""
-  spelt = (words.pieces.spelling(token) for token in range(len(words)))
   return compression.Symbols(
     history=words.control['<history>'],
     candidates=words.control['<candidates>'],
     slot_base=words.slot_base,
     num_slots=words.layout.num_slots,
     eos=words.eos,
-    marks=tuple(
-      token
-      for token, text in enumerate(spelt)
-      if text and text.strip() in ('..', '...', '\u2026')
-    ),
+    marks=words.ellipses,
   )
 
 

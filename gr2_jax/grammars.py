@@ -165,11 +165,10 @@ class Extraction:
     budget_P: jax.Array,
   ) -> Source:
     """Finds what can be kept of prompts whose history comes first."""
-    P, S = prompt_PxS.shape
+    S = prompt_PxS.shape[1]
     real = masking.length_mask(length_P, S)
     slot = prompt_PxS - self.slot_base
-    is_mark = (slot >= 0) & (slot < count_P[:, None])
-    is_slot = real & is_mark
+    is_slot = real & (slot >= 0) & (slot < count_P[:, None])
     is_mark = is_slot | (real & (prompt_PxS == self.candidates))
     place = jnp.where(is_mark, jnp.arange(S), S)
     before = jax.lax.cummax(jnp.where(is_mark, jnp.arange(S), -1), axis=1)

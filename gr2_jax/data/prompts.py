@@ -189,8 +189,14 @@ class Prompter:
     longest = max(
       (sum(map(len, line)) for line in zip(*text, strict=True)), default=0
     )
+    return longest + self._own_tokens(fields, columns)
+
+  def _own_tokens(
+    self, fields: tuple[str, ...], columns: int | None = None
+  ) -> int:
+    """Tokens of a line, at most, that are of a slate and of no item."""
     width = len(self.bins.columns[:columns]) * fields.count('evidence')
-    return longest + width + sum(field in ('grade', 'age') for field in fields)
+    return width + fields.count('grade') + fields.count('age')
 
   def prompt(
     self,
@@ -315,8 +321,7 @@ class Prompter:
   def _length(self, item: int, fields: tuple[str, ...]) -> int:
     """Tokens of an item's line, at most."""
     text = sum(len(self.items[f][item]) for f in fields if f in self.items)
-    width = len(self.bins.columns) * fields.count('evidence')
-    return text + width + sum(field in ('grade', 'age') for field in fields)
+    return text + self._own_tokens(fields)
 
   def ask(
     self, control: str, target: int | None = None, keep: float | None = None

@@ -24,6 +24,7 @@ Axes: I items, L levels, K candidates, E evidence columns.
 """
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -254,6 +255,16 @@ class Vocabulary:
 
   def __len__(self) -> int:
     return len(self.pieces)
+
+  @functools.cached_property
+  def ellipses(self) -> tuple[int, ...]:
+    """Tokens that say that something was left out."""
+    spelt = (self.pieces.spelling(token) for token in range(len(self)))
+    return tuple(
+      token
+      for token, text in enumerate(spelt)
+      if text and text.strip() in ('..', '...', '\u2026')
+    )
 
   def encode(self, text: str) -> list[int]:
     """Ids of plain text; what looks like a symbol in it stays text.

@@ -145,7 +145,7 @@ def _forms(
   plan = artifacts.plan(config, 'compress', seed)
   inputs = {k: a.directory(root) for k, a in plan.inputs.items()}
   whole = policy.load(config, inputs)
-  params = functools.cache(lambda path: whole.load_params(path))
+  params = functools.cache(whole.load_params)
   read = functools.partial(_read, config, workdir, whole)
   found = {
     form: functools.partial(
