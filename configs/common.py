@@ -37,10 +37,12 @@ SECTIONS = {
   'export': 'export',
   'compress': 'compress',
   'internalize': 'internalize',
+  'prune': 'prune',
   'study_compress': 'study_compress',
   'study_distill': 'study_distill',
   'study_hacking': 'study_hacking',
   'study_internalize': 'study_internalize',
+  'study_prune': 'study_prune',
   'study_tokenizer': 'study_tokenizer',
 }
 
@@ -182,7 +184,7 @@ LONG_SIZES = {
   'evaluate.batch_size': 32,
 } | {
   f'{stage}.{field}': size
-  for stage in ('sft', 'opd', 'rl', 'internalize')
+  for stage in ('sft', 'opd', 'rl', 'internalize', 'prune')
   for field, size in (('eval_slates', 256), ('eval_batch_size', 32))
 }
 LONG_TEST_SIZES = {'prompt.history': 12}
@@ -228,6 +230,8 @@ def compose(stage: str, arg: str = '') -> ConfigDict:
     module = importlib.import_module(f'configs.{name}')
     config[section] = module.section(test=test)
   config.data.source = dataset
+  thirds = config.model.num_layers * 2 // 3, config.model.num_layers // 3
+  config.prune.layers, config.study_prune.layers = thirds[0], thirds
   config.update_from_flattened_dict(RECIPES.get(preset, {}))
   if given.get('context', 'short') == 'long':
     sizes = LONG_TEST_SIZES if test else LONG_SIZES

@@ -16,6 +16,6 @@ def section(test: bool = False) -> ConfigDict:
   config = ConfigDict()
   config.dtype = 'F32'  # of the weights in the files: F32, BF16, F16
   config.max_shard_bytes = 5_000_000_000  # the most that one file holds
-  config.start = 'rl'  # stage whose policy it is: rl internalize opd sft
-  config.thinking = True  # the example reasons before its ranking
+  config.start = 'rl'  # whose policy it is: rl internalize prune opd sft
+  config.thinking = True  # reason before the ranking
   return config

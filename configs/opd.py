@@ -22,4 +22,6 @@ def section(test: bool = False) -> ConfigDict:
   config.kl_weight = 1.0  # b of Eq. 4
   config.kl_kind = 'reverse'  # exact: reverse forward; sampled: k1 k2 k3
   config.sharpness = 4.0  # factor on read-out scores that teach
+  # Of KL(teacher || policy) between the scores at their slots, for one pass.
+  config.readout_weight = 0.0
   return config

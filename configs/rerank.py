@@ -16,7 +16,7 @@ def section(test: bool = False) -> ConfigDict:
   config.input = ''  # JSONL of slates; empty: the test slates
   config.batch_size = 64 if test else 256  # slates at a time
   config.chunk = 256 if test else 2048  # slates between two writes
-  config.start = 'rl'  # stage whose policy it is: rl internalize opd sft
+  config.start = 'rl'  # whose policy it is: rl internalize prune opd sft
   config.thinking = True  # reason before the ranking
   config.presentation_seed = 0  # of the order in which candidates are shown
   return config

@@ -156,6 +156,7 @@ def make_look(
   grammar: grammars.Grammar,
   sampler: sampling.SamplingConfig,
   divergence: str,
+  readout: bool = False,
 ) -> Callable[
   [policy_gradient.PolicyBatch],
   tuple[policy_gradient.PolicyBatch, dict[str, Any]],
@@ -167,6 +168,7 @@ def make_look(
     grammar: the student's.
     sampler: the student's: the same temperature and the same masks.
     divergence: of `policy_gradient.DIVERGENCES`.
+    readout: whether it is asked for the scores at its slot tokens, too.
 
   Returns:
     `batch -> (batch, watches)`; the watch is `teacher_knows`, the share of the
@@ -185,8 +187,13 @@ def make_look(
     hidden, prefix = transformer.encode_prompt(
       setup.model, params, prompt, length
     )
+    if readout or teacher.view == 'readout':
+      slots = batch.teacher_slots
+      slots = batch.slots if slots is None else slots
+      scores = transformer.slot_scores(params, hidden, slots)
+      if readout:
+        batch = batch.replace(teacher_readout=scores)
     if teacher.view == 'readout':
-      scores = transformer.slot_scores(params, hidden, batch.teacher_slots)
       batch = batch.replace(teacher_scores=teacher.sharpness * scores)
       if not sampler.thinking:
         return batch, {}

@@ -28,6 +28,7 @@ _WORKDIR = flags.DEFINE_string('workdir', 'runs', 'Where artifacts go.')
 _FOLLOWED = {
   'rl': 'evaluate',
   'internalize': 'study_internalize',
+  'prune': 'study_prune',
   'compress': 'study_compress',
 }
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -122,6 +122,13 @@ class Setup:
     )
 
 
+class Form(NamedTuple):
+  """What a stage made of the policy that its config describes."""
+
+  context: str = 'full'  # that it reads, of `contexts.parse`
+  layers: int = 0  # that are left of its model; 0: all
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
   """A trained policy, at rest."""
@@ -166,12 +173,12 @@ def restore(
   inputs = {
     name: path.parent / folder for name, folder in found['inputs'].items()
   }
-  setup = load(config, inputs, context_of(path))
+  setup = load(config, inputs, *form_of(path))
   return Policy(setup, setup.load_params(path))
 
 
-def context_of(artifact: os.PathLike[str] | str, own: bool = True) -> str:
-  """The form of context that a policy learned to read.
+def form_of(artifact: os.PathLike[str] | str, own: bool = True) -> Form:
+  """What a finished stage made of the policy that its config describes.
 
   Args:
     artifact: of one of TRAINERS.
@@ -182,18 +189,22 @@ def context_of(artifact: os.PathLike[str] | str, own: bool = True) -> str:
     ArtifactError: they are not, and it reads what the compressor writes.
   """
   found = artifacts.read_run(pathlib.Path(artifact))
-  context = found['config'][found['stage']].get('context', 'full')
-  if not own and contexts.parse(context).text:
+  section = found['config'][found['stage']]
+  form = Form(section.get('context', 'full'), section.get('layers', 0))
+  if not own and contexts.parse(form.context).text:
     raise artifacts.ArtifactError(
       f'{artifact}: this policy reads contexts that the compressor wrote, and '
       'it wrote none of slates from outside; take one that reads them whole, '
       'or through memory tokens'
     )
-  return context
+  return form
 
 
 def load(
-  config, inputs: dict[str, pathlib.Path], context: str = 'full'
+  config,
+  inputs: dict[str, pathlib.Path],
+  context: str = 'full',
+  layers: int = 0,
 ) -> Setup:
   """Reads a data set, its semantic IDs and a vocabulary.
 
@@ -202,6 +213,7 @@ def load(
     inputs: artifacts of slates, tokenizer and backbone, where vocabulary and
       BINS lie; of compress, where the context is what it wrote.
     context: of `contexts.parse`.
+    layers: that are left of the model; 0: all.
 
   Returns:
     The setup.
@@ -233,6 +245,7 @@ def load(
     budget=config.prompt.budget,
   )
   own = config.model.to_dict()
+  own['num_layers'] = layers or own['num_layers']
   del own['source'], own['new_rows']  # What `backbone` alone reads.
   trained = adapters.Adapters(
     rank=own.pop('lora_rank'),

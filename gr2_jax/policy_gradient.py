@@ -41,6 +41,7 @@ class PolicyBatch:
   logp: jax.Array  # float32 [P, G, Tc], of the policy that sampled
   advantage: jax.Array  # float32 [P, G], or [P, G, Tc]
   use: jax.Array  # bool [P], groups that count
+  slots: jax.Array | None = None  # int32 [P, K], slot tokens in the prompt
   importance: jax.Array | None = None  # float32 [P, G, Tc]
   # What the teacher reads, where it is not what the policy reads:
   teacher_prompt: jax.Array | None = None  # int32 [P, Tq]
@@ -51,6 +52,7 @@ class PolicyBatch:
   teacher_knows: jax.Array | None = None  # bool [P, G, Tc], which it has
   teacher_hidden: jax.Array | None = None  # float [P, G, Tc, D']
   teacher_scores: jax.Array | None = None  # float32 [P, K], of the slots
+  teacher_readout: jax.Array | None = None  # likewise, not sharpened
 
 
 def score(
@@ -59,8 +61,6 @@ def score(
   batch: PolicyBatch,
   grammar: grammars.Grammar,
   config: sampling.SamplingConfig,
-  teacher: learner.TeacherStates | None = None,
-  divergence: str = 'reverse',
 ) -> learner.TokenScores:
   """Scores rollouts under any parameters, as the sampler would.
 
@@ -70,21 +70,39 @@ def score(
     batch: rollouts.
     grammar: token ids.
     config: the sampler's: the same temperature and the same masks.
-    teacher: whose distributions are compared with these.
-    divergence: 'reverse' or 'forward'.
 
   Returns:
     TokenScores; entries beyond a rollout's length mean nothing.
   """
+  _, hidden = _encode(model, params, batch)
+  return _score(params, hidden, batch, grammar, config)
+
+
+def _encode(
+  model: transformer.TransformerConfig, params: Any, batch: PolicyBatch
+) -> tuple[jax.Array, jax.Array]:
+  """Hidden states of prompts [P, Tp, D], and of completions [P, G, Tc, D]."""
   hidden, prefix = transformer.encode_prompt(
     model, params, batch.prompt, batch.prompt_length
   )
-  hidden = transformer.completion_hidden(
+  return hidden, transformer.completion_hidden(
     model, params, hidden, prefix, batch.tokens
   )
+
+
+def _score(
+  params: Any,
+  hidden_PxGxTxD: jax.Array,
+  batch: PolicyBatch,
+  grammar: grammars.Grammar,
+  config: sampling.SamplingConfig,
+  teacher: learner.TeacherStates | None = None,
+  divergence: str = 'reverse',
+) -> learner.TokenScores:
+  """`score` from the completions' hidden states, beside a teacher's."""
   return learner.score_tokens(
     params,
-    hidden,
+    hidden_PxGxTxD,
     batch.tokens,
     grammar,
     temperature=config.temperature,
@@ -116,6 +134,7 @@ def make_loss(
   average: losses.Average = 'token',
   kl_weight: float = 0.0,
   divergence: str = 'k3',
+  readout_weight: float = 0.0,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """The clipped surrogate, plus `kl_weight` times a divergence of a teacher.
 
@@ -134,6 +153,8 @@ def make_loss(
     divergence: of `DIVERGENCES`: on the sampled tokens, where the batch has
       `teacher_logp`; over the vocabulary, where it has `teacher_hidden`; in
       answers over the candidates still left, where it has `teacher_scores`.
+    readout_weight: of KL(teacher || policy) between the softmax of their scores
+      at the slots; above 0, the batch must hold `slots` and `teacher_readout`.
 
   Returns:
     `(params, batch, rows, known) -> (loss, metrics)`, the last two of
@@ -146,7 +167,8 @@ def make_loss(
     teacher = None
     if kl_weight and batch.teacher_hidden is not None:
       teacher = learner.TeacherStates(batch.teacher_hidden, rows, known)
-    scores = score(model, params, batch, grammar, config, teacher, divergence)
+    prompt, hidden = _encode(model, params, batch)
+    scores = _score(params, hidden, batch, grammar, config, teacher, divergence)
     written = masking.length_mask(batch.length, batch.tokens.shape[-1])
     total, watches = losses.clipped_surrogate(
       scores.logp,
@@ -167,6 +189,10 @@ def make_loss(
       teacher_kl = losses.average_tokens(apart, counts, average).mean()
       loss += kl_weight * teacher_kl
       metrics['teacher_kl'] = teacher_kl
+    if readout_weight:
+      readout_kl = _readout_apart(params, prompt, batch).mean()
+      loss += readout_weight * readout_kl
+      metrics['readout_kl'] = readout_kl
     gap = jnp.abs(masking.keep(scores.logp - batch.logp, written))
     metrics |= {
       'entropy': masking.masked_mean(scores.entropy, written),
@@ -189,7 +215,8 @@ def make_update(
   Args:
     setup: tokens, shapes, and what of the parameters is trained.
     sampler: how batches are sampled.
-    stage: section `rl` or `opd`: clip_low, clip_high, average, kl_kind.
+    stage: section `rl` or `opd`: clip_low, clip_high, average, kl_kind, and
+      readout_weight where there is a teacher.
     optimizer: of `learner.make_optimizer`.
     kl_weight: of the teacher; 0 without one.
 
@@ -206,6 +233,7 @@ def make_update(
     average=stage.average,
     kl_weight=kl_weight,
     divergence=stage.kl_kind,
+    readout_weight=stage.get('readout_weight', 0.0),
   )
   return learner.make_update(setup.adapters.wrap(loss_fn), optimizer)
 
@@ -248,6 +276,15 @@ def _apart(
     kind=divergence,
   )
   return apart, written
+
+
+def _readout_apart(
+  params: Any, prompt_PxTxD: jax.Array, batch: PolicyBatch
+) -> jax.Array:
+  """KL(teacher || policy) of the read-outs' softmax over candidates: [P]."""
+  scores = transformer.slot_scores(params, prompt_PxTxD, batch.slots)
+  real = masking.length_mask(batch.facts, scores.shape[-1])
+  return kl.divergence('forward', scores, batch.teacher_readout, real)
 
 
 def top_up(pool: PolicyBatch, fresh: PolicyBatch) -> PolicyBatch:

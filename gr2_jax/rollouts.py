@@ -100,6 +100,7 @@ def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
       logp=rollouts.logp,
       advantage=advantage,
       use=~flat,
+      slots=rows['slots'],
       **{name: rows[name] for name in _TEACHERS if name in rows},
     )
     written = masking.length_mask(rollouts.length, sampler.max_tokens)

@@ -38,3 +38,13 @@ def world(tmp_path_factory):
   from . import tiny_world
 
   return tiny_world.build(tmp_path_factory.mktemp('world'))
+
+
+@pytest.fixture(scope='module')
+def one_device(world):
+  """What a module runs is on one device; the world's own runs were on all."""
+  from . import tiny_world
+
+  with pytest.MonkeyPatch.context() as patch:
+    tiny_world.on_one_device(patch)
+    yield

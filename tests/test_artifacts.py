@@ -18,24 +18,32 @@ from gr2_jax import artifacts, stages
 
 def _config(**changes):
   sections = 'data tokenizer prompt model mesh midtrain traces sft opd rl'
-  sections += ' compress internalize baselines evaluate rerank export'
+  sections += ' compress internalize prune baselines evaluate rerank export'
   config = ConfigDict({name: {'x': 1} for name in sections.split()})
   config.seed, config.seeds = 0, (0, 1)
   config.opd.start, config.rl.start = 'sft', 'opd'
   config.internalize.start = config.export.start = config.rerank.start = 'rl'
-  config.compress.start = 'rl'
-  for stage in (config.opd, config.rl, config.internalize):
+  config.compress.start = config.prune.start = 'rl'
+  for stage in (config.opd, config.rl, config.internalize, config.prune):
     stage.context = 'full'
   config.update_from_flattened_dict(changes)
   return config
 
 
-AFTER_RL = ('evaluate', 'rerank', 'export', 'internalize', 'compress')
+AFTER_RL = (
+  'evaluate',
+  'rerank',
+  'export',
+  'internalize',
+  'prune',
+  'compress',
+)
 STUDIES = {
   'study_compress',
   'study_distill',
   'study_hacking',
   'study_internalize',
+  'study_prune',
   'study_tokenizer',
 }  # They make runs of their own.
 
@@ -73,6 +81,7 @@ def test_every_stage_is_reached_and_seeded_ones_once_per_seed():
   [
     ('rl.x', {'rl', *AFTER_RL}),
     ('internalize.x', {'internalize'}),
+    ('prune.x', {'prune'}),
     ('mesh.x', set()),  # Where something is computed.
     ('evaluate.x', {'evaluate'}),
     ('rerank.x', {'rerank'}),

@@ -290,3 +290,31 @@ def test_every_epoch_is_partitioned_anew(epochs, parts):
       (a.prompt_length != b.prompt_length).any()
       for a, b in zip(found, other, strict=True)
     )
+
+
+def test_read_outs_are_compared_over_the_candidates_of_a_slate():
+  config, params = tiny.sampler(), tiny.params()
+  rng = np.random.default_rng(3)
+  batch = tiny.policy_batch(config)
+  slots = rng.integers(0, batch.prompt_length[:, None], (5, 5))
+  batch = dataclasses.replace(
+    batch,
+    slots=slots.astype(np.int32),
+    teacher_readout=rng.normal(size=(5, 5)).astype(np.float32),
+  )
+  hidden = np.asarray(tiny.plain_hidden(tiny.MODEL, params, batch.prompt))
+  own = np.take_along_axis(hidden, slots[..., None], 1) @ params['readout']
+  apart = []
+  for p, n in enumerate(batch.facts):
+    theirs, ours = (
+      x[p, :n] - np.log(np.exp(x[p, :n]).sum())
+      for x in (batch.teacher_readout, own)
+    )
+    apart.append((np.exp(theirs) * (theirs - ours)).sum())
+  (plain, _), _ = policy_loss(config)(params, batch)
+  (loss, metrics), gradient = policy_loss(config, readout_weight=0.7)(
+    params, batch
+  )
+  np.testing.assert_allclose(metrics['readout_kl'], np.mean(apart), rtol=1e-4)
+  np.testing.assert_allclose(loss - plain, 0.7 * np.mean(apart), rtol=1e-3)
+  assert float(np.abs(gradient['readout']).max()) > 0

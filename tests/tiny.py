@@ -81,6 +81,17 @@ def params(model=MODEL, seed=0):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def idle(params, layers):
+  """The same, but that some layers add nothing to the stream."""
+
+  def silence(path, x):
+    last = path[-1].key in ('out', 'down')
+    return x.at[np.array(layers, int)].set(0.0) if last else x
+
+  silent = jax.tree_util.tree_map_with_path(silence, params['layers'])
+  return params | {'layers': silent}
+
+
 def prompts(size=5, length=7, seed=0):
   """Right-padded prompts int32 [P, Tp] of every length, and the lengths."""
   rng = np.random.default_rng(seed)

@@ -115,7 +115,7 @@ class Reranker:
     for mode in modes:
       if mode not in ranker.MODES:
         raise ValueError(f'mode {mode!r}: known: {", ".join(ranker.MODES)}')
-    policy.context_of(path, own=False)
+    policy.form_of(path, own=False)
     run = artifacts.read_run(path)
     mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=tensor))
     restored = policy.restore(path, mesh)

@@ -56,8 +56,9 @@ _FILES = (
 
 # Which stages a config field may name as the one to start from.
 STARTS = {
-  'export.start': ('rl', 'internalize', 'opd', 'sft'),
-  'rerank.start': ('rl', 'internalize', 'opd', 'sft'),
+  'export.start': ('rl', 'internalize', 'prune', 'opd', 'sft'),
+  'rerank.start': ('rl', 'internalize', 'prune', 'opd', 'sft'),
+  'prune.start': ('internalize', 'rl', 'opd', 'sft'),
   'internalize.start': ('rl', 'opd', 'sft'),
   'compress.start': ('sft', 'opd', 'rl'),
   'opd.start': ('sft', 'midtrain'),
@@ -120,6 +121,12 @@ STAGES: dict[str, Stage] = {
     seeded=True,
     together=True,
   ),
+  'prune': Stage(
+    ('slates', 'tokenizer', 'backbone', '{prune.start}', '{prune.context}'),
+    ('data', 'prompt', 'model', 'mesh', 'prune'),
+    seeded=True,
+    together=True,
+  ),
   'compress': Stage(
     ('slates', 'tokenizer', 'backbone', '{compress.start}'),
     ('data', 'prompt', 'model', 'mesh', 'compress'),
@@ -174,6 +181,19 @@ STAGES: dict[str, Stage] = {
       'rl',
       'internalize',
       'study_internalize',
+      'seeds',
+    ),
+    files=_FILES,
+  ),
+  'study_prune': Stage(
+    (),
+    (
+      *_TRAINED,
+      'opd',
+      'rl',
+      'internalize',
+      'prune',
+      'study_prune',
       'seeds',
     ),
     files=_FILES,

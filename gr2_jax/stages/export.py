@@ -2,6 +2,8 @@
 
   checkpoint/   weights (adapters are joined already), config.json,
     generation_config.json, tokenizer with all symbols, chat template if any
+  grammars/     N.ebnf: what may be written of a slate of N candidates, as
+    `ebnf.ranking` has it; the mask of a constrained sampler, for a server
   sids.jsonl    item_id, and sid: its semantic ID as the tokenizer shows it
   example.json  the first test slate, to check a server against:
     item_ids: the candidates as shown; the answer's <slot3> is item_ids[3]
@@ -9,7 +11,8 @@
     max_tokens: room for a completion
     continuation: what the policy writes greedily, with each token's
       log-probability: what a server must give
-    answer: the same under the permutation mask, as stage `rerank` has it
+    answer: the same under the permutation mask, as stage `rerank` has it, and
+      a server under the grammar of so many candidates
   Both completions have ids, text, verdict and ranking (item ids, best first;
   the incoming order where the verdict is not `valid`).
 
@@ -27,13 +30,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import hf, policy, sampling, sharding
+from gr2_jax import ebnf, hf, policy, sampling, sharding
 from gr2_jax.data import batches, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.hf import unigram
 from gr2_jax.ops import parsing
 
 CHECKPOINT = 'checkpoint'
+GRAMMARS = 'grammars'
 SIDS = 'sids.jsonl'
 EXAMPLE = 'example.json'
 
@@ -46,15 +50,16 @@ _LOOKED_AT = 256  # Test prompts whose text is read back.
 def run(
   config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Writes the checkpoint, the items' semantic IDs and the example.
+  """Writes the checkpoint, its grammars, the semantic IDs and the example.
 
   Args:
     config: sections prompt, model, mesh, export.
     inputs: slates, tokenizer, backbone, and the stage named by `export.start`.
-    workdir: of this stage; gets CHECKPOINT, SIDS and EXAMPLE.
+    workdir: of this stage; gets CHECKPOINT, GRAMMARS, SIDS and EXAMPLE.
 
   Returns:
-    What the checkpoint is, its size, and the share of test prompts that the
+    What the checkpoint is, its size, up to how many candidates the grammars let
+    nothing but permutations through, and the share of test prompts that the
     tokenizer reads back from their text.
 
   Raises:
@@ -66,8 +71,8 @@ def run(
     raise ValueError(
       f'export.dtype={stage.dtype!r}: must be one of {", ".join(DTYPES)}'
     )
-  context = policy.context_of(inputs[stage.start], own=False)
-  setup = policy.load(config, inputs, context)
+  form = policy.form_of(inputs[stage.start], own=False)
+  setup = policy.load(config, inputs, *form)
   model = dataclasses.replace(setup.model, dtype=DTYPES[stage.dtype])
   setup = dataclasses.replace(setup, model=model)
   files = _tokenizer_files(setup.vocabulary, inputs['backbone'])
@@ -75,7 +80,12 @@ def run(
   prompts = _prompts(config, setup, test)
   tokenizer = _Shown(files['tokenizer_json'])
 
-  # Items and example.
+  # Grammars, items and example.
+  sampler = setup.sampling(1, stage.thinking, 0.0, constrained=True)
+  (workdir / GRAMMARS).mkdir(exist_ok=True)
+  for count in range(1, setup.grammar.num_candidates + 1):
+    text = ebnf.ranking(setup.grammar, count, sampler)
+    _write(workdir / GRAMMARS / f'{count}.ebnf', text)
   _write(workdir / SIDS, ''.join(_sids(setup, tokenizer)))
   params = setup.load_params(inputs[config.export.start])
   example = _example(stage, setup, params, tokenizer, test[0], prompts[0])
@@ -108,6 +118,7 @@ def run(
     'vocabulary': len(setup.vocabulary),
     'max_positions': longest,
     'items': len(setup.catalog),
+    'permutations_up_to': min(setup.grammar.num_candidates, ebnf.MOST),
     'example_verdict': example['continuation']['verdict'],
     'prompts_exact_as_text': float(np.mean(exact)),
   }

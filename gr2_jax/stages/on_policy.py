@@ -141,7 +141,11 @@ def learn(
   look, said = None, ()
   if teacher is not None:
     look = distillation.make_look(
-      teacher, setup.grammar, sampler, stage.kl_kind
+      teacher,
+      setup.grammar,
+      sampler,
+      stage.kl_kind,
+      readout=stage.get('readout_weight', 0.0) > 0,
     )
     said = teacher.rows if stage.kl_kind in kl.EXACT else ()
   weigh = make_weigh(setup, sampler, stage)

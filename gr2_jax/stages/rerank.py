@@ -70,8 +70,8 @@ def _rank(
   stage = config.rerank
   if stage.chunk < 1:
     raise ValueError(f'rerank.chunk={stage.chunk}: it must be at least 1')
-  context = policy.context_of(inputs[stage.start], own=False)
-  setup = policy.load(config, inputs, context)
+  form = policy.form_of(inputs[stage.start], own=False)
+  setup = policy.load(config, inputs, *form)
   source = pathlib.Path(stage.input or workdir / REQUESTS)
   width = setup.prompter.num_candidates
 

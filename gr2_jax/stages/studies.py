@@ -81,7 +81,7 @@ def rank_test(
   chosen = np.sort(rng.permutation(len(records))[:slates])
   kept = workdir / f'{source.name}{"" if thinking else "-direct"}.npz'
   if not kept.exists():
-    setup = policy.load(config, inputs, policy.context_of(source))
+    setup = policy.load(config, inputs, *policy.form_of(source))
     answer = functools.partial(
       ranker.rank,
       setup,

@@ -34,7 +34,7 @@ def run(world, own, workdir):
 
 
 @pytest.fixture(scope='module')
-def chain(world, tmp_path_factory):
+def chain(world, one_device, tmp_path_factory):
   """backbone -> midtrain -> traces -> sft of a pretrained Qwen3."""
   root = tmp_path_factory.mktemp('chain')
   tiny_pretrained.write(root / 'weights', 'qwen3')

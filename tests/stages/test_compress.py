@@ -36,11 +36,7 @@ STUDY = dict(
 )
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(world):
-  with pytest.MonkeyPatch.context() as patch:
-    tiny_world.on_one_device(patch)
-    yield
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def run_stage(world, name, **changes):
@@ -317,9 +313,9 @@ def test_later_stages_read_what_was_written(world, written, setup):
     world, 'rl', rl__context='text', rl__steps=2, rl__eval_every=2
   )
   assert artifacts.read_run(path)['inputs']['compress'] == written.name
-  assert policy.context_of(path) == 'text'
+  assert policy.form_of(path).context == 'text'
   with pytest.raises(artifacts.ArtifactError, match='compressor wrote'):
-    policy.context_of(path, own=False)
+    policy.form_of(path, own=False)
   inputs = tiny_world.inputs(world, 'rl') | {'compress': written}
   own = policy.load(tiny_world.config(), inputs, 'text')
   assert own.prompter.prompt_tokens < setup.prompter.prompt_tokens

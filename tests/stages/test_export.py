@@ -10,10 +10,11 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import artifacts, hf, ranker, sharding
+from gr2_jax import artifacts, grammars, hf, ranker, sharding
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import transformer
 from gr2_jax.stages import backbone, export, midtrain
@@ -22,6 +23,8 @@ from .. import tiny_pretrained, tiny_world
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
+xgrammar = pytest.importorskip('xgrammar')
+xgrammar_hf = pytest.importorskip('xgrammar.contrib.hf')
 
 _ROOT = pathlib.Path(__file__).parent.parent.parent
 POLICIES = ('scratch', 'llama', 'qwen3')
@@ -167,6 +170,60 @@ def test_the_example_has_the_answer_that_reranking_gives(exported):
   assert [example['item_ids'][int(k)] for k in slots] == names
 
 
+def under(workdir, count, model, tokenizer):
+  """The grammar of so many candidates, as a server compiles it."""
+  text = (workdir / export.GRAMMARS / f'{count}.ebnf').read_text()
+  info = xgrammar.TokenizerInfo.from_huggingface(
+    tokenizer, vocab_size=model.config.vocab_size
+  )
+  return xgrammar.GrammarCompiler(info).compile_grammar(text)
+
+
+def write_under(grammar, model, example):
+  """What transformers writes."""
+  prompt = torch.tensor([example['prompt']['ids']])
+  return model.generate(
+    prompt,
+    attention_mask=torch.ones_like(prompt),
+    max_new_tokens=example['max_tokens'],
+    logits_processor=[xgrammar_hf.LogitsProcessor(grammar)],
+  )[0, prompt.shape[1] :].tolist()
+
+
+def test_transformers_under_the_grammar_writes_the_answer(exported):
+  example, model = exported.example, exported.theirs
+  grammar = under(exported.workdir, 5, model, exported.tokenizer)
+  found = write_under(grammar, model, example)
+  assert found == example['answer']['ids']
+  assert found != example['continuation']['ids']
+
+
+@pytest.mark.parametrize('count', [3, 5])
+def test_xgrammar_masks_every_token_as_the_policys_sampler(exported, count):
+  grammar = exported.setup.grammar
+  slots = [grammar.slot_base + k for k in reversed(range(count))]
+  budget = exported.example['max_tokens']
+  thought = [exported.setup.vocabulary.encode('so')[0], slots[0]]
+  reasoning = (thought * budget)[: budget - count - 2]
+  tokens = jnp.array([[*reasoning, grammar.think_end, *slots, grammar.eos]])
+  facts = jnp.array([count])
+  ours = grammar.allowed(
+    facts,
+    grammars.replay(grammar, facts, tokens, thinking=True),
+    budget - jnp.arange(budget)[None],
+    len(exported.setup.vocabulary),
+  )
+  compiled = under(exported.workdir, count, exported.theirs, exported.tokenizer)
+  matcher = xgrammar.GrammarMatcher(compiled)
+  words = xgrammar.allocate_token_bitmask(1, ours.shape[-1])
+  for token, mask in zip(tokens[0].tolist(), ours[0], strict=True):
+    matcher.fill_next_token_bitmask(words)
+    bits = np.unpackbits(words.numpy().view(np.uint8), bitorder='little')
+    np.testing.assert_array_equal(bits[: len(mask)], mask)
+    assert matcher.accept_token(token)
+  assert matcher.is_terminated()
+
+
 def test_the_continuation_is_judged_as_what_it_is(exported):
   found = exported.example['continuation']
   assert found['verdict'] == exported.results['example_verdict']
@@ -211,6 +268,9 @@ def test_results_say_what_the_checkpoint_is(exported):
   assert (longest == 32768) == (exported.name != 'scratch')
   size = sum(f.stat().st_size for f in exported.folder.iterdir())
   assert results['bytes'] == size
+  files = (exported.workdir / export.GRAMMARS).iterdir()
+  assert {file.name for file in files} == {f'{n}.ebnf' for n in range(1, 6)}
+  assert results['permutations_up_to'] == 5
   json.loads(artifacts.dumps(results))
 
 
@@ -264,6 +324,9 @@ def test_half_precision_in_parts_and_an_answer_at_once(world, tmp_path):
   assert example['prompt']['text'].endswith('<answer>')
   assert re.fullmatch(r'(<slot\d>){5}</s>', example['answer']['text'])
   assert example['max_tokens'] == len(example['answer']['ids'])
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  grammar = under(tmp_path, 5, theirs, tokenizer)
+  assert write_under(grammar, theirs, example) == example['answer']['ids']
 
 
 def test_an_unknown_type_is_refused_before_anything_is_written(world, tmp_path):
@@ -336,6 +399,7 @@ def test_a_killed_export_leaves_no_checkpoint_and_is_done_once(world, tmp_path):
     'results.json',
     export.CHECKPOINT,
     export.EXAMPLE,
+    export.GRAMMARS,
     export.SIDS,
   }
   assert 'finished before' in again()

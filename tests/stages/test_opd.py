@@ -60,14 +60,6 @@ VIEWS = {
 
 
 @pytest.fixture(scope='module')
-def one_device(world):
-  """The world's own runs were on all devices, as is the killed one below."""
-  with pytest.MonkeyPatch.context() as patch:
-    tiny_world.on_one_device(patch)
-    yield
-
-
-@pytest.fixture(scope='module')
 def teacher(world, one_device):
   """An SFT that went somewhere, in its six steps."""
   config = tiny_world.config(

@@ -19,12 +19,7 @@ OFTEN_FLAT = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(world):
-  """The world's own run was on all devices; these are on one."""
-  with pytest.MonkeyPatch.context() as patch:
-    tiny_world.on_one_device(patch)
-    yield
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,7 @@ CONFIG = dict(
 
 
 @pytest.fixture(scope='module')
-def study(world):
+def study(world, one_device):
   root = world['rl'].parent
   config = tiny_world.config(**CONFIG)
   with artifacts.lock(root):

@@ -17,7 +17,7 @@ CONFIG = dict(
 
 
 @pytest.fixture(scope='module')
-def study(world):
+def study(world, one_device):
   root = world['rl'].parent
   with artifacts.lock(root):
     directory = artifacts.run_stage(

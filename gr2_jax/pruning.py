@@ -1,0 +1,143 @@
+"""Depth pruning: which layers a policy can do without.
+
+The effect of a layer is what distillation would have to win back without it:
+the divergence from the whole policy, on that policy's own rollouts, of every
+token and of the scores at the slots (Eq. 4, the loss that follows). Layers go
+one at a time, that of least effect first, and the effects of the others are
+measured anew without it, for two that can each be spared may not both be.
+
+Axes: L layers, R layers that go.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gr2_jax import policy, policy_gradient, sampling
+
+
+class Chosen(NamedTuple):
+  """Which layers stay, and why.
+
+  Attributes:
+    kept: int32 [L - R], places of the layers that stay, rising.
+    effects: float32 [R, L], of each layer before each is left out; NaN of one
+      that is left out already.
+  """
+
+  kept: np.ndarray
+  effects: np.ndarray
+
+
+def shallower(setup: policy.Setup, layers: int) -> policy.Setup:
+  """The setup of a policy that has fewer layers.
+
+  Args:
+    setup: of the whole policy.
+    layers: that are left.
+  """
+  model = dataclasses.replace(setup.model, num_layers=layers)
+  return dataclasses.replace(setup, model=model)
+
+
+def take(setup: policy.Setup, params: Any, kept: Sequence[int]) -> Any:
+  """Parameters of some layers, on the mesh; all else as it is.
+
+  Args:
+    setup: of the whole policy.
+    params: of it.
+    kept: places of the layers.
+  """
+  wanted = shallower(setup, len(kept)).abstract_params()['layers']
+  select = jax.jit(
+    lambda layers, at: jax.tree.map(lambda x: x[at], layers),
+    out_shardings=jax.tree.map(lambda x: x.sharding, wanted),
+  )
+  return params | {'layers': select(params['layers'], np.asarray(kept))}
+
+
+def make_measure(
+  setup: policy.Setup, sampler: sampling.SamplingConfig, stage
+) -> Callable[..., float]:
+  """What policies of fewer layers are apart from the whole one.
+
+  Args:
+    setup: of the whole policy.
+    sampler: how the rollouts were sampled.
+    stage: section `prune`: kl_weight, kl_kind, average, readout_weight.
+
+  Returns:
+    `(params, batches, *said) -> apart`, in nats: the mean over batches, which
+    hold what the teacher says; `said` is what it says of its vocabulary.
+  """
+
+  @functools.cache
+  def compiled(layers: int):
+    loss_fn = policy_gradient.make_loss(
+      shallower(setup, layers).model,
+      setup.grammar,
+      sampler,
+      clip_low=stage.clip_low,
+      clip_high=stage.clip_high,
+      average=stage.average,
+      kl_weight=stage.kl_weight,
+      divergence=stage.kl_kind,
+      readout_weight=stage.readout_weight,
+    )
+
+    @jax.jit
+    def apart(params, batch, *said):
+      _, found = loss_fn(params, batch, *said)
+      readout = found['readout_kl'] if stage.readout_weight else 0.0
+      return stage.kl_weight * found['teacher_kl'] + (
+        stage.readout_weight * readout
+      )
+
+    return apart
+
+  def measure(
+    params: Any, batches: Sequence[policy_gradient.PolicyBatch], *said
+  ) -> float:
+    layers = jax.tree.leaves(params['layers'])[0].shape[0]
+    found = [compiled(layers)(params, batch, *said) for batch in batches]
+    return float(np.mean([float(x) for x in found]))
+
+  return measure
+
+
+def choose(
+  setup: policy.Setup,
+  params: Any,
+  layers: int,
+  measure: Callable[[Any], float],
+) -> Chosen:
+  """Leaves out the layer of least effect until few enough are left.
+
+  Args:
+    setup: of the whole policy.
+    params: of it.
+    layers: that are to be left.
+    measure: parameters of fewer layers to what they are apart from the whole.
+
+  Raises:
+    ValueError: there are not more layers than are to be left.
+  """
+  total = setup.model.num_layers
+  if not 1 <= layers < total:
+    raise ValueError(
+      f'prune.layers={layers}: must be at least 1, and less than the {total} '
+      'layers that there are'
+    )
+  kept, effects = list(range(total)), []
+  while len(kept) > layers:
+    row = np.full(total, np.nan, np.float32)
+    for layer in kept:
+      rest = [other for other in kept if other != layer]
+      row[layer] = measure(take(setup, params, rest))
+    kept.remove(int(np.nanargmin(row)))
+    effects.append(row)
+  return Chosen(np.array(kept, np.int32), np.stack(effects))

@@ -1,0 +1,141 @@
+"""Study: what a policy loses with its layers, and what distillation wins back.
+
+The whole policy, and at every depth the one that is left as it was cut and once
+it is distilled; their rankings, and the order of the scores at their slots, for
+which nothing is decoded. On test slates.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from gr2_jax import artifacts, ranker, reporting
+from gr2_jax.ops import statistics
+from gr2_jax.stages import studies
+
+TABLE = 'prune.md'
+WHOLE = 'whole'
+MEASURES = ('n@5', 'r@1', 'one pass n@5')
+SHOWN = {'n@5': 'N@5', 'r@1': 'R@1', 'one pass n@5': 'one pass N@5'}
+COLUMNS = (
+  'policy',
+  'layers',
+  *(f'{name}{end}' for name in SHOWN.values() for end in ('', ' lost')),
+  'kept',
+)
+
+
+def run(
+  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Trains what is not trained, and compares the answers on test slates.
+
+  Args:
+    config: every section that `prune` and what it needs read; study_prune;
+      seeds.
+    inputs: none: the runs are made here.
+    workdir: of this stage; its parent gets the runs.
+
+  Returns:
+    `rows`: of each policy its `layers`; of each of MEASURES the mean over
+    seeds and slates, and what is lost to the whole policy, with a 95 %
+    interval (`n@5_lost` ..); `kept`, the layers that stayed, a list a seed.
+  """
+  del inputs
+  stage, start = config.study_prune, config.prune.start
+  total = config.model.num_layers
+  policies = {(WHOLE, total): (config, start)}
+  for layers in stage.layers:
+    for name, steps in (('cut', 0), ('distilled', config.prune.steps)):
+      own = config.copy_and_resolve_references()
+      own.prune.layers, own.prune.steps = layers, steps
+      policies[name, layers] = own, 'prune'
+  runs = {
+    key: [
+      artifacts.run_stage(own, source, workdir.parent, seed)
+      for seed in config.seeds
+    ]
+    for key, (own, source) in policies.items()
+  }
+  # On the test slates, only now.
+  tested = {
+    key: [
+      studies.rank_test(
+        own,
+        source,
+        seed,
+        workdir,
+        slates=stage.test_slates,
+        thinking=False,
+        batch_size=config.prune.eval_batch_size,
+      )
+      for seed in config.seeds
+    ]
+    for key, (own, source) in policies.items()
+  }
+  scores = {key: _scores(found) for key, found in tested.items()}
+  slates = tested[WHOLE, total][0].slates
+  rows = []
+  for key, own in scores.items():
+    row = {'policy': key[0], 'layers': key[1]}
+    for measure in MEASURES:
+      row[measure] = float(own[measure].mean())
+      row[f'{measure}_lost'] = statistics.two_level_bootstrap(
+        scores[WHOLE, total][measure],
+        own[measure],
+        slates.user,
+        resamples=stage.resamples,
+      )._asdict()
+    if key[0] != WHOLE:
+      row['kept'] = [artifacts.read_results(run)['kept'] for run in runs[key]]
+    rows.append(row)
+  results = {
+    'rows': rows,
+    'n_slates': len(slates),
+    'n_users': len(np.unique(slates.user)),
+    'seeds': len(config.seeds),
+  }
+  (workdir / TABLE).write_text(summary(results) + '\n', encoding='utf-8')
+  return results
+
+
+def _scores(tested: list[studies.Tested]) -> dict[str, np.ndarray]:
+  """Of each of MEASURES float32 [S, n]: S seeds, n slates."""
+  found = []
+  for answers in tested:
+    slates = answers.slates
+    own, one_pass = (
+      ranker.watch(order, slates.grades, slates.count)
+      for order in (answers.generated, answers.readout)
+    )
+    found.append((own['n@5'], own['r@1'], one_pass['n@5']))
+  return dict(zip(MEASURES, np.stack(found, axis=1), strict=True))
+
+
+def summary(results: dict[str, Any]) -> str:
+  """The study as a table and a line, for people."""
+  lines = []
+  for row in results['rows']:
+    line = {
+      'policy': row['policy'],
+      'layers': row['layers'],
+      'kept': '; '.join(
+        ' '.join(map(str, layers)) for layers in row.get('kept', ())
+      ),
+    }
+    for measure, shown in SHOWN.items():
+      line[shown] = row[measure]
+      line[f'{shown} lost'] = (
+        '-'
+        if row['policy'] == WHOLE
+        else '{estimate:+.4f} [{low:+.4f}, {high:+.4f}]'.format(
+          **row[f'{measure}_lost']
+        )
+      )
+    lines.append(line)
+  counted = (
+    f'{results["n_slates"]} slates of {results["n_users"]} users, '
+    f'{results["seeds"]} seed(s)'
+  )
+  return f'{reporting.table(lines, COLUMNS)}\n\n{counted}'
