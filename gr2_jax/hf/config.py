@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from gr2_jax.models import rope as rope_lib
 from gr2_jax.models import transformer
 
 # model_type -> the class that serves it, and whether it normalises queries and
@@ -123,10 +124,10 @@ def _rope(
   _refuse(f'{file}: in rope_scaling,', rope, _ROPE_ONLY)
   if kind == 'default':
     return _stretch(float(base))
-  if kind not in transformer.ROPE_SCALINGS:
+  if kind not in rope_lib.SCALINGS:
     raise ValueError(
       f'{file}: rope_scaling has rope_type {kind!r}; known: default, '
-      f'{", ".join(filter(None, transformer.ROPE_SCALINGS))}'
+      f'{", ".join(filter(None, rope_lib.SCALINGS))}'
     )
   length = rope.get('original_max_position_embeddings') or max_positions
   factor = rope.get('factor') or max_positions / length

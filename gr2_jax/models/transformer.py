@@ -22,7 +22,6 @@ F feed-forward width, L layers.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import flax
@@ -31,8 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from gr2_jax.models import memory as memory_lib
-
-ROPE_SCALINGS = ('', 'linear', 'llama3', 'yarn')
+from gr2_jax.models import rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +70,10 @@ class TransformerConfig:
       raise ValueError(
         f'model.head_dim={self.head_dim} is odd: rotary positions turn pairs.'
       )
-    if self.rope_scaling not in ROPE_SCALINGS:
+    if self.rope_scaling not in rope.SCALINGS:
       raise ValueError(
         f'model.rope_scaling={self.rope_scaling!r} is unknown; known: '
-        f'{", ".join(map(repr, ROPE_SCALINGS))}.'
+        f'{", ".join(map(repr, rope.SCALINGS))}.'
       )
     if self.rope_scaling in ('llama3', 'yarn') and self.rope_length < 1:
       raise ValueError(
@@ -113,76 +111,6 @@ class Prefix:
   mask: jax.Array  # bool [P, R], True where a prompt token stands to be read
   length: jax.Array  # int32 [P], prompt tokens = position of the next token
   last: jax.Array  # int32 [P], the last one's place among those just encoded
-
-
-def rope_frequencies(config: TransformerConfig) -> jax.Array:
-  """How far each pair of a head turns from one position to the next.
-
-  Unscaled, pair i turns by `base ** (-i / (H/2))` (Su et al., arXiv
-  2104.09864). A stretched context divides that by `rope_factor`: for all pairs
-  ('linear', arXiv 2306.15595), or for slow pairs only, blended by the number of
-  turns within `rope_length` ('llama3', arXiv 2407.21783) or by pair index
-  between the pairs of `rope_fast` and `rope_slow` turns ('yarn', arXiv
-  2309.00071, NTK by parts).
-
-  Returns:
-    float32 [H/2], radians.
-  """
-  c, half = config, config.head_dim // 2
-  frequency = c.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  if not c.rope_scaling:
-    return frequency
-  stretched = frequency / c.rope_factor
-  if c.rope_scaling == 'linear':
-    return stretched
-  if c.rope_scaling == 'llama3':
-    turns = frequency * (c.rope_length / (2 * math.pi))
-    keep = (turns - c.rope_slow) / (c.rope_fast - c.rope_slow)
-  else:
-
-    def pair(turns):
-      wavelength = c.rope_length / (turns * 2 * math.pi)
-      return half * math.log(wavelength) / math.log(c.rope_base)
-
-    low = max(math.floor(pair(c.rope_fast)), 0)
-    high = min(math.ceil(pair(c.rope_slow)), c.head_dim - 1)
-    keep = (high - jnp.arange(half, dtype=jnp.float32)) / max(high - low, 1e-3)
-  keep = jnp.clip(keep, 0.0, 1.0)
-  return keep * frequency + (1.0 - keep) * stretched
-
-
-def rope(
-  positions: jax.Array, frequency: jax.Array, magnitude: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-  """Sine and cosine of how far each pair has turned at each position.
-
-  Args:
-    positions: int [..., T].
-    frequency: float32 [H/2], of `rope_frequencies`.
-    magnitude: factor on both.
-
-  Returns:
-    Two float32 [..., T, 1, H/2], the same for every head and layer.
-  """
-  angle = positions[..., None, None].astype(jnp.float32) * frequency
-  return jnp.sin(angle) * magnitude, jnp.cos(angle) * magnitude
-
-
-def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-  """Rotary position embedding (Su et al., arXiv 2104.09864), half-split pairs.
-
-  Args:
-    x: float [..., T, heads, H].
-    sin: float32 [..., T, 1, H/2], of `rope`.
-    cos: likewise.
-
-  Returns:
-    float [..., T, heads, H], computed in float32, in the dtype of `x`.
-  """
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(
-    x.dtype
-  )
 
 
 def attend(
@@ -262,7 +190,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, turn, mask, prefix, prefix_mask, cache, index):
-    """See `Transformer`; prefix and cache are one layer's; turn: of `rope`."""
+    """See `Transformer`; prefix, cache: one layer's; turn: `rope.turns`."""
     c = self.config
     init = nn.initializers.variance_scaling(
       1.0, 'fan_in', 'normal', in_axis=0, out_axis=(1, 2)
@@ -284,7 +212,7 @@ class Attention(nn.Module):
     if c.qk_norm:
       q = RMSNorm(c.norm_eps, 'head_dim', name='query_norm')(q)
       k = RMSNorm(c.norm_eps, 'head_dim', name='key_norm')(k)
-    q, k = rotate(q, *turn), rotate(k, *turn)
+    q, k = rope.rotate(q, *turn), rope.rotate(k, *turn)
     if cache is not None:
       write = jax.lax.dynamic_update_slice_in_dim
       k = write(cache.k, k.astype(cache.k.dtype), index, axis=2)
@@ -395,7 +323,7 @@ class Transformer(nn.Module):
       x,
       None if prefix is None else prefix.kv,
       cache,
-      rope(positions_PxGxT, rope_frequencies(c), c.rope_magnitude),
+      rope.turns(positions_PxGxT, rope.frequencies(c), c.rope_magnitude),
       mask_PxGxTxS,
       None if prefix is None else prefix.mask,
       index,
