@@ -3,17 +3,24 @@
 python -m gr2_jax.serve --artifact=runs/rl-1a2b3c4d
 
 POST /rank ranks slates, GET /openapi.json says how; / is a page for people.
-SIGTERM and SIGINT end it after what was asked is answered.
+SIGTERM and SIGINT end it after what was asked is answered; the exit code is 0
+after the first.
 """
 
 import os
 import pathlib
 import re
+import signal
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from gr2_jax import artifacts, environment, ranker
+
+if TYPE_CHECKING:
+  from gr2_jax.serving import reranker as reranker_lib
 
 _ARTIFACT = flags.DEFINE_string(
   'artifact', None, 'Folder of a trained policy.', required=True
@@ -64,11 +71,27 @@ _ADMIN_TOKEN_VARIABLE = flags.DEFINE_string(
 )
 
 
-def run() -> None:
-  """Loads, listens, serves until told to end."""
+def load() -> 'reranker_lib.Reranker':
+  """The policy, as the flags have it."""
+  from gr2_jax.serving import reranker as reranker_lib
+
+  return reranker_lib.Reranker.load(
+    _ARTIFACT.value,
+    modes=_MODES.value,
+    largest_batch=_LARGEST_BATCH.value,
+    tensor=_TENSOR.value,
+    memory_cache_bytes=_MEMORY_CACHE_BYTES.value,
+  )
+
+
+def run(load: Callable[[], 'reranker_lib.Reranker']) -> None:
+  """Loads, listens, serves until told to end.
+
+  Args:
+    load: makes what answers, once the port is taken.
+  """
   try:
     from gr2_jax.serving import app as app_lib
-    from gr2_jax.serving import reranker as reranker_lib
     from gr2_jax.serving import server as server_lib
     from gr2_jax.serving import service as service_lib
   except ModuleNotFoundError as e:
@@ -105,18 +128,14 @@ def run() -> None:
   # Taken before the policy is loaded; nobody can connect until it is.
   socket = server.config.bind_socket()
   print(f'loading {_ARTIFACT.value}')
-  policy = reranker_lib.Reranker.load(
-    _ARTIFACT.value,
-    modes=_MODES.value,
-    largest_batch=_LARGEST_BATCH.value,
-    tensor=_TENSOR.value,
-    memory_cache_bytes=_MEMORY_CACHE_BYTES.value,
-  )
+  policy = load()
   host, port = socket.getsockname()[:2]
   print(
     f'serving {policy.artifact.name} '
     f'at http://{f"[{host}]" if ":" in host else host}:{port}'
   )
+  # uvicorn drains, then raises the signal again, which would be no good end.
+  signal.signal(signal.SIGTERM, lambda number, frame: None)
   server.run(sockets=[socket])
 
 
@@ -138,14 +157,21 @@ def _token(variable: str) -> str:
   return token
 
 
-def main(argv: list[str]) -> None:
-  """Entry point of `app.run`."""
+def main(
+  argv: list[str], load: Callable[[], 'reranker_lib.Reranker'] = load
+) -> None:
+  """Entry point of `app.run`.
+
+  Args:
+    argv: without flags.
+    load: see `run`.
+  """
   if argv[1:]:
     sys.exit(f'error: {argv[1]!r} is no flag')
   try:
     config = artifacts.read_run(pathlib.Path(_ARTIFACT.value))['config']
     environment.set_up(config.get('model', {}).get('dtype', ''))
-    run()
+    run(load)
   except KeyboardInterrupt:
     sys.exit('interrupted')
   except (OSError, ImportError, ValueError) as e:

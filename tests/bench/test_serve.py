@@ -5,12 +5,10 @@ import pytest
 
 pytest.importorskip('starlette', reason='needs the extra: gr2_jax[serve]')
 
-from gr2_jax.bench import serve  # noqa: E402
+from gr2_jax.bench import serving_load, serving_table  # noqa: E402
 from gr2_jax.data import slates as slates_lib  # noqa: E402
 
 from ..serving import live  # noqa: E402
-
-ROW = {'mode': 'score', 'clients': 8, 'slates/s': 30.0, 'p50': 2.0}
 
 
 @pytest.fixture
@@ -22,10 +20,10 @@ def service():
 @pytest.mark.parametrize('tool', ['wrk', 'asyncio'])
 def test_clients_ask_and_are_counted(service, tool, monkeypatch):
   if tool == 'asyncio':
-    monkeypatch.setattr(serve.shutil, 'which', lambda _: None)
-  elif not serve.shutil.which(tool):
+    monkeypatch.setattr(serving_load.shutil, 'which', lambda _: None)
+  elif serving_load.tool() != tool:
     pytest.skip('no wrk')
-  row = serve.measure(service.url, [live.GOOD] * 3, 'rank', 2, 1.0)
+  row = serving_load.measure(service.url, [live.GOOD] * 3, 'rank', 2, 1.0)
   assert row['errors'] == row['late'] == 0
   assert row['slates/s'] > 0
   assert 0 < row['p50'] <= row['p95'] <= row['p99']
@@ -36,7 +34,7 @@ def test_clients_ask_and_are_counted(service, tool, monkeypatch):
 
 
 def test_slates_are_asked_as_they_are_stored(world):
-  asked, grades, count = serve._slates(world['rl'], 7)
+  asked, grades, count = serving_load.slates_of(world['rl'], 7)
   test = slates_lib.read(world['slates'], 'test')
   names = slates_lib.read_catalog(world['slates']).item_ids
   index = {name: i for i, name in enumerate(names)}
@@ -61,14 +59,89 @@ def test_slates_are_asked_as_they_are_stored(world):
 
 
 def test_refusals_are_errors(service):
-  found = serve.drive(service.url, ['{"slates": []}'], 2, 1.0)
+  found = serving_load.drive(service.url, ['{"slates": []}'], 2, 1.0)
   assert found['errors'] == found['answers'] > 0
 
 
-def test_rows_are_beside_reason_with_as_many_clients():
-  reason = ROW | {'mode': 'reason', 'slates/s': 10.0, 'p50': 8.0}
-  other = ROW | {'clients': 64}
-  scored, _, alone = serve.compare([ROW, reason, other])
-  assert scored['x slates/s'] == 3.0
-  assert scored['x p50'] == 0.25
-  assert 'x p50' not in alone
+def test_answers_come_back_in_order_and_late_ones_as_none(service):
+  slates = [live.GOOD, live.GOOD | {'candidates': ['d', 'a']}] * 9
+  found = serving_load.orders(service.url, slates, 'rank')
+  assert found == [[2, 1, 0], [1, 0]] * 9
+  service.service.limits = live.service_lib.Limits(seconds=0.001)
+  service.service.policy.gate.clear()
+  assert serving_load.orders(service.url, slates[:2], 'rank') == [None, None]
+
+
+def test_a_service_that_does_not_come_up_is_told():
+  with (
+    pytest.raises(serving_load.NotServed, match='platform ended before'),
+    serving_load.service('platform', []),
+  ):
+    pass
+
+
+def cells(table):
+  """First cell of a row -> column -> cell."""
+  columns, _, *rows = (
+    [cell.strip() for cell in line.strip('|').split('|')]
+    for line in table.splitlines()
+  )
+  return {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+
+
+def row(mode, clients, rate, p50, decoded):
+  return {
+    'mode': mode,
+    'clients': clients,
+    'slates/s': rate,
+    'p50': p50,
+    'decoded': decoded,
+  }
+
+
+def test_what_a_mode_gives_is_beside_reason_with_as_many_clients():
+  rows = [
+    row('score', 1, 30.0, 2.0, 0.0),
+    row('score', 8, 90.0, 3.0, 0.0),
+    row('rank', 1, 20.0, 4.0, 9.0),
+    row('reason', 1, 10.0, 8.0, 26.0),
+    row('reason', 8, 30.0, 12.0, 28.0),
+  ]
+  quality = {'incoming': 0.3, 'score': 0.55, 'rank': 0.5, 'reason': 0.52}
+  found = cells(serving_table.gains(rows, quality))
+  assert list(found) == ['incoming', 'score', 'rank', 'reason']
+  assert found['score'] == {
+    'mode': 'score',
+    'N@5': '0.5500',
+    'lost': '-0.0300',
+    'decoded': '0.0',
+    '/ tokens': '-',
+    'x slates/s, 1': '3.00',
+    'x slates/s, 8': '3.00',
+    '/ p50, 1': '4.00',
+    '/ p50, 8': '4.00',
+  }
+  assert found['rank']['/ tokens'] == '3.00'
+  assert found['rank']['/ p50, 1'] == '2.00'
+  assert found['rank']['x slates/s, 8'] == '-'
+  assert found['incoming']['lost'] == '0.2200'
+  assert found['incoming']['decoded'] == '-'
+
+
+def test_without_reason_and_grades_there_is_nothing_to_compare_with():
+  found = cells(serving_table.gains([row('rank', 1, 20.0, 4.0, 9.0)], {}))
+  assert found['rank'].pop('decoded') == '9.0'
+  assert found['rank'].pop('mode') == 'rank'
+  assert set(found['rank'].values()) == {'-'}
+
+
+def test_orders_are_graded_and_compared():
+  grades = np.array([[0, 0, 2], [1, 0, 0]])
+  count = np.array([3, 2])
+  best, worst = [[2, 0, 1], [0, 1]], [[0, 1, 2], [1, 0]]
+  assert serving_table.ndcg(best, grades, count) == pytest.approx(1.0)
+  found = serving_table.ndcg(worst, grades, count)
+  assert found == pytest.approx((1 / np.log2(4) + 1 / np.log2(3)) / 2)
+  assert np.isnan(serving_table.ndcg([best[0], None], grades, count))
+  assert serving_table.agreement(best, [best[0], worst[1]]).startswith('1 of 2')
+  assert serving_table.agreement(best, [None, best[1]]).startswith('1 of 1')

@@ -1,0 +1,241 @@
+"""The same policy in `transformers`: a peer for `bench.serve`.
+
+It shares with the policy the slates' checks, the data, the evidence and the
+prompts. Weights come by way of an exported checkpoint. Prompts are encoded and
+completions written by `generate`, which keeps keys and values, greedily, under
+the mask of `grammars.Ranking`. Scores are the read-out vector's, which is ours:
+times the hidden states at the slots.
+
+To its advantage batches are not padded to a few sizes, for nothing is compiled,
+and prompts only to the longest of their batch.
+
+Axes: B batch, T time, K candidates, V vocabulary, D model width.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from gr2_jax import artifacts, grammars, hf
+from gr2_jax import policy as policy_lib
+from gr2_jax.data import vocabulary
+from gr2_jax.hf import unigram
+from gr2_jax.serving import reranker as reranker_lib
+from gr2_jax.stages import export
+
+
+class PermutationMask(transformers.LogitsProcessor):
+  """What a completion may go on with, as `grammars.Ranking.allowed` has it.
+
+  Args:
+    grammar: token ids.
+    count_B: int, candidates of each slate.
+    begin: where completions begin.
+    budget: tokens of a completion.
+    thinking: whether it opens with reasoning.
+  """
+
+  def __init__(
+    self,
+    grammar: grammars.Ranking,
+    count_B: torch.Tensor,
+    begin: int,
+    budget: int,
+    thinking: bool,
+  ):
+    self._grammar, self._count = grammar, count_B
+    self._begin, self._budget, self._thinking = begin, budget, thinking
+
+  def __call__(
+    self, input_ids: torch.Tensor, scores: torch.Tensor
+  ) -> torch.Tensor:
+    """Takes ids [B, T] and logits [B, V]; gives them, -inf where forbidden."""
+    g, K = self._grammar, self._grammar.num_candidates
+    written = input_ids[:, self._begin :]
+    # Slots that reasoning names are not yet listed.
+    answering = (written == g.think_end).cumsum(1) > 0
+    if not self._thinking:
+      answering = torch.ones_like(answering)
+    slot = written - g.slot_base
+    listed = answering & (slot >= 0) & (slot < K)
+    place = torch.where(listed, slot, K)
+    left = torch.arange(K) < self._count[:, None]
+    left &= ~torch.nn.functional.one_hot(place, K + 1).any(1)[:, :K]
+    allowed = torch.zeros_like(scores, dtype=torch.bool)
+    allowed[:, g.slot_base : g.slot_base + K] = left
+    allowed[:, g.eos] = ~left.any(1)
+    if self._thinking:
+      room = self._budget - written.shape[1]
+      text = torch.zeros_like(allowed)
+      closes = room <= self._count + 2
+      text[~closes] = True
+      text[:, [g.eos, g.pad]] = False
+      text[closes, g.think_end] = True
+      allowed = torch.where(answering.any(1, keepdim=True), allowed, text)
+    return scores.masked_fill(~allowed, -torch.inf)
+
+
+def beside(
+  policy: reranker_lib.Reranker, modes: Sequence[str], largest_batch: int
+) -> reranker_lib.Reranker:
+  """The policy with programs of `transformers` in the place of its own.
+
+  Args:
+    policy: which may be without programs.
+    modes: of `ranker.MODES`.
+    largest_batch: slates at a time.
+
+  Returns:
+    A re-ranker whose params are the model and the read-out vector.
+
+  Raises:
+    ValueError: prompts have memory tokens, of which `transformers` knows
+      nothing.
+  """
+  setup = policy.policy.setup
+  if setup.prompter.context.memory:
+    raise ValueError(
+      f'{policy.artifact}: this policy reads histories through memory tokens, '
+      'and transformers has no mask for them: ask without this peer'
+    )
+  devices = setup.mesh.shape['data'] * setup.mesh.shape['fsdp']
+  return dataclasses.replace(
+    policy,
+    policy=policy_lib.Policy(setup, _load(policy)),
+    programs={
+      mode: dict.fromkeys(
+        range(devices, largest_batch + 1, devices),
+        functools.partial(_answer, setup, mode),
+      )
+      for mode in modes
+    },
+  )
+
+
+def _load(
+  policy: reranker_lib.Reranker,
+) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
+  """The model and the read-out vector [D], by way of a checkpoint."""
+  setup, params = policy.policy.setup, policy.policy.params
+  pieces = setup.vocabulary.pieces
+  if isinstance(pieces, vocabulary.PretrainedPieces):
+    tokenizer_json = pieces.json
+  else:
+    inputs = artifacts.read_run(policy.artifact)['inputs']
+    home = policy.artifact.parent / inputs['backbone']
+    tokenizer_json = unigram.tokenizer_json(vocabulary.find(home).read_bytes())
+  dtypes = {dtype: name for name, dtype in export.DTYPES.items()}
+  prompter = setup.prompter
+  with tempfile.TemporaryDirectory() as root:
+    folder = pathlib.Path(root, export.CHECKPOINT)
+    hf.export(
+      folder,
+      'qwen3' if setup.model.qk_norm else 'llama',
+      params,
+      setup.model,
+      tokenizer_json,
+      max_positions=prompter.prompt_tokens + prompter.thinking_tokens,
+      dtype=dtypes[setup.model.dtype],
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=getattr(torch, setup.model.dtype)
+    )
+  return model.eval(), torch.tensor(np.asarray(params['readout']))
+
+
+@torch.inference_mode()
+def _answer(
+  setup: policy_lib.Setup, mode: str, params: Any, batch: Any
+) -> dict[str, np.ndarray]:
+  """A program of `Reranker`: a batch of `batches.requests` to `Ranked`."""
+  model, readout_D = params
+  host = {name: np.asarray(values) for name, values in batch.items()}
+  incoming, count, slots = host['incoming'], host['count'], host['slots']
+  length = host['prompt_length']
+  width = int(length.max())
+  prompts = host['prompt'][:, :width].astype(np.int64)
+  if mode == 'score':
+    # Nothing reads the padding, which stands last.
+    hidden = model.model(torch.tensor(prompts), use_cache=False)[0]
+  else:
+    # Completions follow on the last column: the padding comes first.
+    pad = width - length
+    prompts = np.stack(
+      [np.roll(*row) for row in zip(prompts, pad, strict=True)]
+    )
+    slots = slots + pad[:, None]
+    hidden, tokens = _generate(
+      setup, mode == 'reason', model, prompts, pad, count
+    )
+  at_slots = hidden[torch.arange(len(slots))[:, None], torch.tensor(slots)]
+  scores = (at_slots.float() @ readout_D).numpy()
+  real = np.arange(scores.shape[1]) < count[:, None]
+  falling = np.argsort(np.where(real, -scores, np.inf), -1, 'stable')
+  found = dict(
+    readout=np.take_along_axis(incoming, falling, -1),
+    scores=np.take_along_axis(scores, np.argsort(incoming, -1), -1),
+    presented=incoming,
+    count=count,
+    verdict=np.zeros_like(count),  # `valid`: the mask allows nothing else.
+  )
+  if mode == 'score':
+    return found | dict(
+      generated=found['readout'],
+      tokens=np.zeros((len(count), 1), np.int32),
+      length=np.zeros_like(count),
+    )
+  grammar = setup.grammar
+  written = np.argmax(tokens == grammar.eos, -1) + 1
+  order = np.tile(np.arange(scores.shape[1]), (len(count), 1))
+  for row, (end, n) in enumerate(zip(written - 1, count, strict=True)):
+    order[row, :n] = tokens[row, end - n : end] - grammar.slot_base
+  return found | dict(
+    generated=np.take_along_axis(incoming, order, -1),
+    tokens=tokens,
+    length=written,
+  )
+
+
+def _generate(
+  setup: policy_lib.Setup,
+  thinking: bool,
+  model: transformers.PreTrainedModel,
+  prompts_BxT: np.ndarray,
+  pad_B: np.ndarray,
+  count_B: np.ndarray,
+) -> tuple[torch.Tensor, np.ndarray]:
+  """Hidden states of left-padded prompts [B, T, D], and completions."""
+  grammar, width = setup.grammar, prompts_BxT.shape[1]
+  budget = setup.sampling(1, thinking, 0.0, True).max_tokens
+  seen = []
+  hook = model.model.norm.register_forward_hook(
+    lambda unused_module, unused_inputs, hidden: seen.append(hidden)
+  )
+  try:
+    tokens = model.generate(
+      torch.tensor(prompts_BxT),
+      attention_mask=torch.tensor(np.arange(width) >= pad_B[:, None]),
+      logits_processor=[
+        PermutationMask(
+          grammar,
+          torch.tensor(count_B),
+          width,
+          budget,
+          thinking,
+        )
+      ],
+      max_new_tokens=budget,
+      do_sample=False,
+      eos_token_id=grammar.eos,
+      pad_token_id=grammar.pad,
+    )
+  finally:
+    hook.remove()
+  return seen[0], tokens[:, width:].numpy()

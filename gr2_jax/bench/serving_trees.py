@@ -1,0 +1,92 @@
+"""A re-ranker of gradient-boosted trees: a peer for `bench.serve`.
+
+It shares with the policy what comes before the ranking: the slates' checks, the
+data and the evidence. Trees read all evidence columns, and no prompt.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from configs import baselines as baselines_config
+from gr2_jax.data import requests as requests_lib
+from gr2_jax.data import slates as slates_lib
+from gr2_jax.models import trees
+from gr2_jax.serving import reranker as reranker_lib
+
+if TYPE_CHECKING:
+  import lightgbm
+
+
+class Trees(reranker_lib.Reranker):
+  """A re-ranker whose one program is `slates -> scores`, without params."""
+
+  def answer(
+    self, asked: Sequence[tuple[requests_lib.Request, int]], mode: str
+  ) -> reranker_lib.Answers:
+    """Orders by falling score; an item that the catalog lacks comes last."""
+    (program,) = self.programs[mode].values()
+    requests = [request for request, _ in asked]
+    scores_nxK = program(
+      requests_lib.to_slates(
+        requests,
+        self.knowledge.log,
+        self.knowledge.facts,
+        self.candidates,
+        self.history,
+      )
+    )
+    lines = []
+    for request, scores_K in zip(requests, scores_nxK, strict=True):
+      own = scores_K[: len(request.names)]
+      order = np.argsort(-own, kind='stable').tolist()
+      lines.append(
+        reranker_lib.incoming_order(request, mode)
+        | {
+          'ranking': [request.names[rank] for rank in order],
+          'order': order,
+          'verdict': 'valid',
+          'scores': [x if np.isfinite(x) else None for x in own.tolist()],
+        }
+      )
+    return reranker_lib.Answers(lines, prompts=0, decoded=0)
+
+
+def fit(policy: reranker_lib.Reranker) -> 'lightgbm.Booster':
+  """Trains the trees of stage `baselines` on a policy's slates."""
+  source = policy.knowledge.source
+  return trees.fit(
+    baselines_config.gbdt(test=False),
+    slates_lib.read(source, 'train'),
+    slates_lib.read(source, 'validation'),
+    tuple(slates_lib.read_meta(source)['evidence']),
+    seed=0,
+  )
+
+
+def beside(
+  policy: reranker_lib.Reranker, booster: 'lightgbm.Booster', largest_batch: int
+) -> Trees:
+  """The trees in a policy's place, in mode `score`.
+
+  Args:
+    policy: whose data they share.
+    booster: of `fit`.
+    largest_batch: slates at a time.
+  """
+  fields = {
+    field.name: getattr(policy, field.name)
+    for field in dataclasses.fields(policy)
+  }
+  return Trees(
+    **fields
+    | {
+      'policy': dataclasses.replace(policy.policy, params=None),
+      'programs': {
+        'score': {largest_batch: functools.partial(trees.score, booster)}
+      },
+    }
+  )
