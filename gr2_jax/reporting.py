@@ -220,6 +220,11 @@ def table(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> str:
   return '\n'.join([line(columns), line(rule), *map(line, cells)])
 
 
+def interval(estimate: float, low: float, high: float) -> str:
+  """A difference and its interval, as tables show them."""
+  return f'{estimate:+.4f} [{low:+.4f}, {high:+.4f}]'
+
+
 def _cell(value: object) -> str:
   if value is None:
     return '-'

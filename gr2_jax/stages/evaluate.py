@@ -253,7 +253,7 @@ def summary(results: dict[str, Any]) -> str:
   gains = [
     {'gain': f'{first}-{second}'}
     | {
-      m: '{:+.4f} [{:+.4f}, {:+.4f}]'.format(v['delta'], *v['ci'])
+      m: reporting.interval(v['delta'], *v['ci'])
       for m, v in results['paired'][f'{first}-{second}'].items()
     }
     for first, second in _pairs(means)

@@ -285,7 +285,7 @@ def summary(results: dict[str, Any]) -> str:
     }
     for name, measure in zip(SHOWN, MEASURES, strict=True):
       line[name] = row[measure]['mean']
-      line[f'{name} lost'] = _interval(row[measure]['lost'])
+      line[f'{name} lost'] = reporting.interval(**row[measure]['lost'])
     lines.append(line)
   counted = (
     f'{results["n_slates"]} slates of {results["n_users"]} users, '
@@ -297,10 +297,6 @@ def summary(results: dict[str, Any]) -> str:
   for name in SHOWN:
     columns += [name, f'{name} lost']
   return f'{reporting.table(lines, columns)}\n\n{counted}'
-
-
-def _interval(found: dict[str, float]) -> str:
-  return '{estimate:+.4f} [{low:+.4f}, {high:+.4f}]'.format(**found)
 
 
 def _draw(rows: list[dict[str, Any]], margin: float, path: pathlib.Path):

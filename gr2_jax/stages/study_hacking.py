@@ -152,12 +152,12 @@ def summary(results: dict[str, Any]) -> str:
 
 def _row(cell: dict[str, Any]) -> dict[str, Any]:
   """One line of the table."""
-  low, high = cell['n@5_gain_ci']
+  gain = reporting.interval(cell['n@5_gain'], *cell['n@5_gain_ci'])
   return {
     'order': cell['order'],
     'reward': cell['reward'],
     'gate': cell['gate'],
-    'N@5 gain': f'{cell["n@5_gain"]:+.4f} [{low:+.4f}, {high:+.4f}]',
+    'N@5 gain': gain,
     'copied': cell['copied'],
     'top 3 kept': cell['top3_unchanged'],
     'tau': cell['kendall_tau'],

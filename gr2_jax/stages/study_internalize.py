@@ -130,9 +130,7 @@ def summary(results: dict[str, Any]) -> str:
         shown = f'{prefix}{metric.upper()}'
         line[shown] = row[kind][metric]
         line[f'{shown} lost'] = (
-          '{estimate:+.4f} [{low:+.4f}, {high:+.4f}]'.format(**lost)
-          if row['answers'] != BASE
-          else '-'
+          reporting.interval(**lost) if row['answers'] != BASE else '-'
         )
     lines.append(line)
   counted = (

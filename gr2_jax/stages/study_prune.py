@@ -129,9 +129,7 @@ def summary(results: dict[str, Any]) -> str:
       line[f'{shown} lost'] = (
         '-'
         if row['policy'] == WHOLE
-        else '{estimate:+.4f} [{low:+.4f}, {high:+.4f}]'.format(
-          **row[f'{measure}_lost']
-        )
+        else reporting.interval(**row[f'{measure}_lost'])
       )
     lines.append(line)
   counted = (
