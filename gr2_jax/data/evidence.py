@@ -40,6 +40,9 @@ anything after the validation cut. `even`, `long` (.97), `short` (.8) and
   year_gap_recent  the same by recent
   age              years since then at the time of the slate
 
+A candidate that the catalog lacks, `Facts.beside`, has no interactions: the
+columns in MET are those of its neighbours in the incoming order.
+
 Where a file tells an order but no times (`Log.has_times`), the columns in
 ORDERED are zero: order inside a day may follow item codes.
 
@@ -50,13 +53,12 @@ C categories.
 from __future__ import annotations
 
 import dataclasses
-import re
-import zlib
 
 import numpy as np
 from scipy import sparse
 from scipy.sparse import linalg
 
+from gr2_jax.data import content as content_lib
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import prerank
 
@@ -103,39 +105,58 @@ ORDERED = (
   'age',
 )
 
+# Columns that read who met the candidate.
+MET = (
+  'co_long',
+  'co_short',
+  'co_last',
+  'co_max',
+  'co_hits',
+  'joint_mean',
+  'joint_max',
+  'directed',
+  'direction',
+  'latent',
+  'latent_recent',
+  'popularity',
+  'trend',
+  'quality',
+  'popularity_gap',
+  'stage_gap',
+)
+
 REACH = 30  # History items read.
 RECENT = 5
 NEXT = 3  # Places within which one category leads to another.
 ROWS = 2048
-TEXT_BUCKETS = 1 << 18
 LATENT = 32
-COMMON = 0.1  # Words in more than this share of the titles say nothing.
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
   """Everything `compute` looks up, fitted on the rows of one Statistics.
 
+  Arrays of I + 1 rows have a last one for items without any interaction; those
+  that the catalog lacks, with indices from I on, are such.
+
   Attributes:
     statistics: the pre-ranker's.
+    content: what the items' text says.
     joint: float32 [I, I], co-occurrence at any distance.
-    text: float32 [I, I], title cosine, nearest 100.
-    genres: float32 [I, C], unit rows.
-    leaf: int [I], id of the last category.
+    counts: float32 [I + 1], rows per item.
     transition: float32 [C, C], log lift.
-    latent: float32 [I, 32].
-    quality: float32 [I].
-    stage: float32 [I], mean log(1 + place).
+    latent: float32 [I + 1, 32].
+    quality: float32 [I + 1].
+    stage: float32 [I + 1], mean log(1 + place).
     item_times: int64, sorted item * span + time of each row.
     times: int64, sorted times of the rows.
     span: larger than any time difference.
   """
 
   statistics: prerank.Statistics
+  content: content_lib.Content
   joint: sparse.csr_array
-  text: sparse.csr_array
-  genres: np.ndarray
-  leaf: np.ndarray
+  counts: np.ndarray
   transition: np.ndarray
   latent: np.ndarray
   quality: np.ndarray
@@ -144,56 +165,15 @@ class Facts:
   times: np.ndarray
   span: int
 
-
-def text_neighbours(catalog: log_lib.Catalog, most: int = 100):
-  """Returns csr [I, I]: cosine of the titles' TF-IDF words and word pairs."""
-  row, column = [], []
-  for index, title in enumerate(catalog.titles):
-    words = re.findall(r'[a-z0-9]+', title.lower())
-    grams = set(words) | {
-      f'{a} {b}' for a, b in zip(words[:-1], words[1:], strict=True)
-    }
-    row += [index] * len(grams)
-    column += [zlib.crc32(gram.encode()) % TEXT_BUCKETS for gram in grams]
-  n = len(catalog)
-  matrix = sparse.csr_array(
-    (np.ones(len(row), np.float32), (row, column)), shape=(n, TEXT_BUCKETS)
-  )
-  frequency = np.bincount(matrix.indices, minlength=TEXT_BUCKETS)
-  idf = np.log((1 + n) / (1 + frequency))
-  idf[frequency > max(COMMON * n, 5)] = 0.0
-  matrix = sparse.csr_array(matrix @ sparse.diags_array(idf))
-  norm = np.sqrt(matrix.multiply(matrix).sum(axis=1))
-  scale = sparse.diags_array(1 / np.maximum(norm, 1e-6))
-  matrix = sparse.csr_array(scale @ matrix).astype(np.float32)
-  parts = []
-  for low in range(0, n, ROWS):
-    block = sparse.csr_array(matrix[low : low + ROWS] @ matrix.T)
-    parts.append(prerank.prune(block, most))
-  return sparse.csr_array(sparse.vstack(parts))
-
-
-def category_matrix(catalog: log_lib.Catalog) -> np.ndarray:
-  """Returns float32 [I, C], unit rows, rare categories weighing more."""
-  names = sorted({name for path in catalog.categories for name in path})
-  index = {name: i for i, name in enumerate(names)}
-  matrix = np.zeros((len(catalog), len(names) + 1), np.float32)
-  for item, path in enumerate(catalog.categories):
-    for name in path:
-      matrix[item, index[name]] = 1.0
-  matrix[:, -1] = matrix.sum(axis=1) == 0
-  frequency = matrix.sum(axis=0)
-  matrix *= np.log(1 + len(catalog) / np.maximum(frequency, 1))
-  return matrix / np.maximum(
-    np.linalg.norm(matrix, axis=1, keepdims=True), 1e-6
-  )
+  def beside(self, items: log_lib.Catalog) -> Facts:
+    """The same for items [M] beside the catalog's: I, I + 1, .. are theirs."""
+    return dataclasses.replace(self, content=self.content.beside(items))
 
 
 def fit(
   log: log_lib.Log,
   statistics: prerank.Statistics,
-  text: sparse.csr_array,
-  genres: np.ndarray,
+  content: content_lib.Content,
 ) -> Facts:
   """Fits the facts on exactly the rows that `statistics` saw."""
   rows = statistics.rows
@@ -229,18 +209,19 @@ def fit(
     flow = flow + sparse.csr_array(
       (np.ones(len(ends[0]), np.float32), ends), shape=flow.shape
     )
+  genres = content.rows.genres
   joint_genre = genres.T @ (flow @ genres) + 1.0
   expected = np.outer(joint_genre.sum(1), joint_genre.sum(0))
   transition = np.log(joint_genre * joint_genre.sum() / expected)
 
-  leaves = [path[-1:] for path in log.catalog.categories]
-  _, leaf = np.unique([''.join(name) for name in leaves], return_inverse=True)
-  grades = np.bincount(items, log.grades[rows], minlength=n_items)
+  counts = np.append(counts, np.float32(0))
+  latent = np.pad(latent, ((0, 1), (0, 0)))
+  grades = np.bincount(items, log.grades[rows], minlength=n_items + 1)
   mean = log.grades[rows].mean() if len(rows) else 1.0
   quality = (grades + 5 * mean) / (counts + 5)
   places = np.log1p(log.positions()[rows])
   overall = places.mean() if len(rows) else 0.0
-  stage = np.bincount(items, places, minlength=n_items)
+  stage = np.bincount(items, places, minlength=n_items + 1)
   stage = (stage + 5 * overall) / (counts + 5)
   order = np.lexsort((log.times[rows], items))
   times = np.sort(log.times[rows])
@@ -250,10 +231,9 @@ def fit(
   item_times += log.times[rows][order] - base
   return Facts(
     statistics,
+    content,
     joint,
-    text,
-    genres,
-    leaf,
+    counts,
     transition.astype(np.float32),
     latent,
     quality.astype(np.float32),
@@ -295,7 +275,8 @@ def of_histories(
   Args:
     log: what the facts were fitted on.
     facts: of `fit`.
-    history: int [n, R], the last R = REACH items, LATEST first, -1 pads.
+    history: int [n, R], the last R = REACH items, LATEST first, -1 pads; from I
+      on of `Facts.beside`, and so the candidates.
     positions: int [n], length of each whole history.
     times: int [n], of the slates.
     candidates: int [n, K], -1 pads.
@@ -316,21 +297,32 @@ def of_histories(
       candidates[part],
       scores[part],
     )
+  _interpolate(out, candidates, len(facts.content))
   if not log.has_times():
     out[..., [EVIDENCE.index(name) for name in ORDERED]] = 0.0
   out[candidates < 0] = 0.0
   return out
 
 
-def _lookup(matrix, history, candidates):
-  """Returns [n, R, K]: the matrix at (history, candidate), 0 at pads."""
-  shape = (*history.shape, candidates.shape[1])
-  row = np.broadcast_to(history[:, :, None], shape)
-  column = np.broadcast_to(candidates[:, None, :], shape)
-  real = (row >= 0) & (column >= 0)
-  out = np.zeros(shape, np.float32)
-  out[real] = np.asarray(matrix[row[real], column[real]]).ravel()
-  return out
+def _interpolate(out: np.ndarray, candidates: np.ndarray, size: int) -> None:
+  """Gives candidates beside the catalog the interactions of their neighbours.
+
+  That nobody met an item says that it is new, where zeros would say that those
+  who met others left it. So its columns of MET are the mean of the two nearest
+  in the incoming order that the catalog has. A slate without any keeps zeros.
+
+  Args:
+    out: float32 [n, K, E], changed in place.
+    candidates: int [n, K], -1 pads.
+    size: I.
+  """
+  columns = [EVIDENCE.index(name) for name in MET]
+  met = (candidates >= 0) & (candidates < size)
+  for row, place in np.argwhere(candidates >= size):
+    known = np.flatnonzero(met[row])
+    near = known[np.argsort(np.abs(known - place), kind='stable')[:2]]
+    if len(near):
+      out[row, place, columns] = out[row][np.ix_(near, columns)].mean(axis=0)
 
 
 def _block(log, facts, history, positions, times, candidates, scores):
@@ -338,6 +330,13 @@ def _block(log, facts, history, positions, times, candidates, scores):
   real = history >= 0
   safe = np.maximum(history, 0)
   item = np.maximum(candidates, 0)
+  # Whom nobody has met share the last row.
+  size, content = len(facts.counts) - 1, facts.content
+  safe_met, item_met = np.minimum(safe, size), np.minimum(item, size)
+  pair = (
+    np.where(history < size, history, -1),
+    np.where(candidates < size, candidates, -1),
+  )
   age = np.arange(history.shape[1])
 
   def weights(decay, last=None):
@@ -353,45 +352,47 @@ def _block(log, facts, history, positions, times, candidates, scores):
   columns['incoming_rank'] = np.broadcast_to(
     np.arange(k, dtype=np.float32), (n, k)
   )
-  co = _lookup(facts.statistics.similarity, history, candidates)
+  co = content_lib.lookup(facts.statistics.similarity, *pair)
   columns['co_long'] = np.einsum('nr,nrk->nk', long, co)
   columns['co_short'] = np.einsum('nr,nrk->nk', short, co)
   columns['co_last'] = co[:, 0]
   columns['co_max'] = co.max(1)
   columns['co_hits'] = (co > 0).sum(1)
-  joint = _lookup(facts.joint, history, candidates)
+  joint = content_lib.lookup(facts.joint, *pair)
   columns['joint_mean'] = np.einsum('nr,nrk->nk', even, joint)
   columns['joint_max'] = joint.max(1)
-  counts = facts.statistics.counts
-  root = np.sqrt(np.maximum(counts, 1))
-  scale = 1 / (root[safe][:, :, None] * root[item][:, None, :])
-  after = _lookup(facts.statistics.directed, history, candidates)
-  before = _lookup(facts.statistics.directed, candidates, history)
+  root = np.sqrt(np.maximum(facts.counts, 1))
+  scale = 1 / (root[safe_met][:, :, None] * root[item_met][:, None, :])
+  after = content_lib.lookup(facts.statistics.directed, *pair)
+  before = content_lib.lookup(facts.statistics.directed, *pair[::-1])
   before = before.swapaxes(1, 2)  # Turning the whole matrix takes far longer.
   columns['directed'] = np.einsum('nr,nrk->nk', short, after * scale)
   columns['direction'] = np.einsum(
     'nr,nrk->nk', short, np.log((after + 0.5) / (before + 0.5))
   )
-  taste = np.einsum('nr,nrd->nd', even, facts.latent[safe])
-  columns['latent'] = np.einsum('nd,nkd->nk', taste, facts.latent[item])
-  taste = np.einsum('nr,nrd->nd', recent, facts.latent[safe])
-  columns['latent_recent'] = np.einsum('nd,nkd->nk', taste, facts.latent[item])
-  genre = np.einsum('nr,nrc->nc', even, facts.genres[safe])
-  columns['genre'] = np.einsum('nc,nkc->nk', genre, facts.genres[item])
-  genre = np.einsum('nr,nrc->nc', recent, facts.genres[safe])
-  columns['genre_recent'] = np.einsum('nc,nkc->nk', genre, facts.genres[item])
-  same = facts.leaf[safe][:, :, None] == facts.leaf[item][:, None, :]
+  taste = np.einsum('nr,nrd->nd', even, facts.latent[safe_met])
+  columns['latent'] = np.einsum('nd,nkd->nk', taste, facts.latent[item_met])
+  taste = np.einsum('nr,nrd->nd', recent, facts.latent[safe_met])
+  columns['latent_recent'] = np.einsum(
+    'nd,nkd->nk', taste, facts.latent[item_met]
+  )
+  read, offered = content.genres(safe), content.genres(item)
+  genre = np.einsum('nr,nrc->nc', even, read)
+  columns['genre'] = np.einsum('nc,nkc->nk', genre, offered)
+  genre = np.einsum('nr,nrc->nc', recent, read)
+  columns['genre_recent'] = np.einsum('nc,nkc->nk', genre, offered)
+  same = content.leaf(safe)[:, :, None] == content.leaf(item)[:, None, :]
   columns['leaf'] = np.einsum('nr,nrk->nk', even, same)
-  last = facts.genres[safe[:, :NEXT]] @ facts.transition
-  lift = np.einsum('nrc,nkc->nrk', last, facts.genres[item])
+  last = read[:, :NEXT] @ facts.transition
+  lift = np.einsum('nrc,nkc->nrk', last, offered)
   lift = lift * real[:, :NEXT, None]
   columns['transition'] = lift.mean(axis=1)
   columns['transition_max'] = lift.max(axis=1)
-  text = _lookup(facts.text, history, candidates)
+  text = content.cosine(history, candidates)
   columns['text_mean'] = np.einsum('nr,nrk->nk', long, text)
   columns['text_max'] = text.max(1)
-  popularity = np.log1p(counts)
-  columns['popularity'] = popularity[item]
+  popularity = np.log1p(facts.counts)
+  columns['popularity'] = popularity[item_met]
   base = facts.times[0] if len(facts.times) else 0
   now = np.clip(times - base, 0, facts.span - 1)[:, None]
   key = item.astype(np.int64) * facts.span
@@ -399,23 +400,23 @@ def _block(log, facts, history, positions, times, candidates, scores):
   begin = np.searchsorted(facts.item_times, key)
   half = np.searchsorted(facts.item_times, key + now * 3 // 4)
   columns['trend'] = np.log((until - half + 1) / (until - begin + 2))
-  columns['quality'] = facts.quality[item]
-  habit = np.einsum('nr,nr->n', even, popularity[safe])
-  columns['popularity_gap'] = np.abs(popularity[item] - habit[:, None])
-  columns['stage_gap'] = facts.stage[item] - np.log1p(positions)[:, None]
-  year = log.catalog.years.astype(np.float32)
-  known = year[safe] > 0
+  columns['quality'] = facts.quality[item_met]
+  habit = np.einsum('nr,nr->n', even, popularity[safe_met])
+  columns['popularity_gap'] = np.abs(popularity[item_met] - habit[:, None])
+  columns['stage_gap'] = facts.stage[item_met] - np.log1p(positions)[:, None]
+  then, year = content.years(safe), content.years(item)
+  known = then > 0
 
   def year_gap(w):
     w = w * known
-    centre = (w * year[safe]).sum(1) / np.maximum(w.sum(1), 1e-6)
-    gap = np.abs(year[item] - centre[:, None])
-    valid = (year[item] > 0) & (w.sum(1) > 0)[:, None]
+    centre = (w * then).sum(1) / np.maximum(w.sum(1), 1e-6)
+    gap = np.abs(year - centre[:, None])
+    valid = (year > 0) & (w.sum(1) > 0)[:, None]
     return np.where(valid, np.log1p(gap), 0.0)
 
-  columns['year'] = np.where(year[item] > 0, year[item] - 2000, 0)
+  columns['year'] = np.where(year > 0, year - 2000, 0)
   columns['year_gap'] = year_gap(even)
   columns['year_gap_recent'] = year_gap(recent)
   today = 1970 + times[:, None] / (365.25 * 86400)
-  columns['age'] = np.where(year[item] > 0, today - year[item], 0)
+  columns['age'] = np.where(year > 0, today - year, 0)
   return np.stack([columns[name] for name in EVIDENCE], axis=-1)

@@ -20,6 +20,7 @@ unless the candidates' keys are to be shared between users.
 Axes: K candidates, E evidence columns, T tokens, H history.
 """
 
+import copy
 import dataclasses
 import functools
 
@@ -103,6 +104,18 @@ class Prompter:
           raise ValueError(
             f'prompt.{name}: no field {field!r}; known: {", ".join(known)}'
           )
+
+  def beside(self, items: dict[str, tuple[tuple[int, ...], ...]]) -> 'Prompter':
+    """The same, that knows items beside the catalog's.
+
+    Args:
+      items: as the attribute, of indices behind the catalog's; no line of them
+        is longer than the catalog's longest, so that lengths stay as they are.
+    """
+    wider = copy.copy(self)  # With the lengths that it has measured.
+    own = {field: rows + items[field] for field, rows in self.items.items()}
+    object.__setattr__(wider, 'items', own)
+    return wider
 
   @functools.cached_property
   def prompt_tokens(self) -> int:

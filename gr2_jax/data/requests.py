@@ -2,7 +2,11 @@
 
   candidates: list of item ids, all different, in the incoming order
   history: list of item ids, oldest first; may be empty. Items that the
-    catalog lacks are dropped and counted
+    catalog lacks, and that are not described, are dropped and counted
+  items: list of descriptions of items that the catalog lacks, see
+    `descriptions.py`; optional. They are read and ranked with the others, by
+    their text. Of an item that the catalog has, the catalog's own description
+    counts, and this one is only checked
   history_grades: list of 1 or 2, one per item of the history, null where it
     is not known; optional
   history_times: list of numbers like `time`, one per item of the history, null
@@ -15,17 +19,17 @@
   id: text or whole number that the answer carries; optional, the line's
     number where missing
 
-Item ids are text or whole numbers. Blank lines are no slates. A file is
-checked as a whole before anything is ranked, and read as a stream.
+Item ids are text or whole numbers; 7 and "7" are the same item. Blank lines are
+no slates. A file is checked as a whole before anything is ranked, and read as a
+stream.
 
-Axes: n slates, K candidates, H history.
+Axes: n slates, K candidates, H history, I items of the catalog.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -33,13 +37,13 @@ from typing import Any
 
 import numpy as np
 
+from gr2_jax.data import content as content_lib
+from gr2_jax.data import descriptions, prerank
 from gr2_jax.data import evidence as evidence_lib
+from gr2_jax.data import fields as fields_lib
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import prerank
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import splits as splits_lib
-
-_LATEST = 2**53  # Whole numbers up to it survive every JSON writer.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +53,15 @@ class Request:
   Attributes:
     id: what the answer is to be called.
     names: the candidates' ids as they are written.
-    candidates: catalog indices of them; -1 for one that the catalog lacks.
+    candidates: catalog indices of them; I, I + 1, .. for `described` ones; -1
+      for those that nothing is known of.
     scores: of the incoming ranker, float32 values.
-    history: catalog indices, oldest first.
+    history: likewise, without unknown ones, oldest first.
     grades: of the history's items, 0 where they are not given.
     times: of the history's items, None where they are not given.
-    unknown: items of the history that the catalog lacks.
+    unknown: items of the history that nothing is known of.
     time: of the slate, or None.
+    described: items of the candidates or the history that the catalog lacks.
   """
 
   id: str | int
@@ -67,10 +73,19 @@ class Request:
   times: tuple[int | None, ...]
   unknown: int
   time: int | None
+  described: log_lib.Catalog = descriptions.NONE
+
+  @property
+  def described_candidates(self) -> list[str | int]:
+    """Names of the candidates that are described."""
+    return [name for name in self.names if str(name) in self.described.item_ids]
 
 
 def read(
-  path: str | os.PathLike, catalog: log_lib.Catalog, most: int
+  path: str | os.PathLike,
+  catalog: log_lib.Catalog,
+  most: int,
+  unreadable: str = '',
 ) -> Iterator[Request]:
   """Yields a file's requests, each checked.
 
@@ -78,6 +93,7 @@ def read(
     path: the file.
     catalog: the items there are.
     most: K, candidates that the policy has room for.
+    unreadable: see `parse`.
 
   Yields:
     One request for each line that is not blank.
@@ -97,7 +113,14 @@ def read(
       if text.strip():
         empty = False
         where = f'{path}, line {number}'
-        yield parse(_row(text, where), where, number, index, most)
+        yield parse(
+          _row(text, where),
+          where,
+          number,
+          index,
+          most,
+          unreadable=unreadable,
+        )
   if empty:
     raise log_lib.DataError(
       f'{path}: the file is empty: it needs at least one slate'
@@ -111,6 +134,7 @@ def parse(
   index: dict[str, int],
   most: int,
   strict: bool = True,
+  unreadable: str = '',
 ) -> Request:
   """Checks one slate.
 
@@ -120,13 +144,15 @@ def parse(
     default_id: of a slate that gives none.
     index: item id -> catalog index.
     most: K, candidates that the policy has room for.
-    strict: a candidate that the catalog lacks is an error; otherwise its
+    strict: a candidate that nothing is known of is an error; otherwise its
       catalog index is -1.
+    unreadable: why descriptions cannot be read, if so: of items that they
+      describe nothing is known.
 
   Raises:
     DataError: what is wrong, with place, field and cure.
   """
-  fields = _Fields(where)
+  fields = fields_lib.Fields(where)
   if not isinstance(row, dict):
     raise log_lib.DataError(
       f'{where}: not a JSON object: write {{"history": [...], "candidates": '
@@ -141,17 +167,37 @@ def parse(
       f'{len(names)} of them, the policy has room for {most}',
       'cut the list, or train with a larger data.candidates',
     )
-  candidates = [index.get(str(name), -1) for name in names]
+  shown = fields.names(row, 'history')
+  described = descriptions.NONE
+  if row.get('items') is not None:
+    room = most + evidence_lib.REACH
+    items = descriptions.read(row['items'], where, room)
+    described = _needed(
+      items, {*map(str, names), *map(str, shown)} - index.keys()
+    )
+  if unreadable:
+    described = descriptions.NONE
+  new = {name: len(index) + i for i, name in enumerate(described.item_ids)}
+
+  def find(name: str | int) -> int:
+    return index.get(str(name), new.get(str(name), -1))
+
+  candidates = [find(name) for name in names]
   if strict and -1 in candidates:
+    found = names[candidates.index(-1)]
     fields.fail(
       'candidates',
-      f'{names[candidates.index(-1)]!r} is not in the catalog',
-      'remove it, or train on items that have it',
+      f'{found!r} is not in the catalog',
+      'remove it, describe it in the field items'
+      f'{unreadable and f" (not here: {unreadable})"}, or train on items that '
+      'have it',
     )
   for place, name in enumerate(names):
     if str(name) in map(str, names[:place]):
-      fields.fail('candidates', f'{_short(name)} again', 'each item once')
-  known = [index.get(str(name), -1) for name in fields.names(row, 'history')]
+      fields.fail(
+        'candidates', f'{fields_lib.short(name)} again', 'each item once'
+      )
+  known = [find(name) for name in shown]
   kept = [place for place, item in enumerate(known) if item >= 0]
   grades = fields.grades(row, len(known))
   times = fields.times(row, len(known))
@@ -166,7 +212,14 @@ def parse(
     times=tuple(times[place] for place in kept),
     unknown=len(known) - len(kept),
     time=fields.time(row),
+    described=described,
   )
+
+
+def _needed(items: log_lib.Catalog, names: set[str]) -> log_lib.Catalog:
+  """Those items that are asked for, in their order."""
+  rows = [row for row, name in enumerate(items.item_ids) if name in names]
+  return items.take(np.array(rows, int))
 
 
 def _row(text: bytes, where: str) -> object:
@@ -177,102 +230,6 @@ def _row(text: bytes, where: str) -> object:
       f'{where}: not valid JSON ({error}): the file may be cut off here; write '
       'it again'
     ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fields:
-  """Reads the fields of a slate, and says where errors are."""
-
-  where: str
-
-  def fail(self, field: str, found: str, cure: str):
-    raise log_lib.DataError(f'{self.where}, field {field!r}: {found}: {cure}')
-
-  def names(self, row: dict, field: str) -> list[str | int]:
-    if field not in row:
-      self.fail(field, 'missing', 'every slate needs it')
-    value = row[field]
-    if not isinstance(value, list):
-      self.fail(field, _short(value), 'it must be a list of item ids')
-    for name in value:
-      if not _is_name(name):
-        self.fail(field, _short(name), 'an item id is text or a whole number')
-    return value
-
-  def name(self, row: dict, field: str, default=None):
-    value = row.get(field)
-    if value is None:
-      return default
-    if not _is_name(value):
-      self.fail(field, _short(value), 'it must be text or a whole number')
-    return value
-
-  def scores(self, row: dict, count: int) -> tuple[float, ...]:
-    value = row.get('scores')
-    if value is None:
-      return tuple(np.linspace(1, 0, count, False, dtype=np.float32).tolist())
-    if not isinstance(value, list):
-      self.fail('scores', _short(value), 'it must be a list of numbers')
-    if len(value) != count:
-      found = f'{len(value)} values for {count} candidates'
-      self.fail('scores', found, 'give one per candidate, or none at all')
-    largest = float(np.finfo(np.float32).max)
-    for score in value:
-      if not _is_number(score) or not abs(score) <= largest:
-        self.fail('scores', _short(score), 'each must be a finite number')
-    return tuple(np.array(value, np.float32).tolist())
-
-  def time(self, row: dict) -> int | None:
-    value = row.get('time')
-    return None if value is None else self._moment('time', value)
-
-  def times(self, row: dict, count: int) -> list[int | None]:
-    field = 'history_times'
-    return [
-      None if value is None else self._moment(field, value)
-      for value in self._per_item(row, field, count)
-    ]
-
-  def grades(self, row: dict, count: int) -> list[int]:
-    field = 'history_grades'
-    found = self._per_item(row, field, count)
-    for value in found:
-      if value is not None and (isinstance(value, bool) or value not in (1, 2)):
-        self.fail(field, _short(value), 'each must be 1 or 2, or null')
-    return [int(value or 0) for value in found]
-
-  def _moment(self, field: str, value) -> int:
-    if not _is_number(value) or not abs(value) <= _LATEST:
-      self.fail(field, _short(value), 'it must be a finite number')
-    return int(value)
-
-  def _per_item(self, row: dict, field: str, count: int) -> list:
-    value = row.get(field)
-    if value is None:
-      return [None] * count
-    if not isinstance(value, list):
-      self.fail(field, _short(value), 'it must be a list')
-    if len(value) != count:
-      found = f'{len(value)} values for {count} items of the history'
-      self.fail(field, found, 'give one per item, or none at all')
-    return value
-
-
-def _is_name(value) -> bool:
-  return isinstance(value, str | int) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and not (isinstance(value, float) and math.isnan(value))
-  )
-
-
-def _short(value) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 def fit(log: log_lib.Log, config) -> evidence_lib.Facts:
@@ -295,9 +252,16 @@ def fit(log: log_lib.Log, config) -> evidence_lib.Facts:
   return evidence_lib.fit(
     log,
     statistics,
-    evidence_lib.text_neighbours(log.catalog),
-    evidence_lib.category_matrix(log.catalog),
+    content_lib.fit(log.catalog),
   )
+
+
+def described(requests: Sequence[Request]) -> log_lib.Catalog:
+  """What the requests describe, one after the other.
+
+  In the slates of `to_slates` their indices are I, I + 1, .., in this order.
+  """
+  return descriptions.join([request.described for request in requests])
 
 
 def to_slates(
@@ -319,7 +283,10 @@ def to_slates(
   Returns:
     The slates, in the order of the requests.
   """
-  n = len(requests)
+  n, size = len(requests), len(log.catalog)
+  beside = described(requests)
+  if len(beside):
+    facts = facts.beside(beside)
   candidates = np.full((n, num_candidates), -1, np.int32)
   scores = np.zeros((n, num_candidates), np.float32)
   shown = np.full((n, history), -1, np.int32)
@@ -330,16 +297,21 @@ def to_slates(
   times = np.array(
     [now if r.time is None else r.time for r in requests], np.int64
   )
+  before = 0  # Items that earlier requests describe.
   for row, request in enumerate(requests):
-    candidates[row, : len(request.candidates)] = request.candidates
+    count, all_read = len(request.candidates), np.array(request.history, int)
+    candidates[row, :count] = request.candidates
+    candidates[row, :count] += before * (candidates[row, :count] >= size)
+    all_read += before * (all_read >= size)
+    before += len(request.described)
     scores[row, : len(request.scores)] = request.scores
-    recent = request.history[-history:]
+    recent = all_read[-history:]
     shown[row, : len(recent)] = recent
     grades[row, : len(recent)] = request.grades[-history:]
     for place, time in enumerate(request.times[-history:]):
       if time is not None:
         ages[row, place] = max(int(times[row]) - time, 0)
-    recent = request.history[: -evidence_lib.REACH - 1 : -1]
+    recent = all_read[: -evidence_lib.REACH - 1 : -1]
     latest[row, : len(recent)] = recent
   positions = np.array([len(r.history) for r in requests], np.int64)
   return slates_lib.Slates(

@@ -26,6 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from gr2_jax.data import content as content_lib
 from gr2_jax.data import evidence as evidence_lib
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import prerank
@@ -105,8 +106,7 @@ def build_counted(
   requests = splits_lib.requests(log, config)
   known = splits_lib.known_rows(log, config)
   fold = splits_lib.folds(len(log.user_ids), config)
-  titles = evidence_lib.text_neighbours(log.catalog)
-  genres = evidence_lib.category_matrix(log.catalog)
+  content = content_lib.fit(log.catalog)
   parts, counts = [], []
   for index in [*range(config.folds), None]:
     if index is None:
@@ -119,7 +119,7 @@ def build_counted(
       log, rows, config.knn_decay, config.knn_window, config.knn_neighbours
     )
     kept, slates, dropped = retrieve(log, config, statistics, here)
-    facts = evidence_lib.fit(log, statistics, titles, genres)
+    facts = evidence_lib.fit(log, statistics, content)
     evidence = evidence_lib.compute(
       log,
       facts,

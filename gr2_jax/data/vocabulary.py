@@ -271,7 +271,16 @@ class Vocabulary:
 
     A title that spells `<slot3>` or `</think>` must not become that token.
     """
-    return self.pieces.encode(text)
+    ids = self.pieces.encode(text)
+    return [token for token in ids if token not in self._symbols]
+
+  @functools.cached_property
+  def _symbols(self) -> frozenset[int]:
+    """Ids that are no text; normal forms of text may spell them as well."""
+    layout = self.layout
+    end = self.sid_base + layout.levels * layout.codebook_size
+    marks = self.pad, self.bos, self.eos, *self.control.values()
+    return frozenset((*marks, *range(self.by_base, end)))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids, symbols shown as they are written, padding left out."""

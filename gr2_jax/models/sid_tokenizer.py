@@ -35,12 +35,14 @@ class SidTokenizer:
     model: the autoencoder.
     params: 'networks' of the autoencoder, and 'vectors' float32 [L, C, D].
     mesh: batches are split over it.
+    chunk: vectors at a time.
   """
 
   config: object
   model: rqvae.Autoencoder
   params: Mapping[str, chex.ArrayTree]
   mesh: jax.sharding.Mesh
+  chunk: int = CHUNK
 
   def fitted_codes(self, features_IxF: np.ndarray) -> np.ndarray:
     """Codes of the fitted levels; equal vectors get equal codes.
@@ -124,18 +126,18 @@ class SidTokenizer:
     """Applies it to every distinct vector, and deals the results out."""
     rows, of_item = distinct_rows(features)
     found = [
-      function(self.params, batch)[:real]
+      (function(self.params, batch), real)
       for batch, real in self._batches(features, rows)
     ]
-    return np.concatenate([np.asarray(x) for x in found])[of_item]
+    return np.concatenate([np.asarray(x)[:real] for x, real in found])[of_item]
 
   def _batches(
     self, features: np.ndarray, rows: np.ndarray
   ) -> Iterator[tuple[jax.Array, int]]:
     """Batches [B, F] of the rows, and how many of each are real."""
-    for begin in range(0, len(rows), CHUNK):
-      part = features[rows[begin : begin + CHUNK]]
-      padded = np.zeros((CHUNK, part.shape[1]), np.float32)
+    for begin in range(0, len(rows), self.chunk):
+      part = features[rows[begin : begin + self.chunk]]
+      padded = np.zeros((self.chunk, part.shape[1]), np.float32)
       padded[: len(part)] = part
       yield sharding.shard_batch(padded, self.mesh), len(part)
 

@@ -145,6 +145,7 @@ class _Routes:
         'artifact': policy.artifact.name,
         'modes': list(policy.programs),
         'candidates': policy.candidates,
+        'described_items': 'unknown' if policy.unreadable else 'ranked',
       }
     )
 

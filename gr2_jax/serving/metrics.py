@@ -32,7 +32,10 @@ class Metrics:
       ('mode', 'outcome'),
     )
     self.unknown = make(
-      counter, 'unknown_candidates', 'Candidates that the catalog lacks.'
+      counter, 'unknown_candidates', 'Candidates of which nothing is known.'
+    )
+    self.described = make(
+      counter, 'described_candidates', 'Candidates known by description alone.'
     )
     self.seconds = make(
       histogram,

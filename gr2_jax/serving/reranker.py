@@ -8,16 +8,15 @@ Where prompts have memory tokens, those programs read the rest behind them, and
 others (one for each size, for all modes) make the memories of histories that
 are not known yet, see `memories.py`.
 
-A candidate that the catalog lacks has neither a semantic ID nor evidence, so
-the policy does not see it: it keeps its place in the slate, the others are
-ranked around it, and the answer names it.
+A candidate that the catalog lacks is ranked where the slate describes it, see
+`cold_items.py`. One of which nothing is known the policy does not see: it keeps
+its place, the others are ranked around it. The answer names both kinds.
 
 Axes: B batch, K candidates.
 """
 
 import bisect
 import dataclasses
-import importlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,28 +24,19 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 
-from gr2_jax import artifacts, policy, ranker, sharding
+from gr2_jax import artifacts, cold_items, policy, ranker, sharding
 from gr2_jax.data import batches
-from gr2_jax.data import evidence as evidence_lib
-from gr2_jax.data import log as log_lib
 from gr2_jax.data import requests as requests_lib
+from gr2_jax.serving import knowledge as knowledge_lib
 from gr2_jax.serving import memories as memories_lib
+from gr2_jax.serving import partial
 from gr2_jax.stages import rerank
 
 Program = Callable[[Any, Any], dict[str, jax.Array]]
 Encoder = Callable[[Any, Any], jax.Array]
 MEMORY_CACHE_BYTES = 256 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Knowledge:
-  """What evidence is looked up in: of one data set, not of one policy."""
-
-  source: pathlib.Path  # the slates artifact
-  log: log_lib.Log
-  facts: evidence_lib.Facts
-  index: Mapping[str, int]  # item id -> catalog index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +64,14 @@ class Reranker:
 
   artifact: pathlib.Path
   policy: policy.Policy
-  knowledge: Knowledge
+  knowledge: knowledge_lib.Knowledge
   programs: Mapping[str, Mapping[int, Program]]  # mode -> batch size -> program
   order: str  # in which candidates are shown, of `prompts.ORDERS`
   history: int  # last items of a history that are kept
   encoders: Mapping[int, Encoder]  # of memories, by batch size; else empty
   memories: memories_lib.Memories  # of this policy alone
+  reader: cold_items.Reader | None = None  # None: descriptions are not read
+  unreadable: str = ''  # why so
 
   @classmethod
   def load(
@@ -124,7 +116,9 @@ class Reranker:
     if beside and beside.knowledge.source == slates:
       knowledge = beside.knowledge
     else:
-      knowledge = _know(slates, restored.setup.catalog, config.data)
+      knowledge = knowledge_lib.load(
+        slates, restored.setup.catalog, config.data
+      )
     sizes = _sizes(restored.setup, largest_batch)
     made, encoders = (beside.programs, beside.encoders) if beside else ({}, {})
     if beside and not _same_programs(beside.policy.setup, restored.setup):
@@ -142,6 +136,13 @@ class Reranker:
         size: encoders.get(size) or ranker.compiled_memory(restored.setup, size)
         for size in sizes
       }
+    reader, unreadable = cold_items.load(
+      restored.setup,
+      path.parent / run['inputs']['tokenizer'],
+      config.prompt.title_tokens,
+    )
+    if unreadable:
+      logging.warning('described items stay unknown: %s', unreadable)
     return cls(
       path,
       restored,
@@ -151,6 +152,8 @@ class Reranker:
       config.data.history,
       encoders,
       memories_lib.Memories(memory_cache_bytes),
+      reader,
+      unreadable,
     )
 
   @property
@@ -175,7 +178,13 @@ class Reranker:
       DataError: what is wrong, with place, field and cure.
     """
     return requests_lib.parse(
-      row, where, place + 1, self.knowledge.index, self.candidates, strict=False
+      row,
+      where,
+      place + 1,
+      self.knowledge.index,
+      self.candidates,
+      strict=False,
+      unreadable=self.unreadable,
     )
 
   def rank(
@@ -191,8 +200,8 @@ class Reranker:
       For each the fields that stage `rerank` writes, and:
 
         mode: that answered it
-        unknown_candidates: ids that the catalog lacks; they keep their places,
-          their score is None
+        unknown_candidates: ids of which nothing is known; they keep their
+          places, their score is None
 
       The verdict is None where no candidate is known.
 
@@ -222,7 +231,7 @@ class Reranker:
         presentation of a slate is a function of that place.
       mode: that was loaded.
     """
-    known = [(_known_part(request), place) for request, place in asked]
+    known = [(partial.known_part(request), place) for request, place in asked]
     rows = [row for row, (part, _) in enumerate(known) if part.names]
     memorized = decoded = 0
     if rows:
@@ -231,7 +240,7 @@ class Reranker:
     lines = [incoming_order(request, mode) for request, _ in asked]
     for i, row in enumerate(rows):
       request, part = asked[row][0], known[row][0]
-      kept = np.array(_known_ranks(request))
+      kept = np.array(partial.known_ranks(request))
       shown = ranked.presented[i : i + 1, : len(kept)]
       own = rerank.answer(
         self.policy.setup,
@@ -246,7 +255,7 @@ class Reranker:
         ),
         0,
       )
-      lines[row] |= _around_unknown(request, own)
+      lines[row] |= partial.around_unknown(request, own)
     return Answers(
       lines,
       prompts=len(rows),
@@ -258,21 +267,25 @@ class Reranker:
   def _run(
     self, asked: Sequence[tuple[requests_lib.Request, int]], mode: str
   ) -> tuple[ranker.Ranked, int]:
-    """Ranks requests whose candidates are all known.
+    """Ranks requests whose candidates are all known or described.
 
     Returns:
       The answers, and how many memories were made for them.
     """
     setup, knowledge = self.policy.setup, self.knowledge
+    requests = [request for request, _ in asked]
     slates = requests_lib.to_slates(
-      [request for request, _ in asked],
+      requests,
       knowledge.log,
       knowledge.facts,
       self.candidates,
       self.history,
     )
+    prompter, items = setup.prompter, requests_lib.described(requests)
+    if len(items):
+      prompter = self.reader.prompts_of(items)
     render = batches.requests(
-      setup.prompter, '<think>' if mode == 'reason' else '<answer>', self.order
+      prompter, '<think>' if mode == 'reason' else '<answer>', self.order
     )
     rows = [
       render(record, np.random.default_rng((0, place)))
@@ -328,6 +341,7 @@ def incoming_order(request: requests_lib.Request, mode: str) -> dict[str, Any]:
     'verdict': None,
     'scores': [None] * len(request.names),
     'unknown_history': request.unknown,
+    'described_candidates': request.described_candidates,
     'mode': mode,
     'unknown_candidates': [
       name
@@ -335,57 +349,6 @@ def incoming_order(request: requests_lib.Request, mode: str) -> dict[str, Any]:
       if item < 0
     ],
   }
-
-
-def _known_part(request: requests_lib.Request) -> requests_lib.Request:
-  """The request without the candidates that the catalog lacks."""
-  kept = _known_ranks(request)
-  return dataclasses.replace(
-    request,
-    names=tuple(request.names[rank] for rank in kept),
-    candidates=tuple(request.candidates[rank] for rank in kept),
-    scores=tuple(request.scores[rank] for rank in kept),
-  )
-
-
-def _known_ranks(request: requests_lib.Request) -> list[int]:
-  """Incoming ranks of the candidates that the catalog has."""
-  return [rank for rank, item in enumerate(request.candidates) if item >= 0]
-
-
-def _around_unknown(
-  request: requests_lib.Request, line: dict[str, Any]
-) -> dict[str, Any]:
-  """The line of a request's known part, for the whole request."""
-  kept = _known_ranks(request)
-  order = list(range(len(request.names)))
-  scores = [None] * len(request.names)
-  for place, rank in zip(kept, line['order'], strict=True):
-    order[place] = kept[rank]
-  for rank, score in zip(kept, line['scores'], strict=True):
-    scores[rank] = score
-  return line | {
-    'ranking': [request.names[rank] for rank in order],
-    'order': order,
-    'scores': scores,
-  }
-
-
-def _know(slates: pathlib.Path, catalog: log_lib.Catalog, config) -> Knowledge:
-  """Reads the log that a policy was trained on, and fits the evidence."""
-  module = importlib.import_module(f'gr2_jax.data.sources.{config.source}')
-  log = module.load(config)
-  if log.catalog.item_ids != catalog.item_ids:
-    raise log_lib.DataError(
-      f'{config.source}: its items are no longer those of {slates}: give the '
-      'data that the policy was trained on'
-    )
-  return Knowledge(
-    source=slates,
-    log=log,
-    facts=requests_lib.fit(log, config),
-    index={name: i for i, name in enumerate(catalog.item_ids)},
-  )
 
 
 def _sizes(setup: policy.Setup, largest: int) -> list[int]:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import gr2_jax
+from gr2_jax.data import descriptions
+from gr2_jax.data import evidence as evidence_lib
 from gr2_jax.ops import parsing
 from gr2_jax.serving import examples as examples_lib
 from gr2_jax.serving import reranker as reranker_lib
@@ -12,6 +14,26 @@ from gr2_jax.serving import service as service_lib
 _ITEM = {
   'oneOf': [{'type': 'string'}, {'type': 'integer'}],
   'description': 'an item id',
+}
+_DESCRIPTION = {
+  'type': 'object',
+  'required': ['item_id', 'title'],
+  'properties': {
+    'item_id': _ITEM,
+    'title': {
+      'type': 'string',
+      'maxLength': descriptions.TITLE,
+      'pattern': '\\S',
+    },
+    'categories': {
+      'type': ['array', 'null'],
+      'items': {'type': 'string', 'maxLength': descriptions.NAME},
+      'maxItems': descriptions.CATEGORIES,
+      'description': 'wide to narrow',
+    },
+    'brand': {'type': ['string', 'null'], 'maxLength': descriptions.NAME},
+    'year': {'type': ['integer', 'null'], 'minimum': 0, 'maximum': 9999},
+  },
 }
 _MOMENT = {'minimum': -(2**53), 'maximum': 2**53}
 _ERROR = {
@@ -71,6 +93,15 @@ def _rank(
         'items': _ITEM,
         'maxItems': limits.history,
         'description': 'oldest first; unknown items are dropped and counted',
+      },
+      'items': {
+        'type': ['array', 'null'],
+        'items': _DESCRIPTION,
+        'maxItems': policy.candidates + evidence_lib.REACH,
+        'description': (
+          'those of both lists that the catalog lacks; of items '
+          'that it has, its own description counts'
+        ),
       },
       'history_grades': {
         'type': ['array', 'null'],
@@ -171,6 +202,8 @@ def _answers(modes: list[str]) -> dict[str, Any]:
       'description': 'of the read-out, one per candidate as given',
     },
     'unknown_history': {'type': 'integer'},
+    'described_candidates': ids
+    | {'description': 'the catalog lacks them; ranked by their description'},
     'mode': {'enum': modes},
     'unknown_candidates': ids | {'description': 'they kept their places'},
     'timed_out': {

@@ -142,6 +142,7 @@ class Service:
       late = line is None
       line = reranker_lib.incoming_order(slate, mode) if late else line
       self.metrics.unknown.inc(len(line['unknown_candidates']))
+      self.metrics.described.inc(len(line['described_candidates']))
       lines.append(line | {'timed_out': late})
     return lines
 

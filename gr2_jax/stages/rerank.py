@@ -10,13 +10,16 @@ A line of `output.jsonl` answers the line of the input at the same place:
   verdict: `valid`, or what was wrong with the answer; the ranking is then the
     incoming order
   scores: the listwise read-out's, one per candidate as given; larger is better
-  unknown_history: items of the history that the catalog lacks
+  unknown_history: items of the history of which nothing is known
+  described_candidates: ids of those that the catalog lacks and the line
+    describes; they are ranked with the others
 
 The input is checked as a whole first. Answers are appended chunk by chunk to
 `output.partial.jsonl`; a run that was killed goes on after its last whole
 chunk and ends in the same bytes.
 """
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -28,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import policy, ranker, reporting
+from gr2_jax import cold_items, policy, ranker, reporting
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import DataError
@@ -74,9 +77,12 @@ def _rank(
   setup = policy.load(config, inputs, *form)
   source = pathlib.Path(stage.input or workdir / REQUESTS)
   width = setup.prompter.num_candidates
+  reader, unreadable = cold_items.load(
+    setup, inputs['tokenizer'], config.prompt.title_tokens
+  )
 
   def read() -> Iterator[requests_lib.Request]:
-    return requests_lib.read(source, setup.catalog, width)
+    return requests_lib.read(source, setup.catalog, width, unreadable)
 
   # Check the whole input, before anything that takes time.
   if stage.input:
@@ -109,8 +115,13 @@ def _rank(
       slates = requests_lib.to_slates(
         chunk, log, facts, width, config.data.history
       )
+      items = requests_lib.described(chunk)
+      shown = setup
+      if len(items):
+        prompter = reader.prompts_of(items)
+        shown = dataclasses.replace(setup, prompter=prompter)
       ranked = ranker.rank(
-        setup,
+        shown,
         params,
         records(slates),
         thinking=stage.thinking,
@@ -184,6 +195,7 @@ def answer(
     'verdict': parsing.VERDICTS[ranked.verdict[row]],
     'scores': [round(x, 5) for x in ranked.scores[row, :count].tolist()],
     'unknown_history': request.unknown,
+    'described_candidates': request.described_candidates,
   }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gr2_jax.data import evidence, prerank
+from gr2_jax.data import content, evidence, prerank
 from gr2_jax.data import log as log_lib
 
 DAY = 86_400
@@ -65,9 +65,7 @@ def test_score_sums_over_the_decayed_history(log, statistics):
 
 @pytest.fixture
 def columns(log, statistics):
-  titles = evidence.text_neighbours(log.catalog)
-  genres = evidence.category_matrix(log.catalog)
-  facts = evidence.fit(log, statistics, titles, genres)
+  facts = evidence.fit(log, statistics, content.fit(log.catalog))
   values = evidence.compute(
     log,
     facts,
@@ -111,6 +109,63 @@ def test_a_pad_has_no_evidence(columns):
   assert all(values[3] == 0 for values in columns.values())
 
 
+@pytest.fixture
+def beside(log, statistics):
+  """Facts of the catalog with A and D again beside it, as 4 and 5."""
+  facts = evidence.fit(log, statistics, content.fit(log.catalog))
+  return facts.beside(log.catalog.take(np.array([0, 3])))
+
+
+def asked(log, facts, history, candidates):
+  """Column -> values of one slate's candidates."""
+  values = evidence.of_histories(
+    log,
+    facts,
+    np.array([history]),
+    np.array([len(history)]),
+    np.array([6 * DAY]),
+    np.array([candidates]),
+    np.zeros((1, len(candidates)), np.float32),
+  )
+  return dict(zip(evidence.EVIDENCE, values[0].T, strict=True))
+
+
+@pytest.mark.parametrize('history', [[2, 0], [2, 4], [5, 4], [-1]])
+def test_text_says_of_a_described_item_what_it_says_of_any(
+  log, beside, history
+):
+  columns = asked(log, beside, history, [0, 3, 4, 5, -1])
+  for name in set(evidence.EVIDENCE) - {*evidence.MET, 'incoming_rank'}:
+    own, copies = columns[name][:2], columns[name][2:4]
+    if not name.startswith('text') or 5 not in history:
+      np.testing.assert_allclose(own, copies, atol=1e-6, err_msg=name)
+  assert not any(column[4] for column in columns.values())
+
+
+def test_interactions_of_a_described_item_are_those_of_its_neighbours(
+  log, beside
+):
+  columns = asked(log, beside, [2, 0], [1, 4, 3, 5, 0])
+  for name in evidence.MET:
+    first, second, third = columns[name][::2]
+    expected = (first + second) / 2, (second + third) / 2
+    np.testing.assert_allclose(columns[name][1::2], expected, rtol=1e-6)
+  assert columns['popularity'][1] > 0
+  # Nothing else is changed by who stands beside.
+  alone = asked(log, beside, [2, 0], [1, -1, 3, -1, 0])
+  for name, column in columns.items():
+    np.testing.assert_array_equal(column[::2], alone[name][::2])
+
+
+def test_a_slate_of_described_items_has_the_evidence_of_who_was_never_met(
+  log, beside
+):
+  columns = asked(log, beside, [2, 0], [5])
+  never_met = asked(log, beside, [2, 0], [3])
+  for name, column in columns.items():
+    np.testing.assert_array_equal(column, never_met[name], err_msg=name)
+
+
 def test_an_order_without_times_tells_no_direction(log):
   timeless = log_lib.make_log(
     log.catalog,
@@ -125,8 +180,7 @@ def test_an_order_without_times_tells_no_direction(log):
   facts = evidence.fit(
     timeless,
     statistics,
-    evidence.text_neighbours(log.catalog),
-    evidence.category_matrix(log.catalog),
+    content.fit(log.catalog),
   )
   values = evidence.compute(
     timeless,
@@ -165,8 +219,7 @@ def test_transition_finds_what_follows_what():
   facts = evidence.fit(
     log,
     prerank.fit(log, np.ones(24, bool), 0.9, 1, 10),
-    evidence.text_neighbours(catalog),
-    evidence.category_matrix(catalog),
+    content.fit(catalog),
   )
   values = evidence.compute(
     log,

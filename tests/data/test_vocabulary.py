@@ -212,6 +212,14 @@ def test_a_title_cannot_spell_a_control_token(either, word):
   assert either.decode(ids).replace(' ', '') == f'soap{word}'
 
 
+@pytest.mark.parametrize('word', ['\uff1cslot3\uff1e', '<sl\x01ot3>'])
+def test_nor_can_a_title_whose_normal_form_spells_one(either, word):
+  ids = np.array(either.encode(f'soap {word} red'))
+  families = range(either.control['<think>'], either.sid_base + 15)
+  assert not np.isin(ids, families).any()
+  assert either.decode(ids).startswith('soap')
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [

@@ -29,14 +29,20 @@ class StubPolicy:
     self.gate, self.entered = threading.Event(), threading.Event()
     self.gate.set()
     self.batches, self.memories = [], memories.Memories(1000)
-    self.error = None
+    self.error, self.unreadable = None, ''
     mesh = types.SimpleNamespace(shape={'tensor': 1})
     self.policy = types.SimpleNamespace(setup=types.SimpleNamespace(mesh=mesh))
 
   def parse(self, row, where, place):
     index = {name: i for i, name in enumerate(ITEMS)}
     return requests_lib.parse(
-      row, where, place + 1, index, self.candidates, strict=False
+      row,
+      where,
+      place + 1,
+      index,
+      self.candidates,
+      strict=False,
+      unreadable=self.unreadable,
     )
 
   def answer(self, asked, mode):

@@ -44,6 +44,20 @@ def test_a_million_candidates_are_refused(policy):
     assert service.rank(GOOD)[0] == 200
 
 
+def test_endless_descriptions_are_refused(policy):
+  many = [{'item_id': i, 'title': 'x'} for i in range(100_000)]
+  long = [{'item_id': 0, 'title': 'x' * 1_000_000}]
+  with live.serving(policy, body_bytes=1 << 23) as service:
+    for items, message in (
+      (many, "field 'items': 100000 of them, room for 35: describe those"),
+      (long, "items[0], field 'title': 1000000 characters, room for 1000"),
+    ):
+      status, found, _ = service.rank(GOOD | {'items': items})
+      assert status == 400
+      assert message in found['error']
+    assert service.rank(GOOD)[0] == 200
+
+
 def test_a_body_without_end_is_cut_off(policy):
   chunk = b'%x\r\n%s\r\n' % (4096, b' ' * 4096)
   with live.serving(policy, body_bytes=8192, read_seconds=0.5) as service:

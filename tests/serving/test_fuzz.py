@@ -90,10 +90,21 @@ def anything():
 def bodies(names):
   """Right ones, and nearly right ones."""
   name = st.sampled_from(names)
-  strange = st.one_of(name, name, st.text(max_size=4), st.integers())
+  new = st.sampled_from(['new', 7])
+  strange = st.one_of(name, name, new, st.text(max_size=4), st.integers())
+  text = st.text(max_size=40)
+  item = st.fixed_dictionaries(
+    {'item_id': new, 'title': st.one_of(text, text.map('Red '.__add__))},
+    optional={
+      'categories': st.lists(text, max_size=3),
+      'brand': st.one_of(st.none(), text),
+      'year': st.integers(0, 9999),
+    },
+  )
   right = {
     'history': st.lists(strange, max_size=6),
     'candidates': st.lists(strange, min_size=1, max_size=5, unique_by=str),
+    'items': st.lists(item, max_size=2, unique_by=lambda x: str(x['item_id'])),
   }
   wrong = {
     'history': st.lists(st.one_of(strange, st.none()), max_size=6),
@@ -101,6 +112,7 @@ def bodies(names):
     'history_grades': st.lists(st.sampled_from([1, 2, 3, None]), max_size=6),
     'history_times': st.lists(st.one_of(st.floats(), st.none()), max_size=6),
     'scores': st.lists(st.floats(), max_size=6),
+    'items': st.one_of(anything(), st.lists(st.one_of(item, anything()))),
     'time': st.one_of(st.integers(), st.floats()),
     'id': anything(),
     'user': anything(),
@@ -135,6 +147,9 @@ def test_slates_that_are_nearly_right_are_answered_or_refused(
       count = len(row['candidates'])
       assert sorted(answer['order']) == list(range(count))
       assert not answer['timed_out']
+      described = {str(x['item_id']) for x in row.get('items') or ()}
+      for candidate in answer['described_candidates']:
+        assert str(candidate) in described
 
   ask()
   assert statuses == {200, 400}

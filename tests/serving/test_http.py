@@ -64,6 +64,24 @@ def test_unknown_items_are_flagged(service):
   assert service.metric('gr2_unknown_candidates_total') == 1
 
 
+def test_described_items_are_flagged(service, policy):
+  items = [{'item_id': 'new', 'title': 'A new one'}]
+  slate = {'history': ['c', 'new'], 'candidates': ['a', 'new'], 'items': items}
+  _, found, _ = service.rank(slate)
+  (answer,) = found['answers']
+  assert answer['described_candidates'] == ['new']
+  assert answer['unknown_candidates'] == []
+  assert answer['unknown_history'] == 0
+  assert service.metric('gr2_described_candidates_total') == 1
+  policy.unreadable = 'tokenizer-1: too old'
+  _, found, _ = service.rank(slate)
+  (answer,) = found['answers']
+  assert answer['described_candidates'] == []
+  assert answer['unknown_candidates'] == ['new']
+  _, health, _ = service.ask('GET', '/health')
+  assert health['described_items'] == 'unknown'
+
+
 @pytest.mark.parametrize(
   ('body', 'message'),
   [
@@ -104,6 +122,10 @@ def test_unknown_items_are_flagged(service):
       {'slates': [GOOD | {'candidates': ['new', 'new']}]},
       r"slates\[0\], field 'candidates': 'new' again: each item once",
     ),
+    (
+      {'slates': [GOOD, GOOD | {'items': [{'item_id': 'new'}]}]},
+      r"slates\[1\], items\[0\], field 'title': missing: every description",
+    ),
   ],
 )
 def test_a_bad_request_names_field_and_cure(service, body, message):
@@ -141,6 +163,7 @@ def test_health_says_what_it_serves(service):
     'artifact': 'rl-00000000',
     'modes': ['score', 'rank'],
     'candidates': 5,
+    'described_items': 'ranked',
   }
 
 
@@ -169,6 +192,8 @@ def test_the_schema_tells_the_limits(service):
   fields = slates['items']['properties']
   assert fields['history']['maxItems'] == 10
   assert fields['history_grades']['items'] == {'enum': [1, 2, None]}
+  assert fields['items']['maxItems'] == 35
+  assert fields['items']['items']['required'] == ['item_id', 'title']
   # A time of the history is one as the slate's is.
   moment = fields['history_times']['items']
   assert moment.items() <= fields['time'].items()

@@ -126,7 +126,10 @@ def test_titles_are_text_and_never_markup(browser, service):
   box = browser.find_element('id', 'slate')
   box.clear()
   name = '<img src=x onerror=document.title=1>'
-  box.send_keys(json.dumps({'history': [], 'candidates': [name]}))
+  items = [{'item_id': 'new', 'title': f'{name} anew'}]
+  slate = {'history': [], 'candidates': [name, 'new'], 'items': items}
+  box.send_keys(json.dumps(slate))
   browser.find_element('id', 'rank').click()
-  live.until(lambda: name in text(browser, 'before'))
+  live.until(lambda: f'{name} (unknown)' in text(browser, 'before'))
+  assert f'{name} anew (described)' in text(browser, 'before')
   assert browser.title.startswith('gr2_jax')

@@ -16,11 +16,28 @@ from gr2_jax.stages import rerank
 from .. import tiny_world
 
 
+def with_new(reranker, slate, place, **text):
+  """The slate with one candidate under another name, described as it is."""
+  catalog, name = reranker.knowledge.log.catalog, slate['candidates'][place]
+  item = reranker.knowledge.index[name]
+  described = {
+    'item_id': f'new {name}',
+    'title': catalog.titles[item],
+    'categories': list(catalog.categories[item]),
+    'year': int(catalog.years[item]),
+  }
+  candidates = list(slate['candidates'])
+  candidates[place] = f'new {name}'
+  items = [described | text]
+  return slate | {'candidates': candidates, 'items': items}
+
+
 @pytest.mark.parametrize('mode', ['reason', 'rank'])
 def test_bulk_answers_are_those_of_the_stage(
   world, reranker, slates, tmp_path, mode
 ):
-  asked = slates[:21]  # Two full batches, and a short one.
+  asked = slates[:20]  # Two full batches, and a short one.
+  asked.append(with_new(reranker, slates[20], 0))
   source = tmp_path / 'slates.jsonl'
   source.write_text(''.join(json.dumps(row) + '\n' for row in asked))
   config = tiny_world.config(
@@ -102,6 +119,86 @@ def test_reasoning_names_ranks_of_the_whole_slate(reranker, slates):
   assert answer['reasoning'] == expected
 
 
+@pytest.mark.parametrize('mode', ['score', 'rank', 'reason'])
+def test_described_candidates_are_ranked_and_flagged(reranker, slates, mode):
+  slate = next(row for row in slates if len(row['candidates']) == 5)
+  new = with_new(reranker, slate, 2, title='Something else')
+  # One of which nothing is known, too, in the place of the last.
+  new['candidates'][4] = 'gone'
+  (answer,) = reranker.rank([new], mode)
+  assert answer['described_candidates'] == [new['candidates'][2]]
+  assert answer['unknown_candidates'] == ['gone']
+  assert answer['ranking'][4] == 'gone'
+  assert sorted(answer['order']) == list(range(5))
+  assert [score is None for score in answer['scores']] == [False] * 4 + [True]
+  assert answer['verdict'] == 'valid'
+  # What is said of it is read.
+  scores = {
+    tuple(reranker.rank([new | {'items': [item]}], mode)[0]['scores'])
+    for other in slates[:8]
+    for item in with_new(reranker, other, 0)['items']
+    for item in [item | {'item_id': new['candidates'][2]}]
+  }
+  assert len(scores) > 1
+  # Of a known item it is not, nor of one that is not in the slate.
+  known = [{'item_id': name, 'title': 'x'} for name in slate['candidates'][:1]]
+  unasked = [{'item_id': 'far', 'title': 'y'}]
+  assert reranker.rank([slate | {'items': known + unasked}], mode) == (
+    reranker.rank([slate], mode)
+  )
+
+
+def test_others_are_answered_to_the_bit_beside_described_ones(reranker, slates):
+  others = slates[:7]
+  alone = reranker.rank([*others, slates[7]], 'score')
+  beside = reranker.rank([*others, with_new(reranker, slates[7], 1)], 'score')
+  assert alone[:7] == beside[:7]
+  assert alone[7] != beside[7]
+
+
+def test_a_described_slate_is_answered_in_any_company(reranker, slates):
+  described = [
+    with_new(reranker, row, 0, title=f'No {i % 2}')
+    for i, row in enumerate(slates[:8])
+  ]
+  together = reranker.rank(described, 'rank')
+  for place in (0, 1, 7):
+    request = reranker.parse(described[place], '', place)
+    (alone,) = reranker.answer([(request, place)], 'rank').lines
+    np.testing.assert_allclose(
+      alone.pop('scores'), together[place].pop('scores'), atol=1e-5
+    )
+    assert alone == together[place]
+
+
+def test_described_items_of_the_history_are_read(reranker, slates):
+  new = {'item_id': 'h', 'title': 'Something', 'categories': ['Else']}
+  slate = slates[0] | {'history_grades': None, 'history_times': None}
+  longer = slate | {'history': [*slate['history'], 'h']}
+  (dropped,) = reranker.rank([longer], 'score')
+  (read,) = reranker.rank([longer | {'items': [new]}], 'score')
+  assert (dropped['unknown_history'], read['unknown_history']) == (1, 0)
+  assert dropped['scores'] != read['scores']
+  assert read['described_candidates'] == []
+
+
+def test_without_a_reader_the_described_are_unknown(
+  world, reranker, slates, monkeypatch
+):
+  monkeypatch.setattr(
+    reranker_lib.cold_items, 'load', lambda *_: (None, 'tokenizer-1: old')
+  )
+  blind = reranker_lib.Reranker.load(
+    world['rl'], modes=('score',), largest_batch=8, beside=reranker
+  )
+  assert blind.unreadable == 'tokenizer-1: old'
+  new = with_new(reranker, slates[0], 1)
+  (answer,) = blind.rank([new], 'score')
+  assert answer['unknown_candidates'] == [new['candidates'][1]]
+  assert answer['described_candidates'] == []
+  assert answer['scores'][1] is None
+
+
 def test_a_slate_of_strangers_comes_back_as_it_came(reranker, slates):
   asked = [slates[0], {'history': [], 'candidates': ['x', 7]}]
   first, second = reranker.rank(asked)
@@ -154,6 +251,10 @@ def test_no_request_compiles(reranker, slates):
     for mode in reranker.programs:
       for size in (1, 7, 8, 9):
         reranker.rank(slates[:size], mode)
+        reranker.rank(
+          [with_new(reranker, row, 0, title='Red') for row in slates[:size]],
+          mode,
+        )
     assert len(compiled) == 1
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)

@@ -199,6 +199,18 @@ def test_bad_input_is_refused_before_anything_is_ranked(
   assert not list(workdir.iterdir())
 
 
+def test_descriptions_need_a_tokenizer_that_reads_text(
+  config, inputs, tmp_path
+):
+  # Of this tokenizer there are the semantic IDs alone.
+  items = [{'item_id': 'new', 'title': 'New'}]
+  row = {'history': [], 'candidates': ['new'], 'items': items}
+  described = with_input(config, tmp_path / 'in.jsonl', [row])
+  message = r"'new' is not in the catalog.*\(not here: .*no whole tokenizer"
+  with pytest.raises(log_lib.DataError, match=message):
+    rerank.run(described, inputs, tmp_path)
+
+
 def test_another_catalog_is_refused(finished, inputs, tmp_path):
   config, *_ = finished
   config = config.copy_and_resolve_references()

@@ -25,6 +25,7 @@ Axes: n rows, K candidates.
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 
@@ -34,6 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
+from gr2_jax.data import descriptions
 from gr2_jax.data import log as log_lib
 
 DataError = log_lib.DataError
@@ -169,23 +171,10 @@ def _items(path: pathlib.Path) -> log_lib.Catalog:
       cure = f'it is that of line {first} already; item ids are unique'
       _fail(path, line, 'item_id', f'{name!r} again', cure)
     seen[name] = line
-    title, brand = row['title'], row.get('brand') or ''
-    for field, value in (('title', title), ('brand', brand)):
-      if not isinstance(value, str):
-        _fail(path, line, field, repr(value), 'it must be text')
-    path_down = row.get('categories') or []
-    if not isinstance(path_down, list) or not all(
-      isinstance(x, str) for x in path_down
-    ):
-      cure = 'it must be a list of texts'
-      _fail(path, line, 'categories', repr(path_down), cure)
-    year = row.get('year') or 0
-    if not isinstance(year, int) or not 0 <= year < 10_000:
-      cure = 'it must be a whole number, 0 where unknown'
-      _fail(path, line, 'year', repr(year), cure)
-    known = brand and brand != 'Unknown' and brand.lower() not in title.lower()
-    titles.append(f'{brand} {title}' if known and title else title)
-    categories.append(tuple(path_down))
+    fail = functools.partial(_fail, path, line)
+    title, names, year = descriptions.text_of(row, fail)
+    titles.append(title)
+    categories.append(names)
     years.append(year)
   return log_lib.Catalog(
     tuple(seen), tuple(titles), tuple(categories), np.array(years, np.int32)
