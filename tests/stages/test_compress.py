@@ -1,4 +1,5 @@
 import functools
+import zlib
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from gr2_jax.models import transformer
 from gr2_jax.ops import compression
 from gr2_jax.stages import compress, study_compress
 
-from .. import tiny, tiny_world
+from .. import chat_server, tiny, tiny_world
 
 STUDY = dict(
   study_compress__forms=('last:1', 'random:0.5'),
@@ -105,6 +106,41 @@ def test_the_judge_is_compared_with_what_it_is_for(world, written):
   for told in found['spearman'].values():
     assert set(told) == {'preservation', 'ranking', 'judge', 'reward'}
     assert all(v is None or -1 <= v <= 1 for v in told.values())
+
+
+def test_a_model_behind_an_endpoint_judges_the_whole_stage(world):
+  """Its marks differ between contexts, and of some it cannot say any."""
+
+  def answer(body, number):
+    del number
+    drawn = zlib.crc32(body['messages'][1]['content'].encode()) % 10
+    text = f'preservation: 0.{drawn}\nranking: 0.5\nsolvable: 1'
+    text = text if drawn else 'I cannot say.'
+    return chat_server.Answer(chat_server.completion(text))
+
+  with chat_server.serve(answer) as server:
+    home = run_stage(
+      world,
+      'compress',
+      compress__judge='remote',
+      compress__endpoint=server.url,
+      compress__model='m',
+      compress__retries=0,
+      compress__steps=2,
+      compress__eval_every=2,
+      compress__imitate__steps=2,
+      compress__imitate__eval_every=2,
+      compress__train_slates=4,
+    )
+  found = artifacts.read_results(home)
+  assert found['asked']['answers'] == len(server.requests) > 50
+  assert found['splits']['train']['slates'] == 4
+  rows = reporting.read_metrics(home / 'metrics.jsonl')
+  failed = [row['judge_failed'] for row in rows if 'judge_failed' in row]
+  assert 0 < np.mean(failed) < 0.5
+  losses = [row['loss'] for row in rows if 'loss' in row]
+  assert len(losses) == 2
+  assert np.isfinite(losses).all()
 
 
 def test_a_number_that_never_varies_has_no_correlation():
