@@ -61,7 +61,8 @@ def fit(
     choose: which of them the best parameters have the most of, or `last`.
     inherited: artifact whose parameters training starts from.
     desc: of the progress bar.
-    start_counts: whether the parameters before the first step may be chosen.
+    start_counts: whether the parameters before the first step may be chosen;
+      without any step they are.
 
   Returns:
     The chosen step, its validation numbers, and why training stopped.
@@ -94,6 +95,7 @@ def fit(
         )
 
     # The start's own line, of step `done`, comes anew where it is not chosen.
+    start_counts |= not config.steps
     judges_start = start_counts and not record['best']
     written = done - 1 if judges_start else done
     with (

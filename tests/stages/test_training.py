@@ -196,3 +196,17 @@ def test_the_first_step_that_is_not_finite_ends_a_run(fit, setup, tmp_path):
   with pytest.raises(FloatingPointError, match='step 3'):
     fit(tmp_path, HELD_OUT, rewards=rewards, steps=4, eval_every=2)
   assert record(tmp_path, setup)[1] == 2
+
+
+def test_without_a_step_the_start_is_left_as_it_was(fit, setup, tmp_path):
+  result, taken = fit(tmp_path, [0.5], steps=0)
+  assert taken == []
+  assert result['step'] == 0
+  found = setup.load_params(tmp_path)
+  start, _ = learner.init_state(
+    setup.model,
+    learner.make_optimizer(config()),
+    jax.random.key(0),
+    setup.mesh,
+  )
+  tiny.assert_trees_equal(found, start.params)
