@@ -68,7 +68,8 @@ class Roster:
     self._lock = threading.Lock()
     self._lines: dict[int, socket.socket] = {}
     self._gone: set[int] = set()  # Who has said goodbye.
-    self._over = False
+    self._over = False  # This process ends, or has ended, by itself.
+    self._told = False  # The others know why they stop.
 
   def bye(self) -> None:
     """Says that this process ends as it should."""
@@ -83,31 +84,37 @@ class Roster:
       message: what went wrong, for people.
     """
     with self._lock:
-      self._over = True
+      self._told = self._over = True
     where = str(self.members[self.index])
     self._tell({'stop': f'{where} failed: {message}', 'code': FAILED})
 
   def _tell(self, message: dict[str, Any], but: int | None = None) -> None:
+    """Sends a message along every line, but that of one process."""
     for index, line in list(self._lines.items()):
       if index != but:
         # Where it is gone, whoever reads from it will say so.
         with contextlib.suppress(OSError):
           _send(line, message)
 
-  def _end(self, message: str, code: int) -> None:
-    """Stops this process, once."""
+  def _end(self, message: str, code: int, but: int) -> None:
+    """Tells all but one why they stop, and stops this process; once.
+
+    Whom that reaches is gone at once: what is heard of it then is no news.
+    """
     with self._lock:
-      if self._over:
-        return
-      self._over = True
-    self._on_stop(message, code)
+      told, over = self._told, self._over
+      self._told = self._over = True
+    if told:
+      return
+    self._tell({'stop': message, 'code': code}, but)
+    if not over:
+      self._on_stop(message, code)
 
   def _watch(self, member: Member, lines: Any) -> None:
     """Reads what a process says, until it is gone."""
     for message in _messages(lines):
       if 'stop' in message:
-        self._tell(message, but=member.index)
-        self._end(message['stop'], message['code'])
+        self._end(message['stop'], message['code'], but=member.index)
         return
       if 'bye' in message:
         self._gone.add(member.index)
@@ -116,8 +123,7 @@ class Roster:
     text = (
       f'{member} is gone; all that is saved stays: give the same command again'
     )
-    self._tell({'stop': text, 'code': AGAIN}, but=member.index)
-    self._end(text, AGAIN)
+    self._end(text, AGAIN, but=member.index)
 
   def _follow(self, member: Member, line: socket.socket, lines: Any) -> None:
     self._lines[member.index] = line

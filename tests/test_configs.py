@@ -29,9 +29,13 @@ def test_each_file_composes_the_whole_config(name):
   assert config.data.source == 'world'
   assert config.model.d_model == common.MODELS['small']['d_model']
   section = common.SECTIONS[name]
-  assert config[section].to_dict() == module.section(test=True).to_dict() | (
-    {'source': 'world'} if section == 'data' else {}
-  )
+  of_presets = {
+    'data': {'source': 'world'},
+    'prune': {'layers': 4},
+    'study_prune': {'layers': (4, 2)},
+  }
+  own = module.section(test=True).to_dict() | of_presets.get(section, {})
+  assert config[section].to_dict() == own
   for stage in stages.STAGES.values():
     assert set(stage.sections) <= set(config)
 

@@ -220,6 +220,9 @@ def check(section: str, stage) -> None:
       f'{section}.minibatches={stage.minibatches} does not divide '
       f'{section}.batch_size={size}'
     )
+  for name in ('kl_weight', 'readout_weight'):
+    if stage.get(name, 0.0) < 0:
+      raise ValueError(f'{section}.{name}={stage[name]}: must not be below 0')
   for name, known in CHOICES.items():
     if name in stage and stage[name] not in known:
       raise ValueError(

@@ -46,13 +46,14 @@ def run(
     its removal would have cost, None of one that was gone already.
 
   Raises:
-    ValueError: a number of layers, or a weight, that cannot be.
+    ValueError: a number of layers, or another field, that cannot be.
   """
   stage = config.prune
-  if min(stage.kl_weight, stage.readout_weight) < 0 or not stage.kl_weight:
+  on_policy.check('prune', stage)
+  if not stage.kl_weight:
     raise ValueError(
-      f'prune.kl_weight={stage.kl_weight}, prune.readout_weight='
-      f'{stage.readout_weight}: the first must be above 0, the second not below'
+      'prune.kl_weight=0: must be above 0; without its teacher the policy that '
+      'is left wins nothing back'
     )
   whole = policy.load(config, inputs, stage.context)
   params = whole.load_params(inputs[stage.start])
