@@ -3,21 +3,16 @@
 Axes: T time, H head width.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-  from gr2_jax.models.transformer import TransformerConfig
-
 SCALINGS = ('', 'linear', 'llama3', 'yarn')
 
 
-def frequencies(config: TransformerConfig) -> jax.Array:
+def frequencies(config: Any) -> jax.Array:
   """How far each pair of a head turns from one position to the next.
 
   Unscaled, pair i turns by `base ** (-i / (H/2))`. A stretched context divides
@@ -25,6 +20,9 @@ def frequencies(config: TransformerConfig) -> jax.Array:
   pairs only, blended by the number of turns within `rope_length` ('llama3',
   arXiv 2407.21783) or by pair index between the pairs of `rope_fast` and
   `rope_slow` turns ('yarn', arXiv 2309.00071, NTK by parts).
+
+  Args:
+    config: `head_dim` and the `rope_*` fields of `transformer`'s.
 
   Returns:
     float32 [H/2], radians.
