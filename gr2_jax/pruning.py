@@ -92,10 +92,8 @@ def make_measure(
     @jax.jit
     def apart(params, batch, *said):
       _, found = loss_fn(params, batch, *said)
-      readout = found['readout_kl'] if stage.readout_weight else 0.0
-      return stage.kl_weight * found['teacher_kl'] + (
-        stage.readout_weight * readout
-      )
+      readout = stage.readout_weight * found.get('readout_kl', 0.0)
+      return stage.kl_weight * found['teacher_kl'] + readout
 
     return apart
 

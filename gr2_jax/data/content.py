@@ -140,7 +140,6 @@ class Content:
     titles = sparse.vstack(
       [known, self.more.titles[items[items >= size] - size]], 'csr'
     )
-    dense = (titles[items >= size] @ titles.T).toarray()
     new = np.cumsum(items >= size) - 1
     dense = (titles[items >= size] @ titles.T).toarray()
     value = np.where(

@@ -28,8 +28,8 @@ from absl import logging
 
 from gr2_jax import artifacts, cold_items, policy, ranker, sharding
 from gr2_jax.data import batches
+from gr2_jax.data import knowledge as knowledge_lib
 from gr2_jax.data import requests as requests_lib
-from gr2_jax.serving import knowledge as knowledge_lib
 from gr2_jax.serving import memories as memories_lib
 from gr2_jax.serving import partial
 from gr2_jax.stages import rerank

@@ -20,7 +20,6 @@ chunk and ends in the same bytes.
 """
 
 import dataclasses
-import importlib
 import itertools
 import json
 import os
@@ -32,9 +31,9 @@ from typing import Any
 import numpy as np
 
 from gr2_jax import cold_items, policy, ranker, reporting
+from gr2_jax.data import knowledge
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.data.log import DataError
 from gr2_jax.ops import parsing
 
 REQUESTS = 'requests.jsonl'
@@ -89,14 +88,8 @@ def _rank(
     total = sum(1 for _ in read())
 
   # Evidence.
-  module = importlib.import_module(f'gr2_jax.data.sources.{config.data.source}')
-  log = module.load(config.data)
-  if log.catalog.item_ids != setup.catalog.item_ids:
-    raise DataError(
-      f'{config.data.source}: its items are no longer those of '
-      f'{inputs["slates"]}: give the data that the policy was trained on'
-    )
-  facts = requests_lib.fit(log, config.data)
+  found = knowledge.load(inputs['slates'], setup.catalog, config.data)
+  log, facts = found.log, found.facts
   if not stage.input:
     requests_lib.write_test(source, log, config.data, facts.statistics)
     total = sum(1 for _ in read())
