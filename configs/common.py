@@ -160,6 +160,15 @@ PRETRAINED = {
   'opd.learning_rate': 1e-5,
   'rl.learning_rate': 1e-5,
 }
+# Fewer and larger steps: it has circuits that copy and compare already.
+PRETRAINED_SIZES = {
+  'midtrain.steps': 150,
+  'midtrain.batch_size': 32,
+  'midtrain.eval_every': 75,
+  'sft.steps': 1600,
+  'sft.batch_size': 32,
+  'sft.eval_every': 400,
+}
 RECIPES = dict.fromkeys(('smollm2_135m', *QWEN3), PRETRAINED)
 
 # Contexts that are worth compressing: what of each item is known, in words
@@ -178,7 +187,8 @@ LONG_SIZES = {
   'prompt.history': 50,
   'data.max_slates_train': 40,
   'data.max_slates_eval': 15,
-  'sft.batch_size': 16,
+  'sft.steps': 3200,
+  'sft.batch_size': 8,
   'rl.batch_size': 8,
   'rl.refill_size': 8,
   'evaluate.batch_size': 32,
@@ -232,7 +242,9 @@ def compose(stage: str, arg: str = '') -> ConfigDict:
   config.data.source = dataset
   thirds = config.model.num_layers * 2 // 3, config.model.num_layers // 3
   config.prune.layers, config.study_prune.layers = thirds[0], thirds
-  config.update_from_flattened_dict(RECIPES.get(preset, {}))
+  if preset in RECIPES:
+    sizes = {} if test else PRETRAINED_SIZES
+    config.update_from_flattened_dict(RECIPES[preset] | sizes)
   if given.get('context', 'short') == 'long':
     sizes = LONG_TEST_SIZES if test else LONG_SIZES
     config.update_from_flattened_dict(LONG | sizes)

@@ -1,6 +1,6 @@
 """Stage `export`: the trained policy as a Hugging Face checkpoint."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
@@ -17,5 +17,6 @@ def section(test: bool = False) -> ConfigDict:
   config.dtype = 'F32'  # of the weights in the files: F32, BF16, F16
   config.max_shard_bytes = 5_000_000_000  # the most that one file holds
   config.start = 'rl'  # whose policy it is: rl internalize prune opd sft
-  config.thinking = True  # reason before the ranking
+  # Reason before the ranking; None: as the policy was trained to answer.
+  config.thinking = config_dict.placeholder(bool)
   return config

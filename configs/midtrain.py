@@ -13,10 +13,10 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `midtrain`."""
   config = common.training(
-    steps=10 if test else 150,
-    batch_size=16 if test else 32,
+    steps=10 if test else 300,
+    batch_size=16,
     learning_rate=2e-3,
-    eval_every=5 if test else 75,
+    eval_every=5 if test else 150,
   )
   config.mixture = mixture()
   config.text_file = ''  # general text, a document a line, or .jsonl of `text`

@@ -13,10 +13,10 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `sft`."""
   config = common.training(
-    steps=10 if test else 1600,
-    batch_size=16 if test else 32,
+    steps=10 if test else 4000,
+    batch_size=16 if test else 8,
     learning_rate=2e-3,
-    eval_every=5 if test else 400,
+    eval_every=5 if test else 1000,
   )
   config.update(common.validation(test))
   config.rank_by = 'readout'  # readout, or trace: the teacher's order
@@ -25,7 +25,7 @@ def section(test: bool = False) -> ConfigDict:
   config.contexts = ('full',)
   config.privileged = False  # learn to answer when told a positive, too
   config.reasoning_weight = 0.2  # l_r of Eq. 3
-  config.ranking_weight = 1.0  # l_o of Eq. 3
+  config.ranking_weight = 4.0  # l_o of Eq. 3
   config.listwise_weight = 1.0  # softmax loss of the labels at the slots
   config.sharpness = 4.0  # factor on read-out scores that teach the answer
   return config

@@ -41,11 +41,11 @@ STEPS = {
 # `readout` is for a teacher whose answers do not rank yet.
 VIEWS = {'world': 'same', 'movielens': 'same'}
 SIZES = {
-  'teacher': {'sft': dict(eval_every=200, eval_slates=512)},
+  'teacher': {'sft': dict(batch_size=32, eval_every=200, eval_slates=512)},
   'student': {
-    'midtrain': dict(steps=500, eval_every=250),
+    'midtrain': dict(steps=500, batch_size=32, eval_every=250),
     'traces': dict(slates=2000),
-    'sft': dict(steps=300, eval_every=150, eval_slates=512),
+    'sft': dict(steps=300, batch_size=32, eval_every=150, eval_slates=512),
     'opd': dict(eval_every=150, eval_slates=512),
     'rl': dict(
       steps=50, eval_every=50, eval_slates=512, refills=0, refill_size=32

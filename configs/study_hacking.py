@@ -22,8 +22,8 @@ RECIPE = {
   'rl.choose': 'last',
 }
 SIZES = {
-  'sft.steps': 400,
-  'sft.eval_every': 400,
+  'sft.steps': 1600,
+  'sft.eval_every': 1600,
   'rl.batch_size': 32,
   'rl.refill_size': 32,
   'rl.refills': 1,

@@ -11,8 +11,8 @@ from configs import common
 SIZES = {
   'tokenizer.pretrain_steps': 250,
   'tokenizer.steps': 500,
-  'sft.steps': 400,
-  'sft.eval_every': 400,
+  'sft.steps': 1600,
+  'sft.eval_every': 1600,
 }
 
 # Everything off: codewords drawn at random and moved by gradients alone.

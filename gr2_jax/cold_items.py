@@ -50,6 +50,10 @@ class Reader:
   keys: np.ndarray
   known: Mapping[text.Text, int]
 
+  def compile(self) -> None:
+    """Compiles what reads text; without it, the first item that comes does."""
+    self.tokenizer.fitted_codes(np.zeros((1, self.space.dim), np.float32))
+
   def prompts_of(self, items: log_lib.Catalog) -> prompts.Prompter:
     """The prompter that knows items, at indices behind the catalog's.
 
@@ -145,7 +149,6 @@ def load(
     return None, f'{home.name}: no whole tokenizer in it ({e})'
   parts = setup.mesh.size
   tokenizer = dataclasses.replace(tokenizer, chunk=-(-CHUNK // parts) * parts)
-  tokenizer.fitted_codes(np.zeros((1, space.dim), np.float32))  # Compiles it.
   catalog, known = setup.catalog, {}
   columns = catalog.titles, catalog.categories, catalog.years.tolist()
   for item, key in enumerate(zip(*columns, strict=True)):

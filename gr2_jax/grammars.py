@@ -143,9 +143,11 @@ class Extraction:
   A compression keeps some tokens of the history, then `<candidates>`, then of
   every candidate's line some tokens and its slot, then <eos>: what it keeps
   stands in the order of the prompt, and the marks, `<candidates>` and every
-  slot, are always kept. It holds its budget, where the marks alone do, and no
-  line is more than `slack` tokens longer or shorter than the first: how much is
-  said of a candidate does not tell how good it is.
+  slot, are always kept. It holds its budget, where the marks alone do, and uses
+  it: what the history leaves is shared out among the lines, of which the first
+  is at most `slack` tokens short of its share, or as long as the shortest line
+  can be. No line is more than `slack` tokens longer or shorter than the first:
+  how much is said of a candidate does not tell how good it is.
   """
 
   history: int
@@ -266,11 +268,12 @@ class Extraction:
     spare = jnp.minimum(remaining, budget) - marks - 1
     in_line = marks <= _spread(facts.count, shape)
     share = (spare + line) // jnp.maximum(marks, 1)
-    most = jnp.where(first < 0, _spread(facts.shortest, shape), first)
-    most = jnp.minimum(share, most + self.slack)
+    shortest = jnp.minimum(share, _spread(facts.shortest, shape))
+    wanted = jnp.where(first < 0, shortest, first)
+    most = jnp.minimum(share, wanted + self.slack)
     full = (spare <= 0) | (in_line & (line >= most))
     # Tokens that this line is short of, and that it must not skip.
-    short = jnp.minimum(first - self.slack, share) - line
+    short = jnp.minimum(wanted - self.slack, share) - line
     short = jnp.where(in_line & ~full, jnp.clip(short, 0, mark - at), 0)
     place = jnp.arange(S)
     end = mark - jnp.maximum(short - 1, 0)

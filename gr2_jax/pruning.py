@@ -53,11 +53,19 @@ def take(setup: policy.Setup, params: Any, kept: Sequence[int]) -> Any:
     kept: places of the layers.
   """
   wanted = shallower(setup, len(kept)).abstract_params()['layers']
-  select = jax.jit(
-    lambda layers, at: jax.tree.map(lambda x: x[at], layers),
-    out_shardings=jax.tree.map(lambda x: x.sharding, wanted),
-  )
-  return params | {'layers': select(params['layers'], np.asarray(kept))}
+  places = tuple(x.sharding for x in jax.tree.leaves(wanted))
+  return params | {'layers': _take(params['layers'], np.asarray(kept), places)}
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(layers: Any, kept: jax.Array, places: tuple[Any, ...]) -> Any:
+  """Rows of every leaf, each where its `places` says: one trace a depth."""
+  leaves, tree = jax.tree.flatten(layers)
+  taken = [
+    jax.lax.with_sharding_constraint(x[kept], place)
+    for x, place in zip(leaves, places, strict=True)
+  ]
+  return jax.tree.unflatten(tree, taken)
 
 
 def make_measure(

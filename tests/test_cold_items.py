@@ -10,7 +10,7 @@ import pytest
 from gr2_jax import cold_items
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import text
-from gr2_jax.models import semantic_ids
+from gr2_jax.models import semantic_ids, sid_tokenizer
 
 from . import tiny_world
 
@@ -32,6 +32,18 @@ def reader(world, setup):
 @pytest.fixture(scope='module')
 def sids(world):
   return semantic_ids.load(world['tokenizer'])
+
+
+def test_nothing_is_compiled_before_it_is_asked_for_or_an_item_comes(
+  world, setup
+):
+  sid_tokenizer._codes.clear_cache()
+  found, _ = cold_items.load(setup, world['tokenizer'], TITLE_TOKENS)
+  assert sid_tokenizer._codes._cache_size() == 0
+  found.compile()
+  assert sid_tokenizer._codes._cache_size() == 1
+  found.prompts_of(new_items(setup.catalog))
+  assert sid_tokenizer._codes._cache_size() == 1
 
 
 def new_items(catalog, count=12):

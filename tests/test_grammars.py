@@ -138,6 +138,7 @@ def oracle(told, written, budget, remaining, slack):
   most = (room + size) // len(marks)  # An equal share of what is left.
   wanted = 0
   if len(kept) == 2:  # The others must be able to be as long.
+    wanted = min(most, min(map(len, lines))) - slack - size
     most = min(most, min(map(len, lines)) + slack)
   if len(kept) > 2:
     first = len(kept[1])

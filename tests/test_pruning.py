@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import types
 
 import jax
@@ -56,6 +57,19 @@ def test_layers_are_taken_and_nothing_else_changes():
   rest = {name: x for name, x in params.items() if name != 'layers'}
   tiny.assert_trees_equal({n: cut[n] for n in rest}, rest)
   assert pruning.shallower(SETUP, 2).model.num_layers == 2
+
+
+def test_one_program_takes_any_layers_of_a_number():
+  params = deep()
+  before = pruning._take._cache_size()
+  for kept in itertools.combinations(range(4), 3):
+    cut = pruning.take(SETUP, params, kept)
+    wanted = pruning.shallower(SETUP, 3).abstract_params()['layers']
+    for x, like in zip(
+      jax.tree.leaves(cut['layers']), jax.tree.leaves(wanted), strict=True
+    ):
+      assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+  assert pruning._take._cache_size() - before <= 1
 
 
 def test_layers_that_do_nothing_cost_nothing_and_go_first():

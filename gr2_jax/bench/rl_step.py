@@ -127,8 +127,8 @@ def measure(size: own_step.Size, count: int) -> dict[str, dict[str, float]]:
   )
   if not gap < 1e-3:
     raise RuntimeError(
-      f'the two decoders differ by {gap} in a log-probability: the ratio would '
-      'compare two different models'
+      f'the two decoders differ by {gap:.1g} in a log-probability: the ratio '
+      'would compare two different models'
     )
   steps = {'gr2_jax': our_step, 'tunix': their_step}
   return interleave(steps, size, count, MODEL.vocab_size)

@@ -62,13 +62,12 @@ def extract(
   words, lines = prompter.vocabulary, prompter.lines(slate)
   spare = max(0, budget - len(order) - 2)
   for_history = int(spare * rng.choice(_HISTORY_SHARES))
+  ids = _of_history(lines.history, for_history, rng)
   shortest = min(
     sum(map(len, line.values())) for line in lines.candidates
   )  # So that all can be of one length.
-  quota = min((spare - for_history) // len(order), shortest)
+  quota = min((spare - len(ids)) // len(order), shortest)
   kept = _of_candidates(lines.candidates, quota, weights_E, rng)
-  ids = _of_history(lines.history, spare - sum(map(len, kept)), rng)
-  ids = ids if for_history else []
   ids.append(words.control['<candidates>'])
   for place, rank in enumerate(order):
     ids += [*kept[rank], words.slot_base + place]

@@ -32,6 +32,10 @@ import jax.numpy as jnp
 from gr2_jax.models import memory as memory_lib
 from gr2_jax.models import rope
 
+# Scale of what a layer adds to the residual stream at first. It does not drown
+# the embedding, so that every layer tells tokens apart from the first step.
+_BRANCH_SCALE = 0.1
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -225,7 +229,7 @@ class Attention(nn.Module):
       (c.num_heads, c.head_dim, c.d_model),
       ('heads', 'head_dim', 'embed'),
       nn.initializers.variance_scaling(
-        1.0, 'fan_in', 'normal', in_axis=(0, 1), out_axis=2
+        _BRANCH_SCALE**2, 'fan_in', 'normal', in_axis=(0, 1), out_axis=2
       ),
     )
     return jnp.einsum('pgtnh,nhd->pgtd', out, w.astype(x.dtype)), KeyValues(
@@ -252,7 +256,15 @@ class Block(nn.Module):
     up, down = ('embed', 'mlp'), ('mlp', 'embed')
     gate = _param(self, 'gate', (c.d_model, c.d_ff), up, init)
     value = _param(self, 'up', (c.d_model, c.d_ff), up, init)
-    out = _param(self, 'down', (c.d_ff, c.d_model), down, init)
+    out = _param(
+      self,
+      'down',
+      (c.d_ff, c.d_model),
+      down,
+      nn.initializers.variance_scaling(
+        _BRANCH_SCALE**2, 'fan_in', 'truncated_normal'
+      ),
+    )
     gate, value, out = (w.astype(x.dtype) for w in (gate, value, out))
     x = x + (nn.silu(y @ gate) * (y @ value)) @ out
     return nn.with_logical_constraint(

@@ -5,12 +5,20 @@ whatever waits behind it under the same key, up to a full batch; if the queue is
 short it gives others a moment to arrive. Batches run one at a time, in a
 thread, so the event loop stays free.
 
+The moment counts from the arrival of the oldest: what waited through a batch
+goes at once. Askers that send the next item as soon as they have an answer
+would so be split for good into groups that take turns. Hence, where the askers
+of a batch came back within a moment, those of the next are waited for: until as
+many wait as stayed and were answered, or nobody came for a moment. A batch then
+holds all such askers, and one that is alone does not wait.
+
 An item whose asker no longer waits is dropped before it costs anything.
 """
 
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import time
@@ -38,6 +46,38 @@ class _Waiting:
   since: float
 
 
+class _Askers:
+  """Watches whether those who are answered ask again at once.
+
+  Items are taken for theirs as long as each comes within a moment of the one
+  before, the first within a moment of an answer's hand-over.
+
+  Attributes:
+    come_back: those of the batch before the last one mostly did.
+    answered: items of the last batch.
+    last: when the last of them was told, or came back.
+  """
+
+  def __init__(self, moment: float):
+    self.come_back, self.answered, self.last = False, 0, -math.inf
+    self._moment, self._back = moment, 0
+
+  def are_answered(self, count: int) -> None:
+    """A batch has ended."""
+    self.come_back = 2 * self._back >= self.answered > 0
+    self.answered, self._back, self.last = count, 0, time.monotonic()
+
+  def are_told(self) -> None:
+    """One of them has the answer; the event loop may have been slow to it."""
+    self.last = time.monotonic()
+
+  def ask(self, count: int, now: float) -> None:
+    """Somebody asks: one of them, or another."""
+    if now - self.last <= self._moment:
+      self._back += count
+      self.last = now
+
+
 class Batcher:
   """Answers items in batches; lives in one event loop.
 
@@ -55,7 +95,9 @@ class Batcher:
   ):
     self._run, self._capacity, self._moment = run, capacity, moment
     self._queue: collections.deque[_Waiting] = collections.deque()
-    self._arrived = asyncio.Event()
+    self._askers = _Askers(moment)
+    self._stayed = 0  # items that waited when the last batch had ended
+    self._changed = asyncio.Event()  # an item came, or the end
     self._draining = False
     self._batch_seconds = 0.0  # of the last batch
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'batches')
@@ -98,10 +140,12 @@ class Batcher:
       for item in items
     ]
     self._queue.extend(waiting)
-    self._arrived.set()
+    self._askers.ask(len(waiting), now)
+    self._changed.set()
     futures = [w.answer for w in waiting]
     try:
       await asyncio.wait(futures, timeout=timeout)
+      self._askers.are_told()
       return [f.result() if f.done() else None for f in futures]
     finally:
       for future in futures:
@@ -110,24 +154,41 @@ class Batcher:
   async def drain(self) -> None:
     """Refuses what comes from now on, and answers what waits."""
     self._draining = True
-    self._arrived.set()
+    self._changed.set()
     await self._worker
     self._thread.shutdown()
 
   async def _work(self) -> None:
     while True:
-      await self._arrived.wait()
+      while not self._queue and not self._draining:
+        await self._change()
       if not self._queue:
-        if self._draining:
-          return
-        self._arrived.clear()
-        continue
-      oldest = self._queue[0]
-      left = oldest.since + self._moment - time.monotonic()
-      if len(self._queue) < oldest.key[1] and left > 0 and not self._draining:
-        await asyncio.sleep(left)
+        return
+      await self._fill()
       if batch := self._take():
         await self._answer(batch)
+        self._askers.are_answered(len(batch))
+        self._stayed = len(self._queue)
+
+  async def _change(self, seconds: float | None = None) -> None:
+    """Waits until there is something new, or for so long."""
+    self._changed.clear()
+    with contextlib.suppress(TimeoutError):
+      async with asyncio.timeout(seconds):
+        await self._changed.wait()
+
+  async def _fill(self) -> None:
+    """Waits until the batch of the oldest is full, or need not wait longer."""
+    oldest, askers = self._queue[0], self._askers
+    enough = oldest.key[1]
+    if askers.come_back:
+      enough = min(enough, self._stayed + askers.answered)
+    while len(self._queue) < enough and not self._draining:
+      begin = max(oldest.since, askers.last if askers.come_back else 0.0)
+      left = begin + self._moment - time.monotonic()
+      if left <= 0:
+        return
+      await self._change(left)
 
   def _take(self) -> list[_Waiting]:
     """The oldest that still waits, and those behind it that fit its batch."""

@@ -141,7 +141,9 @@ class Reranker:
       path.parent / run['inputs']['tokenizer'],
       config.prompt.title_tokens,
     )
-    if unreadable:
+    if reader:
+      reader.compile()
+    else:
       logging.warning('described items stay unknown: %s', unreadable)
     return cls(
       path,

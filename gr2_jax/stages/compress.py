@@ -219,12 +219,12 @@ def _imitate(config, inputs, workdir: pathlib.Path, setup, ranks, validate):
   weights = extracts.telling(
     slates_lib.read(inputs['slates'], 'train'), setup.prompter.bins.index
   )
-  data = batches.dataset(
+  data = training.dataset(
+    setup,
     setup.source('train'),
     imitation_renderer(setup, config, weights),
     stage.imitate.batch_size,
     config.seed,
-    sharding.own_rows(setup.mesh, stage.imitate.batch_size),
   )
   iterator = batches.iterate(data)
   optimizer = learner.make_optimizer(stage.imitate)

@@ -18,7 +18,7 @@ import numpy as np
 from gr2_jax import policy, ranker, reporting
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics, parsing, statistics
-from gr2_jax.stages import baselines
+from gr2_jax.stages import answers, baselines
 
 # Rows of the table, in order; of what a run does not have there is no row.
 RANKERS = (
@@ -82,7 +82,7 @@ def run(
   # Policies.
   trained = {key.partition('@')[0] for key in inputs if '@' in key}
   (before,) = trained - {'rl', 'compress'}
-  answers = {
+  policies = {
     name: [
       _ranked(config, inputs, workdir, f'{source}@{seed}')
       for seed in config.seeds
@@ -90,7 +90,7 @@ def run(
     for name, source in (('policy', 'rl'), (f'policy_{before}', before))
   }
   rankings = {}
-  for name, seeds in answers.items():
+  for name, seeds in policies.items():
     rankings[name] = np.stack([a['generated'] for a in seeds])
     rankings[f'{name}_readout'] = np.stack([a['readout'] for a in seeds])
   if (inputs['backbone'] / policy.PARAMS).is_dir():  # It has no read-out yet.
@@ -135,7 +135,7 @@ def run(
   # Watches.
   mine = per_slate['policy']
   gap = means['best']['n@5'] - means['incoming']['n@5']
-  free = np.stack([a['free_verdict'] for a in answers['policy']])
+  free = np.stack([a['free_verdict'] for a in policies['policy']])
   histogram = np.bincount(
     mine['first_pick'].astype(int).ravel(), minlength=slates.grades.shape[1]
   )
@@ -153,11 +153,11 @@ def run(
     'kendall_tau': float(mine['kendall_tau'].mean()),
     'first_pick': (histogram / histogram.sum()).tolist(),
     'order_sensitivity': float(
-      np.mean([a['order_sensitivity'].mean() for a in answers['policy']])
+      np.mean([a['order_sensitivity'].mean() for a in policies['policy']])
     ),
     'valid_rate': float(
       np.mean(
-        [(a['verdict'] == parsing.VALID).mean() for a in answers['policy']]
+        [(a['verdict'] == parsing.VALID).mean() for a in policies['policy']]
       )
     ),
     'valid_rate_unmasked': float((free == parsing.VALID).mean()),
@@ -184,46 +184,25 @@ def _ranked(
   source: str,
 ) -> dict[str, np.ndarray]:
   """A policy's answers to the test slates, from disk where it has them."""
-  path = workdir / f'{source}.npz'
-  if path.exists():
-    with np.load(path) as found:
-      return dict(found)
   stage = config.evaluate
   seed = source.partition('@')[2]
-  inputs = {'compress': inputs.get(f'compress@{seed}')} | inputs
-  setup = policy.load(config, inputs, config.rl.context)
-  params = setup.load_params(inputs[source])
-  slates = setup.source('test')
 
-  def answer(order: str, presentation: int, constrained: bool) -> ranker.Ranked:
-    return ranker.rank(
-      setup,
-      params,
-      slates,
-      thinking=stage.thinking,
-      order=order,
-      batch_size=stage.batch_size,
-      seed=stage.presentation_seed + presentation,
-      constrained=constrained,
-      desc=f'test {source}',
-    )
+  def load() -> tuple[policy.Setup, Any, Any]:
+    own = {'compress': inputs.get(f'compress@{seed}')} | inputs
+    setup = policy.load(config, own, config.rl.context)
+    return setup, setup.load_params(inputs[source]), setup.source('test')
 
-  ranked = answer(config.prompt.order, 0, True)
-  found = {
-    'generated': ranked.generated,
-    'readout': ranked.readout,
-    'verdict': ranked.verdict,
-  }
-  if source.startswith('rl@'):
-    again = answer('shuffled', 1, True)
-    found['order_sensitivity'] = np.asarray(
-      metrics.order_sensitivity(ranked.generated, again.generated, ranked.count)
-    )
-    found['free_verdict'] = answer(config.prompt.order, 0, False).verdict
-  temporary = path.with_suffix('.tmp.npz')
-  np.savez(temporary, **found)
-  temporary.replace(path)
-  return found
+  watched = source.startswith('rl@')
+  return answers.ranked(
+    workdir / f'{source}.npz',
+    load,
+    thinking=stage.thinking,
+    order=config.prompt.order,
+    batch_size=stage.batch_size,
+    seed=stage.presentation_seed,
+    watches=('order_sensitivity', 'free_verdict') if watched else (),
+    desc=f'test {source}',
+  )
 
 
 def _pairs(rankers: Container[str]) -> list[tuple[str, str]]:

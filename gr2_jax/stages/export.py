@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import ebnf, hf, policy, sampling, sharding
+from gr2_jax import artifacts, ebnf, hf, policy, sampling, sharding
 from gr2_jax.data import batches, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.hf import unigram
@@ -59,8 +59,8 @@ def run(
 
   Returns:
     What the checkpoint is, its size, up to how many candidates the grammars let
-    nothing but permutations through, and the share of test prompts that the
-    tokenizer reads back from their text.
+    nothing but permutations through, whether example and grammars reason, and
+    the share of test prompts that the tokenizer reads back from their text.
 
   Raises:
     ModuleNotFoundError: the extra `hf` is not installed.
@@ -72,23 +72,24 @@ def run(
       f'export.dtype={stage.dtype!r}: must be one of {", ".join(DTYPES)}'
     )
   form = policy.form_of(inputs[stage.start], own=False)
+  thinking = _thinks(stage, inputs[stage.start])
   setup = policy.load(config, inputs, *form)
   model = dataclasses.replace(setup.model, dtype=DTYPES[stage.dtype])
   setup = dataclasses.replace(setup, model=model)
   files = _tokenizer_files(setup.vocabulary, inputs['backbone'])
   test = slates_lib.source(inputs['slates'], 'test')
-  prompts = _prompts(config, setup, test)
+  prompts = _prompts(setup, thinking, config.prompt.order, test)
   tokenizer = _Shown(files['tokenizer_json'])
 
   # Grammars, items and example.
-  sampler = setup.sampling(1, stage.thinking, 0.0, constrained=True)
+  sampler = setup.sampling(1, thinking, 0.0, constrained=True)
   (workdir / GRAMMARS).mkdir(exist_ok=True)
   for count in range(1, setup.grammar.num_candidates + 1):
     text = ebnf.ranking(setup.grammar, count, sampler)
     _write(workdir / GRAMMARS / f'{count}.ebnf', text)
   _write(workdir / SIDS, ''.join(_sids(setup, tokenizer)))
   params = setup.load_params(inputs[config.export.start])
-  example = _example(stage, setup, params, tokenizer, test[0], prompts[0])
+  example = _example(setup, thinking, params, tokenizer, test[0], prompts[0])
   _write(workdir / EXAMPLE, json.dumps(example, indent=2, ensure_ascii=False))
 
   # Checkpoint.
@@ -118,10 +119,19 @@ def run(
     'vocabulary': len(setup.vocabulary),
     'max_positions': longest,
     'items': len(setup.catalog),
+    'thinking': thinking,
     'permutations_up_to': min(setup.grammar.num_candidates, ebnf.MOST),
     'example_verdict': example['continuation']['verdict'],
     'prompts_exact_as_text': float(np.mean(exact)),
   }
+
+
+def _thinks(stage, start: pathlib.Path) -> bool:
+  """Whether answers reason: as `export` says, or as the policy was trained."""
+  if stage.thinking is not None:
+    return stage.thinking
+  found = artifacts.read_run(start)
+  return found['config'][found['stage']].get('thinking', True)
 
 
 class _Shown:
@@ -180,10 +190,12 @@ def _sids(setup: policy.Setup, tokenizer: _Shown) -> Iterator[str]:
     yield json.dumps(row, ensure_ascii=False) + '\n'
 
 
-def _prompts(config, setup: policy.Setup, slates) -> list[dict[str, Any]]:
+def _prompts(
+  setup: policy.Setup, thinking: bool, order: str, slates
+) -> list[dict[str, Any]]:
   """The first test slates as `rerank` would ask for them, in batches of one."""
-  control = '<think>' if config.export.thinking else '<answer>'
-  render = batches.requests(setup.prompter, control, config.prompt.order)
+  control = '<think>' if thinking else '<answer>'
+  render = batches.requests(setup.prompter, control, order)
   few = [slates[i] for i in range(min(len(slates), _LOOKED_AT))]
   return [batch for _, batch in batches.in_order(few, render, 1, seed=0)]
 
@@ -196,8 +208,8 @@ _sample = jax.jit(sampling.sample, static_argnums=(0, 6, 7))
 
 
 def _example(
-  stage,
   setup: policy.Setup,
+  thinking: bool,
   params: Any,
   tokenizer: _Shown,
   slate: dict[str, np.ndarray],
@@ -221,7 +233,7 @@ def _example(
     },
   }
   for kind, constrained in (('continuation', False), ('answer', True)):
-    sampler = setup.sampling(1, stage.thinking, 0.0, constrained)
+    sampler = setup.sampling(1, thinking, 0.0, constrained)
     with (
       sharding.activate(setup.mesh),
       jax.default_matmul_precision('float32'),

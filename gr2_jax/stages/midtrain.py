@@ -94,12 +94,8 @@ def run(
       sharding.own_rows(setup.mesh, stage.rows),
     )
   if 'pointing' in used:
-    pipelines['pointing'] = batches.dataset(
-      train['pointing'],
-      pointing,
-      stage.batch_size,
-      config.seed,
-      sharding.own_rows(setup.mesh, stage.batch_size),
+    pipelines['pointing'] = training.dataset(
+      setup, train['pointing'], pointing, stage.batch_size, config.seed
     )
 
   # Input: whole batches of rows, and whole batches of slates.

@@ -128,15 +128,10 @@ def learn(
   # is watched, in two.
   render = batches.several(render, views(stage))
   drawn = stage.refill_size
-  iterator = batches.iterate(
-    batches.dataset(
-      setup.source('train'),
-      render,
-      drawn // views(stage),
-      config.seed,
-      sharding.own_rows(setup.mesh, drawn // views(stage)),
-    )
+  data = training.dataset(
+    setup, setup.source('train'), render, drawn // views(stage), config.seed
   )
+  iterator = batches.iterate(data)
 
   look, said = None, ()
   if teacher is not None:

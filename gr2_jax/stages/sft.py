@@ -13,7 +13,7 @@ from typing import Any
 
 import grain
 
-from gr2_jax import learner, policy, ranker, sharding
+from gr2_jax import learner, policy, ranker
 from gr2_jax.data import batches, prompts, records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.stages import traces, training
@@ -62,12 +62,12 @@ def run(
   # Each form of the context has batches of its own, and so of its own length.
   forms = collections.Counter(stage.contexts)
   pipelines = [
-    batches.dataset(
+    training.dataset(
+      setup,
       source,
       renderer(setup.reading(form), config),
       stage.batch_size,
       config.seed + number,
-      sharding.own_rows(setup.mesh, stage.batch_size),
     )
     for number, form in enumerate(forms)
   ]

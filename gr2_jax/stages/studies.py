@@ -1,21 +1,23 @@
-"""What studies share: the policies of their runs, tried on test slates.
+"""What studies share: policies tried on test slates, compared and tabulated.
 
-Axes: n slates, K candidates.
+Axes: S seeds, n slates, K candidates.
 """
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any, TypeVar
 
 import ml_collections
 import numpy as np
 
-from gr2_jax import artifacts, policy, ranker
-from gr2_jax.data import claims
+from gr2_jax import artifacts, policy, ranker, reporting
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.ops import metrics
+from gr2_jax.ops import statistics
+from gr2_jax.stages import answers
 
-_CLAIMS = 'claims/'
+Name = TypeVar('Name', bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,26 +28,29 @@ class Tested:
     slates: the slates.
     generated: int32 [n, K] the answers, in incoming ranks.
     readout: int32 [n, K] the order of the slots' scores.
-    sensitivity: float32 [n] how much an answer changes with a shuffled
-      presentation.
     length: int32 [n] tokens that were written.
+    order_sensitivity: float32 [n] how much an answer changes with a shuffled
+      presentation; None where it was not asked for.
     claims: name -> float64 [n], what `claims.judge` finds in the reasoning;
-      empty where there is none.
+      empty where it was not asked for.
   """
 
   slates: slates_lib.Slates
   generated: np.ndarray
   readout: np.ndarray
-  sensitivity: np.ndarray
   length: np.ndarray
+  order_sensitivity: np.ndarray | None
   claims: dict[str, np.ndarray]
 
   @functools.cached_property
   def incoming(self) -> dict[str, np.ndarray]:
     """`ranker.watch` of the incoming order."""
     shape = self.slates.grades.shape
-    order = np.broadcast_to(np.arange(shape[1]), shape)
-    return ranker.watch(order, self.slates.grades, self.slates.count)
+    return self.watch(np.broadcast_to(np.arange(shape[1]), shape))
+
+  def watch(self, ranking: np.ndarray) -> dict[str, np.ndarray]:
+    """`ranker.watch` of a ranking of the slates, int32 [n, K]."""
+    return ranker.watch(ranking, self.slates.grades, self.slates.count)
 
 
 def rank_test(
@@ -57,6 +62,7 @@ def rank_test(
   slates: int,
   thinking: bool,
   batch_size: int,
+  watches: Collection[str] = (),
 ) -> Tested:
   """Ranks a fixed draw of test slates with a finished policy.
 
@@ -68,6 +74,7 @@ def rank_test(
     slates: how many, at most.
     thinking: whether the policy reasons first.
     batch_size: slates at a time.
+    watches: as `answers.ranked` has them; the same at every call of a study.
 
   Returns:
     The answers.
@@ -79,47 +86,107 @@ def rank_test(
   records = slates_lib.source(inputs['slates'], 'test')
   rng = np.random.default_rng(0)
   chosen = np.sort(rng.permutation(len(records))[:slates])
-  kept = workdir / f'{source.name}{"" if thinking else "-direct"}.npz'
-  if not kept.exists():
+
+  def load() -> tuple[policy.Setup, Any, ranker.Chosen]:
     setup = policy.load(config, inputs, *policy.form_of(source))
-    answer = functools.partial(
-      ranker.rank,
-      setup,
-      setup.load_params(source),
-      ranker.Chosen(records, chosen),
-      thinking=thinking,
-      batch_size=batch_size,
-    )
-    ranked = answer(order=config.prompt.order, seed=1)
-    found = {}
-    if thinking:
-      found = claims.judge(
-        setup.prompter,
-        setup.catalog,
-        ranker.Chosen(records, chosen),
-        **{
-          name: getattr(ranked, name)
-          for name in ('tokens', 'length', 'presented', 'generated', 'verdict')
-        },
-      )
-    again = answer(order='shuffled', seed=2)
-    temporary = kept.with_suffix('.tmp.npz')
-    np.savez(
-      temporary,
-      generated=ranked.generated,
-      readout=ranked.readout,
-      length=ranked.length,
-      sensitivity=metrics.order_sensitivity(
-        ranked.generated, again.generated, ranked.count
-      ),
-      **{_CLAIMS + name: values for name, values in found.items()},
-    )
-    temporary.replace(kept)
-  with np.load(kept) as found:
-    arrays = dict(found)
-  judged = {k: arrays.pop(k) for k in tuple(arrays) if k.startswith(_CLAIMS)}
+    params = setup.load_params(source)
+    return setup, params, ranker.Chosen(records, chosen)
+
+  found = answers.ranked(
+    workdir / f'{source.name}{"" if thinking else "-direct"}.npz',
+    load,
+    thinking=thinking,
+    order=config.prompt.order,
+    batch_size=batch_size,
+    seed=1,
+    watches=watches,
+  )
   return Tested(
     slates=records.slates().take(chosen),
-    claims={k.removeprefix(_CLAIMS): v for k, v in judged.items()},
-    **arrays,
+    generated=found['generated'],
+    readout=found['readout'],
+    length=found['length'],
+    order_sensitivity=found.get('order_sensitivity'),
+    claims={
+      name.removeprefix(answers.CLAIMS): values
+      for name, values in found.items()
+      if name.startswith(answers.CLAIMS)
+    },
   )
+
+
+def rank_tests(
+  config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path, **how
+) -> list[Tested]:
+  """`rank_test` of each of the config's seeds; `how` are its keywords."""
+  return [
+    rank_test(config, stage, seed, workdir, **how) for seed in config.seeds
+  ]
+
+
+def compare(
+  scores: Mapping[Name, Mapping[str, np.ndarray]],
+  base: Name,
+  users: np.ndarray,
+  resamples: int,
+) -> dict[Name, dict[str, Any]]:
+  """Every policy beside one of them, measure by measure.
+
+  Args:
+    scores: policy -> measure -> float [S, n].
+    base: the policy that the others are compared with.
+    users: [n], of the slates.
+    resamples: of the intervals, over seeds and users.
+
+  Returns:
+    Policy -> of each measure its mean over seeds and slates, and under
+    `<measure>_lost` what is lost to the base, with a 95 % interval.
+  """
+  rows: dict[Name, dict[str, Any]] = {name: {} for name in scores}
+  for name, own in scores.items():
+    for measure, values in own.items():
+      rows[name][measure] = float(values.mean())
+      rows[name][f'{measure}_lost'] = statistics.two_level_bootstrap(
+        scores[base][measure], values, users, resamples=resamples
+      )._asdict()
+  return rows
+
+
+def size(slates: slates_lib.Slates, seeds: Collection[int]) -> dict[str, int]:
+  """On how much a study stands, for its results."""
+  return {
+    'n_slates': len(slates),
+    'n_users': len(np.unique(slates.user)),
+    'seeds': len(seeds),
+  }
+
+
+def size_in_words(results: Mapping[str, Any]) -> str:
+  """What `size` put into results, for people."""
+  return (
+    f'{results["n_slates"]} slates of {results["n_users"]} users, '
+    f'{results["seeds"]} seed(s)'
+  )
+
+
+def columns(shown: Mapping[str, str]) -> list[str]:
+  """The columns of `cells`: of every measure what it is, and what is lost."""
+  return [name + end for name in shown.values() for end in ('', ' lost')]
+
+
+def cells(
+  row: Mapping[str, Any], shown: Mapping[str, str], base: bool
+) -> dict[str, Any]:
+  """A row of `compare` as cells of a table.
+
+  Args:
+    row: of `compare`.
+    shown: measure -> what the table calls it.
+    base: whether the row is the one that the others are compared with.
+  """
+  line = {}
+  for measure, name in shown.items():
+    lost = row[f'{measure}_lost']
+    line[name] = row[measure]
+    line[f'{name} lost'] = '-' if base else reporting.interval(**lost)
+  return line

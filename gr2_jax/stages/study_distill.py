@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from gr2_jax import artifacts, policy, ranker, reporting
+from gr2_jax import artifacts, policy, reporting
 from gr2_jax.data import claims
 from gr2_jax.ops import statistics
 from gr2_jax.stages import studies
@@ -108,13 +108,10 @@ def _study(
     tested[name] = _rank(plans[name], target, workdir)
   first = tested[TEACHER][0]
   watched = {
-    name: [
-      ranker.watch(t.generated, first.slates.grades, first.slates.count)
-      for t in tests
-    ]
+    name: [t.watch(t.generated) for t in tests]
     for name, tests in tested.items()
   }
-  spoken = ranker.watch(first.readout, first.slates.grades, first.slates.count)
+  spoken = first.watch(first.readout)
   watched = {TEACHER: watched[TEACHER], READOUT: [spoken]} | watched
   best = READOUT if stage.views[dataset] == 'readout' else TEACHER
   scores = {
@@ -187,18 +184,16 @@ def _rank(
   config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path
 ) -> list[studies.Tested]:
   """The answers of a row, one for each seed."""
-  return [
-    studies.rank_test(
-      config,
-      stage,
-      seed,
-      workdir,
-      slates=config.study_distill.test_slates,
-      thinking=config[stage].thinking,
-      batch_size=config[stage].eval_batch_size,
-    )
-    for seed in config.seeds
-  ]
+  thinking = config[stage].thinking
+  return studies.rank_tests(
+    config,
+    stage,
+    workdir,
+    slates=config.study_distill.test_slates,
+    thinking=thinking,
+    batch_size=config[stage].eval_batch_size,
+    watches=('claims',) if thinking else (),
+  )
 
 
 def _size(config: ml_collections.ConfigDict, root: pathlib.Path) -> int:

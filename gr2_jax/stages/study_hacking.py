@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import artifacts, ranker, reporting
+from gr2_jax import artifacts, reporting
 from gr2_jax.ops import statistics
 from gr2_jax.stages import studies
 
@@ -96,21 +96,17 @@ def _measure(
 ) -> dict[str, Any]:
   """What became of the policies of a stage, one for each seed."""
   own = config.study_hacking
-  tests = [
-    studies.rank_test(
-      config,
-      stage,
-      seed,
-      workdir,
-      slates=own.test_slates,
-      thinking=config.rl.thinking,
-      batch_size=config.rl.eval_batch_size,
-    )
-    for seed in config.seeds
-  ]
+  tests = studies.rank_tests(
+    config,
+    stage,
+    workdir,
+    slates=own.test_slates,
+    thinking=config.rl.thinking,
+    batch_size=config.rl.eval_batch_size,
+    watches=('order_sensitivity',),
+  )
   slates = tests[0].slates
-  grades, count = slates.grades, slates.count
-  watches = [ranker.watch(t.generated, grades, count) for t in tests]
+  watches = [t.watch(t.generated) for t in tests]
   gain = statistics.two_level_bootstrap(
     np.stack([w['n@5'] for w in watches]),
     tests[0].incoming['n@5'],
@@ -118,7 +114,7 @@ def _measure(
     resamples=own.resamples,
   )
   first = np.stack([w['first_pick'] for w in watches]).astype(int)
-  histogram = np.bincount(first.ravel(), minlength=grades.shape[1])
+  histogram = np.bincount(first.ravel(), minlength=slates.grades.shape[1])
   means = {
     name: float(np.mean([w[name] for w in watches]))
     for name in ('n@5', 'r@1', 'copied', 'top3_unchanged', 'kendall_tau')
@@ -127,7 +123,7 @@ def _measure(
     'n@5_gain': gain.estimate,
     'n@5_gain_ci': [gain.low, gain.high],
     'first_pick': (histogram / histogram.sum()).tolist(),
-    'order_sensitivity': float(np.mean([t.sensitivity for t in tests])),
+    'order_sensitivity': float(np.mean([t.order_sensitivity for t in tests])),
   }
 
 

@@ -13,25 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import artifacts, ranker, reporting
-from gr2_jax.ops import statistics
+from gr2_jax import artifacts, reporting
 from gr2_jax.stages import studies
 
 TABLE = 'internalize.md'
 BASE = 'with reasoning'
 DROPPED = 'reasoning dropped'
 METRICS = ('r@1', 'n@5')
+# Kind of slates -> metric -> what the table calls it.
+SHOWN = {
+  'all': {'r@1': 'R@1', 'n@5': 'N@5'},
+  'hard': {'r@1': 'hard R@1', 'n@5': 'hard N@5'},
+}
 COLUMNS = (
   'answers',
   'tokens',
-  'R@1',
-  'R@1 lost',
-  'N@5',
-  'N@5 lost',
-  'hard R@1',
-  'hard R@1 lost',
-  'hard N@5',
-  'hard N@5 lost',
+  *studies.columns(SHOWN['all']),
+  *studies.columns(SHOWN['hard']),
 )
 
 
@@ -58,18 +56,14 @@ def run(
     artifacts.run_stage(config, 'internalize', workdir.parent, seed)
 
   def ask(source: str, thinking: bool) -> list[studies.Tested]:
-    return [
-      studies.rank_test(
-        config,
-        source,
-        seed,
-        workdir,
-        slates=stage.test_slates,
-        thinking=thinking,
-        batch_size=config.internalize.eval_batch_size,
-      )
-      for seed in config.seeds
-    ]
+    return studies.rank_tests(
+      config,
+      source,
+      workdir,
+      slates=stage.test_slates,
+      thinking=thinking,
+      batch_size=config.internalize.eval_batch_size,
+    )
 
   # On the test slates, only now.
   reasoned, dropped = ask(start, True), ask(start, False)
@@ -83,7 +77,7 @@ def run(
     'one pass, before': [(t.readout, 0 * t.length) for t in dropped],
   }
   scores = {
-    name: [ranker.watch(r, slates.grades, slates.count) for r, _ in tests]
+    name: [direct[0].watch(ranking) for ranking, _ in tests]
     for name, tests in answers.items()
   }
   changed = [
@@ -91,30 +85,32 @@ def run(
     for a, b in zip(reasoned, dropped, strict=True)
   ]
   hard = np.mean(changed, axis=0) > 0.5
-  rows = []
-  for name, tests in answers.items():
-    row = {
+
+  def compared(chosen: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Of some of the slates; nothing where there is none."""
+    few = {
+      name: {
+        metric: np.stack([w[metric][chosen] for w in watches])
+        for metric in (METRICS if chosen.any() else ())
+      }
+      for name, watches in scores.items()
+    }
+    return studies.compare(few, BASE, slates.user[chosen], stage.resamples)
+
+  everywhere, where_hard = compared(np.full(len(slates), True)), compared(hard)
+  rows = [
+    {
       'answers': name,
       'tokens': float(np.mean([length.mean() for _, length in tests])),
+      'all': everywhere[name],
+      'hard': where_hard[name],
     }
-    for kind, chosen in (('all', np.full(len(slates), True)), ('hard', hard)):
-      row[kind] = {}
-      for metric in METRICS if chosen.any() else ():
-        own, base = (
-          np.stack([w[metric][chosen] for w in scores[n]]) for n in (name, BASE)
-        )
-        row[kind][metric] = float(own.mean())
-        row[kind][f'{metric}_lost'] = statistics.two_level_bootstrap(
-          base, own, slates.user[chosen], resamples=stage.resamples
-        )._asdict()
-    rows.append(row)
+    for name, tests in answers.items()
+  ]
   results = {
     'rows': rows,
     'hard': float(hard.mean()),
-    'n_slates': len(slates),
-    'n_users': len(np.unique(slates.user)),
-    'seeds': len(config.seeds),
-  }
+  } | studies.size(slates, config.seeds)
   (workdir / TABLE).write_text(summary(results) + '\n', encoding='utf-8')
   return results
 
@@ -124,18 +120,12 @@ def summary(results: dict[str, Any]) -> str:
   lines = []
   for row in results['rows']:
     line = {'answers': row['answers'], 'tokens': f'{row["tokens"]:.1f}'}
-    for kind, prefix in (('all', ''), ('hard', 'hard ')):
-      for metric in METRICS if row[kind] else ():
-        lost = row[kind][f'{metric}_lost']
-        shown = f'{prefix}{metric.upper()}'
-        line[shown] = row[kind][metric]
-        line[f'{shown} lost'] = (
-          reporting.interval(**lost) if row['answers'] != BASE else '-'
-        )
+    for kind, shown in SHOWN.items():
+      if row[kind]:
+        line |= studies.cells(row[kind], shown, row['answers'] == BASE)
     lines.append(line)
   counted = (
-    f'{results["n_slates"]} slates of {results["n_users"]} users, '
-    f'{results["seeds"]} seed(s); reasoning changed the first pick of '
+    f'{studies.size_in_words(results)}; reasoning changed the first pick of '
     f'{results["hard"]:.1%}'
   )
   return f'{reporting.table(lines, COLUMNS)}\n\n{counted}'

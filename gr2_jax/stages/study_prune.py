@@ -10,20 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import artifacts, ranker, reporting
-from gr2_jax.ops import statistics
+from gr2_jax import artifacts, reporting
 from gr2_jax.stages import studies
 
 TABLE = 'prune.md'
 WHOLE = 'whole'
-MEASURES = ('n@5', 'r@1', 'one pass n@5')
 SHOWN = {'n@5': 'N@5', 'r@1': 'R@1', 'one pass n@5': 'one pass N@5'}
-COLUMNS = (
-  'policy',
-  'layers',
-  *(f'{name}{end}' for name in SHOWN.values() for end in ('', ' lost')),
-  'kept',
-)
+MEASURES = tuple(SHOWN)
+COLUMNS = ('policy', 'layers', *studies.columns(SHOWN), 'kept')
 
 
 def run(
@@ -60,42 +54,31 @@ def run(
   }
   # On the test slates, only now.
   tested = {
-    key: [
-      studies.rank_test(
-        own,
-        source,
-        seed,
-        workdir,
-        slates=stage.test_slates,
-        thinking=False,
-        batch_size=config.prune.eval_batch_size,
-      )
-      for seed in config.seeds
-    ]
+    key: studies.rank_tests(
+      own,
+      source,
+      workdir,
+      slates=stage.test_slates,
+      thinking=False,
+      batch_size=config.prune.eval_batch_size,
+    )
     for key, (own, source) in policies.items()
   }
-  scores = {key: _scores(found) for key, found in tested.items()}
-  slates = tested[WHOLE, total][0].slates
+  whole = WHOLE, total
+  slates = tested[whole][0].slates
+  compared = studies.compare(
+    {key: _scores(found) for key, found in tested.items()},
+    whole,
+    slates.user,
+    stage.resamples,
+  )
   rows = []
-  for key, own in scores.items():
-    row = {'policy': key[0], 'layers': key[1]}
-    for measure in MEASURES:
-      row[measure] = float(own[measure].mean())
-      row[f'{measure}_lost'] = statistics.two_level_bootstrap(
-        scores[WHOLE, total][measure],
-        own[measure],
-        slates.user,
-        resamples=stage.resamples,
-      )._asdict()
-    if key[0] != WHOLE:
+  for key, found in compared.items():
+    row = {'policy': key[0], 'layers': key[1]} | found
+    if key != whole:
       row['kept'] = [artifacts.read_results(run)['kept'] for run in runs[key]]
     rows.append(row)
-  results = {
-    'rows': rows,
-    'n_slates': len(slates),
-    'n_users': len(np.unique(slates.user)),
-    'seeds': len(config.seeds),
-  }
+  results = {'rows': rows} | studies.size(slates, config.seeds)
   (workdir / TABLE).write_text(summary(results) + '\n', encoding='utf-8')
   return results
 
@@ -104,11 +87,8 @@ def _scores(tested: list[studies.Tested]) -> dict[str, np.ndarray]:
   """Of each of MEASURES float32 [S, n]: S seeds, n slates."""
   found = []
   for answers in tested:
-    slates = answers.slates
-    own, one_pass = (
-      ranker.watch(order, slates.grades, slates.count)
-      for order in (answers.generated, answers.readout)
-    )
+    own = answers.watch(answers.generated)
+    one_pass = answers.watch(answers.readout)
     found.append((own['n@5'], own['r@1'], one_pass['n@5']))
   return dict(zip(MEASURES, np.stack(found, axis=1), strict=True))
 
@@ -124,16 +104,6 @@ def summary(results: dict[str, Any]) -> str:
         ' '.join(map(str, layers)) for layers in row.get('kept', ())
       ),
     }
-    for measure, shown in SHOWN.items():
-      line[shown] = row[measure]
-      line[f'{shown} lost'] = (
-        '-'
-        if row['policy'] == WHOLE
-        else reporting.interval(**row[f'{measure}_lost'])
-      )
-    lines.append(line)
-  counted = (
-    f'{results["n_slates"]} slates of {results["n_users"]} users, '
-    f'{results["seeds"]} seed(s)'
-  )
-  return f'{reporting.table(lines, COLUMNS)}\n\n{counted}'
+    lines.append(line | studies.cells(row, SHOWN, row['policy'] == WHOLE))
+  table = reporting.table(lines, COLUMNS)
+  return f'{table}\n\n{studies.size_in_words(results)}'

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import artifacts, ranker, reporting
+from gr2_jax import artifacts, reporting
 from gr2_jax.ops import statistics
 from gr2_jax.stages import studies
 
@@ -201,10 +201,8 @@ def _rank(
         thinking=config.sft.thinking,
         batch_size=config.sft.eval_batch_size,
       )
-      slates, users = tested.slates, tested.slates.user
-      watches.append(
-        ranker.watch(tested.generated, slates.grades, slates.count)
-      )
+      users = tested.slates.user
+      watches.append(tested.watch(tested.generated))
     scores = np.stack([w['n@5'] for w in watches])
     first = scores if first is None else first
     gain = statistics.two_level_bootstrap(

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import grain
 import jax
+import numpy as np
 import optax
 
 from gr2_jax import (
@@ -23,6 +25,7 @@ from gr2_jax import (
   reporting,
   sharding,
 )
+from gr2_jax.data import batches
 
 # (state, frozen parameters, step) -> (state, metrics). Draws its own batches.
 TakeStep = Callable[
@@ -181,6 +184,33 @@ def stop_reason(
   if patience and len(history) - 1 - best >= patience:
     return 'patience'
   return NOT_STOPPED
+
+
+def dataset(
+  setup: policy.Setup,
+  source: Any,
+  render: Callable[[Any, np.random.Generator], dict[str, np.ndarray]],
+  batch_size: int,
+  seed: int,
+) -> grain.MapDataset:
+  """`batches.dataset` of which this process makes the rows it trains on.
+
+  Args:
+    setup: the mesh.
+    source: random access to records.
+    render: a record and a generator to a dict of arrays of static shape.
+    batch_size: examples a batch over all hosts.
+    seed: of order and randomness.
+
+  Returns:
+    Endless shuffled batches, for `sharding.shard_share`.
+
+  Raises:
+    ValueError: there are fewer records than a batch has, or the devices do not
+      divide it.
+  """
+  rows = sharding.own_rows(setup.mesh, batch_size)
+  return batches.dataset(source, render, batch_size, seed, rows)
 
 
 def supervised_step(

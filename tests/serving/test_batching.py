@@ -2,18 +2,20 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
 from gr2_jax.serving import batching
 
+MOMENT = 3600.0  # that passes only where a test skips it
+
 
 class Worker:
   """Doubles numbers; while `gate` is closed it does not come back."""
 
-  def __init__(self):
-    self.batches, self.gate = [], threading.Event()
-    self.gate.set()
+  def __init__(self, gate):
+    self.batches, self.gate = [], gate
 
   def __call__(self, key, items):
     self.batches.append((key, list(items)))
@@ -23,11 +25,26 @@ class Worker:
     return [2 * item for item in items]
 
 
-def run(test, capacity=100, moment=0.0):
+class Turnstile(threading.Semaphore):
+  """A gate that lets one batch through for each `release`."""
+
+  def __init__(self):
+    super().__init__(0)
+
+  def wait(self):
+    self.acquire()
+
+  def set(self):
+    self.release(1000)
+
+
+def run(test, capacity=100, moment=0.0, gate=None, seconds=60.0):
   """Runs a coroutine of (batcher, worker), a batcher of its own."""
 
   async def main():
-    worker = Worker()
+    worker = Worker(gate or threading.Event())
+    if not gate:
+      worker.gate.set()
     batcher = batching.Batcher(worker, capacity, moment)
     try:
       await test(batcher, worker)
@@ -35,7 +52,7 @@ def run(test, capacity=100, moment=0.0):
       worker.gate.set()
       await batcher.drain()
 
-  asyncio.run(asyncio.wait_for(main(), 60))
+  asyncio.run(asyncio.wait_for(main(), seconds))
 
 
 async def busy(batcher, worker, key='a'):
@@ -166,3 +183,162 @@ def test_draining_answers_what_waits_and_refuses_the_rest():
     assert await asyncio.gather(first, *tasks) == [[0], [2], [4]]
 
   run(test)
+
+
+@pytest.fixture
+def skip(monkeypatch):
+  """Lets so many seconds pass."""
+  real, skipped = time.monotonic, 0.0
+
+  def skip(seconds):
+    nonlocal skipped
+    skipped += seconds
+
+  monkeypatch.setattr(time, 'monotonic', lambda: real() + skipped)
+  return skip
+
+
+class Clients:
+  """Each asks again as soon as it is answered; no time passes but is skipped.
+
+  Args:
+    batcher: that answers.
+    worker: of it, with a turnstile.
+    skip: the fixture.
+    largest: items of a batch.
+  """
+
+  def __init__(self, batcher, worker, skip, largest):
+    self.batcher, self.worker, self._skip = batcher, worker, skip
+    self._largest, self._tasks = largest, {}
+
+  def start(self, *names):
+    for name in names:
+      self._tasks[name] = asyncio.create_task(self._ask(name))
+
+  def stop(self, *names):
+    for name in names or tuple(self._tasks):
+      self._tasks.pop(name).cancel()
+
+  async def _ask(self, name):
+    while True:
+      await self.batcher.answer('a', self._largest, [name], 1e9)
+
+  async def wait(self, batches, waiting):
+    """Until so many batches have begun, and so many items wait."""
+    for _ in range(5000):
+      found = len(self.worker.batches), len(self.batcher)
+      if found == (batches, waiting):
+        return
+      await asyncio.sleep(0.001)
+    pytest.fail(f'batches and items that wait: {found}, not {batches, waiting}')
+
+  async def turn(self, batches, waiting):
+    """Ends the last of so many batches once so many have waited for long."""
+    await self.wait(batches, waiting)
+    self._skip(2 * MOMENT)
+    self.worker.gate.release()
+
+
+def closed_loop(test, skip, largest):
+  """Runs a coroutine of clients in a closed loop."""
+
+  async def main(batcher, worker):
+    clients = Clients(batcher, worker, skip, largest)
+    try:
+      await test(clients)
+    finally:
+      clients.stop()
+
+  run(main, moment=MOMENT, gate=Turnstile(), seconds=1e9)
+
+
+@pytest.mark.parametrize(
+  ('ahead', 'behind', 'largest'),
+  [(1, 1, 8), (4, 4, 8), (1, 7, 8), (7, 1, 8), (2, 3, 64)],
+)
+def test_clients_in_a_closed_loop_end_up_in_one_batch(
+  skip, ahead, behind, largest
+):
+  first, second = [*range(ahead)], [*range(ahead, ahead + behind)]
+
+  async def test(clients):
+    clients.start(*first)
+    await clients.wait(0, ahead)
+    skip(MOMENT)
+    await clients.wait(1, 0)
+    clients.start(*second)
+    await clients.turn(1, behind)
+    await clients.turn(2, ahead)
+    await clients.turn(3, 0)
+    await clients.wait(4, 0)
+    batches = [sorted(items) for _, items in clients.worker.batches]
+    assert batches == [first, second, first + second, first + second]
+
+  closed_loop(test, skip, largest)
+
+
+def test_more_clients_than_a_batch_holds_fill_every_batch(skip):
+  async def test(clients):
+    clients.start(*range(7))
+    await clients.turn(1, 3)  # The first batch is full.
+    await clients.turn(2, 4)  # The second has who waited.
+    await clients.turn(3, 3)
+    await clients.turn(4, 3)
+    await clients.wait(5, 3)
+    sizes = [len(items) for _, items in clients.worker.batches]
+    assert sizes == [4, 3, 4, 4, 4]
+
+  closed_loop(test, skip, largest=4)
+
+
+def test_one_that_is_alone_waits_a_moment_at_first_and_then_not(skip):
+  async def test(clients):
+    clients.start(1)
+    await clients.wait(0, 1)
+    skip(0.5 * MOMENT)
+    await asyncio.sleep(0.01)
+    assert not clients.worker.batches
+    skip(0.5 * MOMENT)
+    await clients.wait(1, 0)
+    clients.worker.gate.release()
+    await clients.wait(1, 1)  # It came back, as none did before.
+    skip(MOMENT)
+    await clients.wait(2, 0)
+    for batches in (2, 3, 4):
+      clients.worker.gate.release()
+      await clients.wait(batches + 1, 0)
+
+  closed_loop(test, skip, largest=8)
+
+
+def test_who_comes_back_waits_one_moment_for_those_who_do_not(skip):
+  async def test(clients):
+    clients.start(1, 2, 3, 4)
+    await clients.turn(1, 0)
+    await clients.wait(2, 0)  # All of them came back.
+    clients.stop(2, 3, 4)
+    clients.worker.gate.release()
+    await clients.wait(2, 1)
+    skip(0.5 * MOMENT)
+    await asyncio.sleep(0.01)
+    assert len(clients.worker.batches) == 2
+    skip(0.5 * MOMENT)
+    await clients.wait(3, 0)
+
+  closed_loop(test, skip, largest=4)
+
+
+def test_what_waited_through_a_batch_of_strangers_goes_at_once(skip):
+  async def test(clients):
+    ask = clients.batcher.answer
+    first = asyncio.create_task(ask('a', 4, [1, 2, 3, 4], 1e9))
+    await clients.wait(1, 0)
+    second = asyncio.create_task(ask('a', 4, [5], 1e9))
+    await clients.turn(1, 1)
+    assert await first == [2, 4, 6, 8]
+    await clients.wait(2, 0)
+    clients.worker.gate.release()
+    assert await second == [10]
+
+  closed_loop(test, skip, largest=4)

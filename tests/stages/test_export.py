@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,9 +63,17 @@ def pretrained(root, world, family):
   return own, found
 
 
+def trained_to(folder, stage, thinking):
+  """Makes a folder look as if that stage had trained it to answer so."""
+  tiny_world.finish(folder, stage)
+  run = json.loads((folder / 'config.json').read_text())
+  run['config'][stage]['thinking'] = thinking
+  (folder / 'config.json').write_text(json.dumps(run))
+
+
 def run(own, found, workdir):
   workdir.mkdir(exist_ok=True)
-  names = ('slates', 'tokenizer', 'backbone', 'rl')
+  names = ('slates', 'tokenizer', 'backbone', own.export.start)
   return export.run(own, {name: found[name] for name in names}, workdir)
 
 
@@ -271,6 +280,7 @@ def test_results_say_what_the_checkpoint_is(exported):
   files = (exported.workdir / export.GRAMMARS).iterdir()
   assert {file.name for file in files} == {f'{n}.ebnf' for n in range(1, 6)}
   assert results['permutations_up_to'] == 5
+  assert results['thinking'] is True
   json.loads(artifacts.dumps(results))
 
 
@@ -312,21 +322,39 @@ def test_a_stretched_context_is_as_much_longer(world, tmp_path):
 
 def test_half_precision_in_parts_and_an_answer_at_once(world, tmp_path):
   own = tiny_world.config(
-    export__dtype='BF16', export__max_shard_bytes=4000, export__thinking=False
+    export__dtype='BF16',
+    export__max_shard_bytes=4000,
+    export__start='internalize',
   )
-  results = run(own, world, tmp_path)
-  folder = tmp_path / export.CHECKPOINT
+  start, workdir = tmp_path / 'internalize', tmp_path / 'export'
+  shutil.copytree(world['rl'], start)
+  trained_to(start, 'internalize', thinking=False)
+  results = run(own, world | {'internalize': start}, workdir)
+  assert results['thinking'] is False
+  folder = workdir / export.CHECKPOINT
   files = sorted(folder.glob('model-*.safetensors'))
   assert results['weight_files'] == len(files) > 1
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
   assert theirs.dtype == torch.bfloat16
-  example = json.loads((tmp_path / export.EXAMPLE).read_text())
+  example = json.loads((workdir / export.EXAMPLE).read_text())
   assert example['prompt']['text'].endswith('<answer>')
   assert re.fullmatch(r'(<slot\d>){5}</s>', example['answer']['text'])
   assert example['max_tokens'] == len(example['answer']['ids'])
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  grammar = under(tmp_path, 5, theirs, tokenizer)
+  grammar = under(workdir, 5, theirs, tokenizer)
   assert write_under(grammar, theirs, example) == example['answer']['ids']
+
+
+@pytest.mark.parametrize('trained', [True, False])
+def test_it_reasons_as_it_was_trained_or_as_it_is_told(tmp_path, trained):
+  trained_to(tmp_path, 'rl', trained)
+
+  def thinks(**changes):
+    return export._thinks(tiny_world.config(**changes).export, tmp_path)
+
+  assert thinks() is trained
+  assert thinks(export__thinking=True) is True
+  assert thinks(export__thinking=False) is False
 
 
 def test_an_unknown_type_is_refused_before_anything_is_written(world, tmp_path):

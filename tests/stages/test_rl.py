@@ -255,7 +255,7 @@ def test_five_hundred_steps_are_compiled_once(world, tmp_path, monkeypatch):
   spy = Spy(monkeypatch)
   config = tiny_world.config(
     **OFTEN_FLAT | {'rl__refill_size': 2, 'rl__refills': 1}, rl__batch_size=4,
-    rl__group_size=2, rl__steps=500, rl__eval_every=500,
+    rl__group_size=4, rl__steps=500, rl__eval_every=500,
   )  # fmt: skip
   rl.run(config, tiny_world.inputs(world, 'rl'), tmp_path)
   rows = steps_of(tmp_path)

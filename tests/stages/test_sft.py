@@ -52,11 +52,12 @@ def test_a_trace_is_learned_with_and_without_its_reasoning(
     np.testing.assert_array_equal(
       grades[slots], slate['grades'][trace['ranking']]
     )
-    own = 0.0 if rank_by == 'readout' else 1.0
-    l_r = tiny_world.config().sft.reasoning_weight
-    weights = [0.0, *[l_r] * (n + 1), *[own] * 5, 1.0]
+    sft = tiny_world.config().sft
+    l_r, l_o = sft.reasoning_weight, sft.ranking_weight
+    own = 0.0 if rank_by == 'readout' else l_o
+    weights = [0.0, *[l_r] * (n + 1), *[own] * 5, l_o]
     np.testing.assert_allclose(row['weights'][0, : n + 8], weights)
-    np.testing.assert_allclose(row['weights'][1, :7], [0, *[own] * 5, 1])
+    np.testing.assert_allclose(row['weights'][1, :7], [0, *[own] * 5, l_o])
     assert not row['weights'][0, n + 8 :].any()
     assert not row['weights'][1, 7:].any()
     by_readout = rank_by == 'readout'

@@ -74,6 +74,17 @@ def fit(setup):
   return run
 
 
+def test_a_data_set_is_made_of_the_rows_of_this_process(setup, monkeypatch):
+  whole = batches.dataset(range(12), render, 4, seed=3)
+  own = training.dataset(setup, range(12), render, 4, seed=3)
+  monkeypatch.setattr(sharding, 'own_rows', lambda *_: np.array([1, 3]))
+  half = training.dataset(setup, range(12), render, 4, seed=3)
+  for i in range(6):
+    for name, rows in whole[i].items():
+      np.testing.assert_array_equal(own[i][name], rows)
+      np.testing.assert_array_equal(half[i][name], rows[[1, 3]])
+
+
 def record(workdir, setup):
   """(parameters, last state, the record beside it)."""
   with sharding.activate(setup.mesh):
