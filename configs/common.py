@@ -173,22 +173,24 @@ RECIPES = dict.fromkeys(('smollm2_135m', *QWEN3), PRETRAINED)
 
 # Contexts that are worth compressing: what of each item is known, in words
 # too. Policies learn from contexts of which parts are left out, and so can
-# read what is left of any.
+# read what is left of any; and mostly from what a short prompt has, which costs
+# a fifth of a whole one and teaches to write a ranking sooner.
+BRIEF = 'last:4+history:sid+candidates:sid,evidence'
 LONG = {
   'prompt.history_fields': ('sid', 'title', 'categories', 'grade', 'age'),
   'prompt.fields': ('sid', 'title', 'categories', 'evidence'),
   'prompt.title_tokens': 4,
   'prompt.num_memory': 64,
-  'midtrain.context': 'last:4+history:sid+candidates:sid,evidence',
-  'sft.contexts': ('dropped:240',) * 3 + ('full',),
+  'midtrain.context': BRIEF,
+  'sft.contexts': (BRIEF,) * 6 + ('dropped:240',) * 3 + ('full',),
 }
 LONG_SIZES = {
   'data.history': 50,
   'prompt.history': 50,
   'data.max_slates_train': 40,
   'data.max_slates_eval': 15,
-  'sft.steps': 3200,
   'sft.batch_size': 8,
+  'sft.eval_every': 500,
   'rl.batch_size': 8,
   'rl.refill_size': 8,
   'evaluate.batch_size': 32,
