@@ -13,10 +13,10 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `midtrain`."""
   config = common.training(
-    steps=10 if test else 300,
-    batch_size=16,
+    steps=10 if test else 1500,
+    batch_size=16 if test else 8,
     learning_rate=2e-3,
-    eval_every=5 if test else 150,
+    eval_every=5 if test else 500,
   )
   config.mixture = mixture()
   config.text_file = ''  # general text, a document a line, or .jsonl of `text`
@@ -40,9 +40,9 @@ def mixture() -> ConfigDict:
   2606.31984). Where one is left out, its share goes to all.
   """
   config = ConfigDict()
-  config.pointing = 0.4  # candidates sorted by a named evidence column
-  config.sequence = 0.395  # semantic IDs in the order of engagement
-  config.persona = 0.146  # a history <-> its user in words
-  config.caption = 0.029  # semantic ID <-> title, categories
-  config.text = 0.03  # general text; left out where there is no text_file
+  config.pointing = 0.7  # candidates sorted by a named evidence column
+  config.sequence = 0.197  # semantic IDs in the order of engagement
+  config.persona = 0.073  # a history <-> its user in words
+  config.caption = 0.015  # semantic ID <-> title, categories
+  config.text = 0.015  # general text; left out where there is no text_file
   return config
