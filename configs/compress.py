@@ -1,4 +1,4 @@
-"""Stage `compress`: contexts in a tenth of their tokens."""
+"""Stage `compress`: contexts in a fifth of their tokens."""
 
 from ml_collections import ConfigDict
 
@@ -20,7 +20,7 @@ def section(test: bool = False) -> ConfigDict:
   config.eval_batch_size = 32  # of them at a time
   # The ranker that reads, from whose parameters it starts: sft opd rl.
   config.start = 'sft'
-  config.keep = 0.1  # share of a context's tokens that is left
+  config.keep = 0.2  # share of an average context's tokens that is left
   config.keeps = (0.05, 0.1, 0.2)  # shares that are learned
   config.slack = 1  # tokens by which a candidate's line may differ from others
   config.imitate = common.training(

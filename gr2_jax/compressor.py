@@ -16,7 +16,7 @@ K candidates.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,8 @@ from gr2_jax import (
 )
 from gr2_jax.data import prompts, vocabulary
 from gr2_jax.ops import advantages, compression, losses, masking
+
+_COUNTED = 512  # training contexts of which an average one's tokens are known
 
 
 def of(setup: policy.Setup, slack: int) -> policy.Setup:
@@ -67,20 +69,44 @@ def grammar(prompter: prompts.Prompter, slack: int) -> grammars.Extraction:
   )
 
 
+def budgets(setup: policy.Setup, keeps: Collection[float]) -> dict[float, int]:
+  """How many tokens a share of the context is.
+
+  The share is of an average context of the training slates, so that a slate
+  costs its readers the same whether its user is known for long or not.
+
+  Args:
+    setup: of `of`.
+    keeps: shares.
+
+  Returns:
+    Share -> tokens of a compression at most, <eos> included.
+  """
+  slates, p = setup.source('train'), setup.prompter
+  few = np.linspace(0, len(slates) - 1, _COUNTED).astype(int)
+  orders = (np.arange(int(slates[i]['count'])) for i in few)
+  mean = np.mean(
+    [
+      context_tokens(p, p.prompt(slates[i], order)['prompt'])
+      for i, order in zip(few, orders, strict=True)
+    ]
+  )
+  return {keep: int(keep * mean) for keep in keeps}
+
+
 def sampler(
   setup: policy.Setup,
-  keep: float,
+  budgets: Mapping[float, int],
   *,
   group: int = 1,
   temperature: float = 0.0,
   constrained: bool = True,
 ) -> sampling.SamplingConfig:
-  """A sampler with room for that share of the longest context."""
-  p = setup.prompter
-  least = setup.grammar.least(p.num_candidates)
+  """A sampler with room for the largest budget, and for every slate's marks."""
+  least = setup.grammar.least(setup.prompter.num_candidates)
   return sampling.SamplingConfig(
     group=group,
-    max_tokens=max(int(keep * p.prompt_tokens), least),
+    max_tokens=max(least, *budgets.values()),
     temperature=temperature,
     constrained=constrained,
   )
@@ -105,7 +131,7 @@ def context_tokens(prompter: prompts.Prompter, ids: np.ndarray) -> int:
 
 def requests(
   prompter: prompts.Prompter,
-  keeps: tuple[float, ...],
+  budgets: Mapping[float, int],
   order: str,
   remote: bool = False,
 ) -> Callable[..., dict[str, np.ndarray]]:
@@ -113,25 +139,27 @@ def requests(
 
   Args:
     prompter: of the data set.
-    keeps: shares of the tokens, one drawn for each prompt.
+    budgets: share of the tokens -> how many; one is drawn for each prompt.
     order: in which candidates are shown, of `prompts.ORDERS`.
     remote: whether a judge in words is to read of the slates.
 
   Returns:
     `(slate, rng) -> dict`, the fields of `batches.requests` and `budget` and
-    `whole`, tokens of a compression at most and of the context.
+    `whole`, tokens of a compression at most and of the context. A copy is over
+    any budget.
   """
+  keeps = tuple(budgets)
 
   def render(slate, rng):
     shown = prompts.presentation(int(slate['count']), order, rng)
     row = prompter.prompt(slate, shown, rng)
-    keep = float(keeps[int(rng.integers(len(keeps)))])
+    keep = keeps[int(rng.integers(len(keeps)))]
     whole = context_tokens(prompter, row['prompt'])
     ids = [*row['prompt'], *prompter.ask('<compress>', keep=keep)]
     return row | {
       'prompt': prompts.pad(ids, prompter.prompt_tokens + 1, 'prompt'),
       'prompt_length': np.int32(len(ids)),
-      'budget': np.int32(keep * whole),
+      'budget': np.int32(min(budgets[keep], whole - 1)),
       'whole': np.int32(whole),
       **(compressor_judge.told(slate) if remote else {}),
     }

@@ -7,7 +7,7 @@ Axes: n slates, K candidates, T compression tokens.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ def make_write(
   ranker: Any,
   config,
   stage,
-  keep: float,
+  budgets: Mapping[float, int],
   remote: compressor_judge.Remote | None = None,
 ) -> Callable[..., Iterator[Written]]:
   """How slates are compressed greedily, a batch after another.
@@ -59,7 +59,7 @@ def make_write(
     ranker: parameters of the ranker that judges.
     config: section prompt.
     stage: section `compress`.
-    keep: share of the tokens.
+    budgets: of `compressor.budgets`, of the one share that is asked for.
     remote: who judges in the ranker's place, if any.
 
   Returns:
@@ -67,9 +67,9 @@ def make_write(
     function of (seed, index), and an empty `desc` shows no progress.
   """
   render = compressor.requests(
-    setup.prompter, (keep,), config.prompt.order, remote is not None
+    setup.prompter, budgets, config.prompt.order, remote is not None
   )
-  greedy = compressor.sampler(setup, keep, constrained=stage.constrained)
+  greedy = compressor.sampler(setup, budgets, constrained=stage.constrained)
 
   def tell(
     rows, drawn: compressor_judge.Drawn, judged: compressor_judge.Judgement

@@ -23,6 +23,7 @@ from . import chat_server, tiny, tiny_data, tiny_world
 from .chat_server import Answer, completion
 
 P, G = 4, 3
+BUDGETS = {0.4: 16, 0.5: 20}  # tokens, of contexts of some forty
 UNREADABLE = 4  # one text in so many gets no readable answer
 
 
@@ -62,8 +63,8 @@ def world_(reader):
   """Setup, parameters of ranker and policy, sampler, rows."""
   stage = config().compress
   setup = compressor.of(reader, stage.slack)
-  sampler = compressor.sampler(setup, 0.5, group=G, temperature=1.0)
-  render = compressor.requests(setup.prompter, (0.4, 0.5), 'shuffled', True)
+  sampler = compressor.sampler(setup, BUDGETS, group=G, temperature=1.0)
+  render = compressor.requests(setup.prompter, BUDGETS, 'shuffled', True)
   made = [
     render(tiny_data.slate(seed, 3 + seed % 3), np.random.default_rng(seed))
     for seed in range(P)
@@ -196,7 +197,7 @@ def test_what_is_learned_is_the_advantage_of_the_marks(
 def test_of_what_earns_nothing_nobody_is_asked(reader, world_, tmp_path):
   setup, ranker, params, _, rows = world_
   free = compressor.sampler(
-    setup, 0.5, group=G, temperature=1.0, constrained=False
+    setup, BUDGETS, group=G, temperature=1.0, constrained=False
   )
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
@@ -219,9 +220,9 @@ def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
     with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
       parts, plain = (
         list(
-          context_writer.make_write(setup, ranker, own, own.compress, 0.5, who)(
-            params, slates, 0
-          )
+          context_writer.make_write(
+            setup, ranker, own, own.compress, {0.5: 20}, who
+          )(params, slates, 0)
         )
         for who in (judge, None)
       )

@@ -1,4 +1,4 @@
-"""Compress: a policy that rewrites contexts into a tenth of their tokens.
+"""Compress: a policy that rewrites contexts into a fifth of their tokens.
 
 It starts from the parameters of the ranker that is to read it. First it
 imitates compressions by rule, of every length that it may be asked for: of
@@ -16,6 +16,7 @@ import functools
 import json
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -131,22 +132,28 @@ def _run(
   setup = compressor.of(reader, stage.slack)
   ranks = reader.load_params(inputs[stage.start])
   make_write = functools.partial(
-    context_writer.make_write, setup, ranks, config, stage, stage.keep
+    context_writer.make_write,
+    setup,
+    ranks,
+    config,
+    stage,
+    compressor.budgets(setup, (stage.keep,)),
   )
   write = make_write(judge)
   validate = validator(stage, setup, write)
+  budgets = compressor.budgets(setup, stage.keeps)
 
   # Imitation.
   imitation = workdir / IMITATION
   if not cluster.told((imitation / 'done.json').exists()):
-    found = _imitate(config, inputs, imitation, setup, ranks, validate)
+    found = _imitate(config, inputs, imitation, setup, budgets, ranks, validate)
     if cluster.leads():
       (imitation / 'done.json').write_text(json.dumps(found))
 
   # RL.
   sample = compressor.sampler(
     setup,
-    max(stage.keeps),
+    budgets,
     group=stage.group_size,
     temperature=stage.temperature,
     constrained=stage.constrained,
@@ -159,7 +166,7 @@ def _run(
     setup,
     render=compressor.requests(
       setup.prompter,
-      tuple(stage.keeps),
+      budgets,
       config.prompt.order,
       remote=judge is not None,
     ),
@@ -213,7 +220,9 @@ def check(stage) -> None:
     )
 
 
-def _imitate(config, inputs, workdir: pathlib.Path, setup, ranks, validate):
+def _imitate(
+  config, inputs, workdir: pathlib.Path, setup, budgets, ranks, validate
+):
   """Learns compressions by rule, of several the best; see `extracts`."""
   stage = config.compress
   weights = extracts.telling(
@@ -222,14 +231,14 @@ def _imitate(config, inputs, workdir: pathlib.Path, setup, ranks, validate):
   data = training.dataset(
     setup,
     setup.source('train'),
-    imitation_renderer(setup, config, weights),
+    imitation_renderer(setup, config, budgets, weights),
     stage.imitate.batch_size,
     config.seed,
   )
   iterator = batches.iterate(data)
   optimizer = learner.make_optimizer(stage.imitate)
   sample = compressor.sampler(
-    setup, max(stage.keeps), temperature=1.0, constrained=stage.constrained
+    setup, budgets, temperature=1.0, constrained=stage.constrained
   )
   update = learner.make_update(
     setup.adapters.wrap(compressor.imitation_loss(setup, sample, stage)),
@@ -256,12 +265,18 @@ def _imitate(config, inputs, workdir: pathlib.Path, setup, ranks, validate):
   )
 
 
-def imitation_renderer(setup: policy.Setup, config, weights_E: np.ndarray):
+def imitation_renderer(
+  setup: policy.Setup,
+  config,
+  budgets: Mapping[float, int],
+  weights_E: np.ndarray,
+):
   """`(slate, rng) -> row` of `compressor.requests`, with answers by rule.
 
   Args:
     setup: of `compressor.of`.
     config: sections prompt and compress.
+    budgets: of `compressor.budgets`.
     weights_E: of `extracts.telling`.
 
   Returns:
@@ -269,8 +284,8 @@ def imitation_renderer(setup: policy.Setup, config, weights_E: np.ndarray):
     which the best is to be imitated.
   """
   stage, prompter = config.compress, setup.prompter
-  ask = compressor.requests(prompter, tuple(stage.keeps), config.prompt.order)
-  room = compressor.sampler(setup, max(stage.keeps)).max_tokens
+  ask = compressor.requests(prompter, budgets, config.prompt.order)
+  room = compressor.sampler(setup, budgets).max_tokens
 
   def render(slate, rng):
     row = ask(slate, rng)

@@ -256,7 +256,10 @@ def _write(config, whole, params, source, home, keep, slates):
   """Contexts of the slates, by the compressor, at a share of the tokens."""
   stage = config.compress
   writer = compressor.of(whole, stage.slack)
-  write = context_writer.make_write(writer, params(source), config, stage, keep)
+  budgets = compressor.budgets(writer, (keep,))
+  write = context_writer.make_write(
+    writer, params(source), config, stage, budgets
+  )
   parts = write(
     params(home), slates, config.seeds[0], f'compress to {keep:.0%}'
   )

@@ -193,11 +193,11 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
   tiny.assert_trees_equal(one, two)
 
 
-def judged(world, setup, tokens_of, budget=None):
+def judged(setup, tokens_of, budget=None):
   """The judgement of completions made from the rows by hand."""
   stage = tiny_world.config(compress__judge_by='labels').compress
   own = compressor.of(setup, stage.slack)
-  render = compressor.requests(own.prompter, (0.9,), 'shuffled')
+  render = compressor.requests(own.prompter, {0.9: 10**6}, 'shuffled')
   slates = own.source('train')
   rows = [render(slates[i], np.random.default_rng(i)) for i in range(4)]
   T = own.prompter.prompt_tokens + 4
@@ -222,8 +222,28 @@ def judged(world, setup, tokens_of, budget=None):
     return compressor_judge.pay(drawn, found, stage.compression_weight)
 
   with sharding.activate(setup.mesh):
-    found = judge(setup.load_params(world['sft']), stacked, rollouts)
+    found = judge(tiny.params(setup.model), stacked, rollouts)
   return jax.device_get(found)
+
+
+def test_a_budget_is_a_share_of_an_average_context_and_below_the_whole(setup):
+  own = compressor.of(setup, 1)
+  slates, p = own.source('train'), own.prompter
+  whole = [
+    compressor.context_tokens(
+      p, p.prompt(slates[i], np.arange(slates[i]['count']))['prompt']
+    )
+    for i in range(len(slates))
+  ]
+  found = compressor.budgets(own, (0.3, 0.5, 0.95))
+  assert list(found) == [0.3, 0.5, 0.95]
+  for keep, tokens in found.items():
+    assert abs(tokens - keep * np.mean(whole)) < 1 + 0.05 * np.std(whole)
+    render = compressor.requests(p, {keep: tokens}, 'shuffled')
+    for i in range(8):
+      row = render(slates[i], np.random.default_rng(i))
+      assert row['budget'] == min(tokens, whole[i] - 1)
+      assert row['whole'] == whole[i]
 
 
 def blocks(setup, row):
@@ -287,16 +307,16 @@ def one_line(setup, row):
     (lambda setup, row: marks_alone(setup, row)[:-1], 'cut_off'),
   ],
 )
-def test_cheats_earn_nothing(world, setup, cheat, verdict):
-  found = judged(world, setup, cheat)
+def test_cheats_earn_nothing(setup, cheat, verdict):
+  found = judged(setup, cheat)
   code = compression.VERDICTS.index(verdict)
   assert (found.verdict == code).all()
   assert (found.reward == 0).all()
 
 
-def test_the_ranker_reads_what_was_written(world, setup):
+def test_the_ranker_reads_what_was_written(setup):
   """A copy, where it is allowed, is read as the whole prompt is."""
-  found = judged(world, setup, copied, budget=1000)
+  found = judged(setup, copied, budget=1000)
   assert (found.verdict == compression.VALID).all()
   np.testing.assert_allclose(found.kept, 1, atol=1e-6)
   np.testing.assert_allclose(found.preservation, 1)
@@ -304,7 +324,7 @@ def test_the_ranker_reads_what_was_written(world, setup):
   source = setup.source('train')
   rows = [render(source[i], np.random.default_rng(i)) for i in range(4)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
-  params = setup.load_params(world['sft'])
+  params = tiny.params(setup.model)
   with sharding.activate(setup.mesh):
     hidden, _ = transformer.encode_prompt(
       setup.model, params, rows['prompt'], rows['prompt_length']
@@ -315,7 +335,7 @@ def test_the_ranker_reads_what_was_written(world, setup):
   )
   np.testing.assert_allclose(found.ranking, wanted.ranking, atol=1e-5)
   np.testing.assert_array_equal(found.solvable, wanted.solvable)
-  bare = judged(world, setup, marks_alone)
+  bare = judged(setup, marks_alone)
   assert (bare.verdict == compression.VALID).all()
   assert (bare.preservation == 0).all()
   assert (bare.kept < found.kept).all()
@@ -332,7 +352,10 @@ def test_what_cannot_be_compressed_stays_whole_and_is_counted(
   config = tiny_world.config(compress__constrained=constrained)
   own = compressor.of(setup, config.compress.slack)
   params = setup.load_params(world['sft'])
-  write = context_writer.make_write(own, params, config, config.compress, keep)
+  budgets = compressor.budgets(own, (keep,))
+  write = context_writer.make_write(
+    own, params, config, config.compress, budgets
+  )
   slates = ranker.Chosen(setup.source('train'), np.arange(9))
   stored = list(context_writer.store(setup, slates, write(params, slates, 0)))
   report = compressions.report(stored)
