@@ -42,7 +42,7 @@ def keep_freed_memory() -> bool:
   Returns:
     Whether it was done: the libc is glibc, and nothing was set.
   """
-  told = [n for n in os.environ if n.startswith(('MALLOC_', 'GLIBC_TUNABLES'))]
+  told = any(n.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for n in os.environ)
   if told or platform.libc_ver()[0] != 'glibc':
     return False
   settings = (
