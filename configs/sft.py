@@ -13,10 +13,10 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `sft`."""
   config = common.training(
-    steps=10 if test else 2000,
+    steps=10 if test else 4000,
     batch_size=16 if test else 8,
     learning_rate=2e-3,
-    eval_every=5 if test else 500,
+    eval_every=5 if test else 1000,
   )
   config.update(common.validation(test))
   config.rank_by = 'readout'  # readout, or trace: the teacher's order
