@@ -175,7 +175,7 @@ RECIPES = dict.fromkeys(('smollm2_135m', *QWEN3), PRETRAINED)
 # Contexts that are worth compressing: what of each item is known, in words
 # too. Policies learn from contexts of which parts are left out, and so can
 # read what is left of any; and mostly from what a short prompt has, which costs
-# a fifth of a whole one and teaches to write a ranking sooner.
+# a quarter of a whole one and teaches to write a ranking sooner.
 BRIEF = 'last:4+history:sid+candidates:sid,evidence'
 LONG = {
   'prompt.history_fields': ('sid', 'title', 'categories', 'grade', 'age'),

@@ -131,17 +131,14 @@ def _run(
   stage = config.compress
   setup = compressor.of(reader, stage.slack)
   ranks = reader.load_params(inputs[stage.start])
+  known = compressor.budgets(setup, (*stage.keeps, stage.keep))
+  budgets = {keep: known[keep] for keep in stage.keeps}
+  asked = {stage.keep: known[stage.keep]}
   make_write = functools.partial(
-    context_writer.make_write,
-    setup,
-    ranks,
-    config,
-    stage,
-    compressor.budgets(setup, (stage.keep,)),
+    context_writer.make_write, setup, ranks, config, stage, asked
   )
   write = make_write(judge)
   validate = validator(stage, setup, write)
-  budgets = compressor.budgets(setup, stage.keeps)
 
   # Imitation.
   imitation = workdir / IMITATION
