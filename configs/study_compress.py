@@ -34,8 +34,10 @@ def section(test: bool = False) -> ConfigDict:
     'random:0.05',
   )
   config.keeps = (0.05, 0.1, 0.2)  # shares that the compressor is asked for
-  # Forms with memory tokens; a policy each, distilled from the whole context.
-  config.memories = (
+  # Forms for which a policy each is distilled from the whole context; text is
+  # what the compressor wrote at `compress.keep`.
+  config.distilled = (
+    'text',
     'memory:4+candidates:evidence',
     'memory:16+candidates:evidence',
     'memory:64+candidates:evidence',
@@ -46,7 +48,7 @@ def section(test: bool = False) -> ConfigDict:
   config.resamples = 200 if test else 2000  # of the bootstrap
   if test:
     config.forms, config.keeps = config.forms[2:6:3], (0.1,)
-    config.memories = config.memories[1:2]
+    config.distilled = config.distilled[:3:2]
   return config
 
 

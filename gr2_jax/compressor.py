@@ -317,7 +317,7 @@ def make_judged(
     setup: of `of`.
     config: how to roll out.
     stage: section `compress`.
-    ranker: parameters of the ranker.
+    ranker: parameters of the ranker; None where nobody judges.
     remote: who judges in its place, if any.
     use: `(rows, Drawn, Judgement) -> result`; pure.
 
@@ -332,7 +332,11 @@ def make_judged(
     )
 
   if remote is None:
-    read = compressor_judge.make_ranker(setup, symbols(setup.vocabulary), stage)
+    read = compressor_judge.nobody
+    if ranker is not None:
+      read = compressor_judge.make_ranker(
+        setup, symbols(setup.vocabulary), stage
+      )
 
     @jax.jit
     def whole(ranker, params, rows, key):

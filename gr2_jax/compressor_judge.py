@@ -155,6 +155,13 @@ def make_ranker(
   return judge
 
 
+def nobody(ranker, rows, rollouts, preservation) -> compression.Judged:
+  """What is known where nobody judges: no mark, as of `make_ranker`."""
+  del ranker, rows, rollouts
+  nothing = jnp.zeros_like(preservation)
+  return compression.Judged(nothing > 0, nothing, nothing + jnp.nan)
+
+
 def told(slate: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Fields of a prompt's row that `Remote` needs; no label is among them."""
   return {_PREFIX + name: slate[name] for name in _TOLD}

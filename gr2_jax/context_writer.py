@@ -1,6 +1,6 @@
 """Contexts written by a trained compressor, slate after slate, to be kept.
 
-Greedy, and judged on the way. A context that cannot be compressed, or of which
+Greedy, and judged on the way where someone judges. A context that cannot be compressed, or of which
 nothing valid was written, stays whole, and the record says why.
 
 Axes: n slates, K candidates, T compression tokens.
@@ -56,7 +56,7 @@ def make_write(
 
   Args:
     setup: of `compressor.of`.
-    ranker: parameters of the ranker that judges.
+    ranker: parameters of the ranker that judges; None where nobody does.
     config: section prompt.
     stage: section `compress`.
     budgets: of `compressor.budgets`, of the one share that is asked for.

@@ -231,8 +231,10 @@ class Prompter:
     """
     count, K = int(slate['count']), self.num_candidates
     ids, slots = list(self.opening), np.zeros(K, np.int32)
-    words, told = self.vocabulary, slate.get('written')
-    if told is None:
+    words = self.vocabulary
+    if self.context.text:
+      told = slate['written']
+    else:
       told = self.context.reduce(self.lines(slate), rng)
     for block in self.layout:
       ids.append(words.control[f'<{block}>'])

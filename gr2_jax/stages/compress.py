@@ -48,7 +48,7 @@ from gr2_jax.data import slates as slates_lib
 from gr2_jax.stages import on_policy, remote, training
 
 IMITATION = 'imitation'
-JUDGED = 'judged.npz'
+JUDGED, MARKS = 'validation', 'judged.npz'  # the split whose marks are kept
 
 
 def run(
@@ -134,10 +134,7 @@ def _run(
   known = compressor.budgets(setup, (*stage.keeps, stage.keep))
   budgets = {keep: known[keep] for keep in stage.keeps}
   asked = {stage.keep: known[stage.keep]}
-  make_write = functools.partial(
-    context_writer.make_write, setup, ranks, config, stage, asked
-  )
-  write = make_write(judge)
+  write = context_writer.make_write(setup, ranks, config, stage, asked, judge)
   validate = validator(stage, setup, write)
 
   # Imitation.
@@ -174,12 +171,12 @@ def _run(
     teacher=distillation.itself(setup, start) if stage.kl_weight else None,
   )
 
-  # Write. What a judge in words says is asked for where `_honesty` reads it.
+  # Write. What is written is judged where `_honesty` reads it.
   params = setup.load_params(workdir)
-  unasked = make_write() if judge else write
+  unjudged = context_writer.make_write(setup, None, config, stage, asked)
   splits = {}
-  for split in ('train', 'validation', 'test'):
-    own = write if split == 'validation' else unasked
+  for split in ('train', JUDGED, 'test'):
+    own = write if split == JUDGED else unjudged
     splits[split] = _write(
       config, workdir, split, reader, functools.partial(own, params)
     )
@@ -333,7 +330,7 @@ def _joined(
 def _write(
   config, workdir: pathlib.Path, split: str, reader: policy.Setup, write
 ) -> dict[str, Any]:
-  """Writes a split's contexts, and what the judge made of each.
+  """Writes a split's contexts, and of one what the judge made of each.
 
   Args:
     config: section compress; seed.
@@ -363,7 +360,8 @@ def _write(
   found = compressions.report(stored)
   if cluster.leads():
     records.write(path, stored)
-    np.savez(path.with_name(f'{split}-{JUDGED}'), **_joined(judged)._asdict())
+    if split == JUDGED:
+      np.savez(workdir / MARKS, **_joined(judged)._asdict())
     noted.write_text(artifacts.dumps(found))
   return found
 
@@ -381,13 +379,13 @@ def _honesty(config, workdir, reader: policy.Setup, ranks, longest: int):
     with its `change` from that after the whole.
   """
   stage = config.compress
-  labels = slates_lib.read(reader.slates, 'validation')
+  labels = slates_lib.read(reader.slates, JUDGED)
 
   def ranked(setup: policy.Setup) -> np.ndarray:
     found = ranker.rank(
       setup,
       ranks,
-      setup.source('validation'),
+      setup.source(JUDGED),
       thinking=False,
       order=config.prompt.order,
       batch_size=stage.eval_batch_size,
@@ -399,7 +397,7 @@ def _honesty(config, workdir, reader: policy.Setup, ranks, longest: int):
   whole = ranked(reader)
   written = ranked(reader.reading_written(workdir, longest))
   names = ('preservation', 'ranking', 'judge', 'reward')
-  with np.load(workdir / f'validation-{JUDGED}') as judged:
+  with np.load(workdir / MARKS) as judged:
     numbers = {name: judged[name] for name in names}
   return {
     'n@5': {'whole': float(whole.mean()), 'compressed': float(written.mean())},

@@ -1,10 +1,11 @@
 """Study: how much of a context a ranker needs, and which.
 
 One ranker, which learned from contexts of which parts were left out, reads the
-test slates in every form: whole, cut by rule, thinned by chance, as the
-compressor wrote them, and through memory tokens. Against the whole context,
-each form keeps so many tokens and loses so much of N@5 and R@1; two one-sided
-tests say whether that is less than a margin.
+test slates in every form: whole, cut by rule, thinned by chance, and as the
+compressor wrote them. For some forms, those with memory tokens among them, a
+policy of their own is distilled from that ranker's answers to the whole.
+Against the whole context, each form keeps so many tokens and loses so much of
+N@5 and R@1; two one-sided tests say whether that is less than a margin.
 
 Axes: S seeds, n slates, K candidates.
 """
@@ -31,10 +32,10 @@ from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import statistics
 
 TABLE, FIGURE = 'compress.md', 'compress.png'
-WHOLE = 'full'
+WHOLE, WRITTEN = 'full', 'text'  # forms of `contexts.parse`
 # Whose order, and what of it.
 MEASURES = ('generated n@5', 'generated r@1', 'readout n@5')
-KINDS = ('cut by rule', 'random', 'compressor', 'memory')
+KINDS = ('cut by rule', 'random', 'compressor', 'distilled')
 SHOWN = ('N@5', 'R@1', 'read-out N@5')
 
 
@@ -145,28 +146,44 @@ def _forms(
   plan = artifacts.plan(config, 'compress', seed)
   inputs = {k: a.directory(root) for k, a in plan.inputs.items()}
   whole = policy.load(config, inputs)
-  params = functools.cache(whole.load_params)
+  chosen = _slates(config, workdir)[1]
   read = functools.partial(_read, config, workdir, whole)
+
+  def plain(form: str):
+    return whole.reading(form), ranker.Chosen(whole.source('test'), chosen)
+
+  def written():
+    longest = artifacts.read_results(home)['longest']
+    setup = whole.reading_written(home, longest)
+    return setup, ranker.Chosen(setup.source('test'), chosen)
+
   found = {
     form: functools.partial(
-      read, form, whole.reading(form), params, inputs[start]
+      read, form, functools.partial(plain, form), inputs[start]
     )
     for form in (WHOLE, *stage.forms)
   }
   for keep in stage.keeps:
+    form = written
+    if keep != config.compress.keep:
+      form = functools.partial(
+        _write, config, whole, home, keep, plain(WHOLE)[1]
+      )
     found[f'compressor, {keep:.0%}'] = functools.partial(
-      read, f'text-{keep}', None, params, inputs[start], home, keep
+      read, f'{home.name}-{keep}', form, inputs[start]
     )
-  for form in stage.memories:
-    own = _memory(config, form)
+  for form in stage.distilled:
+    own = _distilled(config, form)
     trained = artifacts.run_stage(own, 'opd', root, seed)
-    found[form] = functools.partial(
-      read, form, whole.reading(form), params, trained
+    text = form == WRITTEN
+    name = f'compressor, {config.compress.keep:.0%}' if text else form
+    found[f'{name}, {KINDS[-1]}'] = functools.partial(
+      read, form, written if text else functools.partial(plain, form), trained
     )
   return found
 
 
-def _memory(
+def _distilled(
   config: ml_collections.ConfigDict, form: str
 ) -> ml_collections.ConfigDict:
   """A run of `opd` whose student reads a form and whose teacher the whole."""
@@ -191,23 +208,29 @@ def _read(
   workdir: pathlib.Path,
   whole: policy.Setup,
   name: str,
-  setup: policy.Setup | None,
-  params,
+  form: Callable[[], tuple[policy.Setup, Any]],
   source: pathlib.Path,
-  home: pathlib.Path | None = None,
-  keep: float = 1.0,
 ) -> _Read:
-  """Reads the slates in a form, or finds what was made of them before."""
+  """Reads the slates in a form, or finds what was made of them before.
+
+  Args:
+    config: see `run`.
+    workdir: likewise.
+    whole: the setup that reads the whole context.
+    name: of the form, and of the file.
+    form: gives the setup that reads it, and the slates.
+    source: artifact of the policy that reads.
+
+  Returns:
+    What the policy made of the slates.
+  """
   label = name.translate(str.maketrans(':+, ', '____'))
-  kept = workdir / f'{(home or source).name}-{label}.npz'
+  kept = workdir / f'{source.name}-{label}.npz'
   if not kept.exists():
-    _, chosen = _slates(config, workdir)
-    slates = ranker.Chosen(whole.source('test'), chosen)
-    if home is not None:
-      setup, slates = _write(config, whole, params, source, home, keep, slates)
+    setup, slates = form()
     ranked = ranker.rank(
       setup,
-      params(source),
+      whole.load_params(source),
       slates,
       thinking=False,
       order=config.prompt.order,
@@ -236,7 +259,6 @@ def _tokens(
 ) -> dict[str, int]:
   """Tokens of a slate's context, whole and as a form has it."""
   order, words = np.arange(int(slate['count'])), whole.vocabulary
-  plain = {k: v for k, v in slate.items() if k != 'written'}
   rng = np.random.default_rng(seed)
   ids = setup.prompter.prompt(slate, order, rng)['prompt']
   own = compressor.context_tokens(setup.prompter, ids)
@@ -245,23 +267,21 @@ def _tokens(
     own -= int(np.argmax(ids == words.memory_base)) - len(
       whole.prompter.opening
     )
-  ids = whole.prompter.prompt(plain, order)['prompt']
+  ids = whole.prompter.prompt(slate, order)['prompt']
   return {
     'tokens': own,
     'whole': compressor.context_tokens(whole.prompter, ids),
   }
 
 
-def _write(config, whole, params, source, home, keep, slates):
-  """Contexts of the slates, by the compressor, at a share of the tokens."""
+def _write(config, whole, home, keep, slates):
+  """The slates with contexts by the compressor, at a share of the tokens."""
   stage = config.compress
   writer = compressor.of(whole, stage.slack)
   budgets = compressor.budgets(writer, (keep,))
-  write = context_writer.make_write(
-    writer, params(source), config, stage, budgets
-  )
+  write = context_writer.make_write(writer, None, config, stage, budgets)
   parts = write(
-    params(home), slates, config.seeds[0], f'compress to {keep:.0%}'
+    whole.load_params(home), slates, config.seeds[0], f'compress to {keep:.0%}'
   )
   stored = list(context_writer.store(whole, slates, parts))
   longest = compressions.report(stored)['longest']
@@ -326,7 +346,7 @@ def _draw(rows: list[dict[str, Any]], margin: float, path: pathlib.Path):
     high = [one['high'] - one['estimate'] for one in lost]
     axis.errorbar(
       x, y, yerr=[high, low], color=f'C{number}', label=kind, capsize=2,
-      marker='o', linestyle='-' if kind in KINDS[1:] else '',
+      marker='o', linestyle='-' if kind in KINDS[1:-1] else '',
     )  # fmt: skip
   axis.set_xscale('log')
   axis.set_xlabel('share of the tokens read')
@@ -337,7 +357,9 @@ def _draw(rows: list[dict[str, Any]], margin: float, path: pathlib.Path):
 
 def _kind(form: str) -> str:
   """Of KINDS."""
-  for kind in KINDS[1:]:
+  if form.endswith(KINDS[-1]):
+    return KINDS[-1]
+  for kind in KINDS[1:-1]:
     if form.startswith(kind):
       return kind
   return KINDS[0]

@@ -64,13 +64,18 @@ def test_lines_go_where_their_candidates_go(prompter):
   tokens = np.array([50, 51, mark, 60, slot, slot + 1, 70, 71, slot + 2, end])
   found = compressions.split_up(tokens, prompter, np.array([2, 0, 1]))
   assert found == contexts.Ids([50, 51], [[], [70, 71], [60]])
-  row = prompter.prompt(
-    tiny_data.slate(count=3) | {'written': found}, np.array([1, 2, 0])
-  )
+  slate, order = tiny_data.slate(count=3), np.array([1, 2, 0])
+  reader = dataclasses.replace(prompter, context=contexts.parse('text'))
+  row = reader.prompt(slate | {'written': found}, order)
   assert row['prompt'].tolist() == [
     *prompter.opening, words.control['<history>'], 50, 51,
     mark, 70, 71, slot, 60, slot + 1, slot + 2,
   ]  # fmt: skip
+  # Who reads the whole, such as a teacher, does not see what was written.
+  whole = prompter.prompt(slate | {'written': found}, order)
+  np.testing.assert_array_equal(
+    whole['prompt'], prompter.prompt(slate, order)['prompt']
+  )
 
 
 WHOLE = contexts.Ids([5, 6, 4], [[7, 1], [2], [8, 9]])

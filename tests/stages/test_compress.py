@@ -26,8 +26,8 @@ from .. import chat_server, tiny, tiny_world
 
 STUDY = dict(
   study_compress__forms=('last:1', 'random:0.5'),
-  study_compress__keeps=(0.6,),
-  study_compress__memories=('memory:2+candidates:evidence',),
+  study_compress__keeps=(0.3, 0.6),
+  study_compress__distilled=('text', 'memory:2+candidates:evidence'),
   study_compress__test_slates=8,
   study_compress__resamples=50,
   study_compress__opd__steps=2,
@@ -415,8 +415,8 @@ def test_the_study_compares_every_form_with_the_whole(study):
   directory, results = study
   rows = {row['form']: row for row in results['rows']}
   assert list(rows) == [
-    'full', 'last:1', 'random:0.5', 'compressor, 60%',
-    'memory:2+candidates:evidence',
+    'full', 'last:1', 'random:0.5', 'compressor, 30%', 'compressor, 60%',
+    'compressor, 60%, distilled', 'memory:2+candidates:evidence, distilled',
   ]  # fmt: skip
   whole = rows['full']
   assert whole['kept'] == 1
@@ -429,18 +429,22 @@ def test_the_study_compares_every_form_with_the_whole(study):
       np.testing.assert_allclose(lost['estimate'], apart, atol=1e-6)
       np.testing.assert_allclose(test['estimate'], -apart, atol=1e-6)
       assert test['equivalent'] or name != 'full'
-  assert rows['compressor, 60%']['kept'] <= 0.6
+  asked, written = rows['compressor, 60%'], rows['compressor, 60%, distilled']
+  assert rows['compressor, 30%']['kept'] < asked['kept'] <= 0.6
+  assert written['tokens'] == asked['tokens']
   table = (directory / study_compress.TABLE).read_text()
   assert table.strip() == study_compress.summary(results)
   assert all(name in table for name in rows)
   assert (directory / study_compress.FIGURE).stat().st_size > 1000
 
 
-def test_the_memory_is_taught_by_the_whole_context(study):
+def test_who_reads_a_form_of_its_own_is_taught_by_the_whole_context(study):
   directory, _ = study
-  (run,) = directory.parent.glob('opd-*')
-  found = artifacts.read_run(run)['config']['opd']
-  assert found['context'] == 'memory:2+candidates:evidence'
-  assert found['view'] == 'whole'
-  rows = reporting.read_metrics(run / 'metrics.jsonl')
-  assert any(row.get('teacher_kl', 0) > 0 for row in rows)
+  forms = set()
+  for run in directory.parent.glob('opd-*'):
+    found = artifacts.read_run(run)['config']['opd']
+    forms.add(found['context'])
+    assert found['view'] == 'whole'
+    rows = reporting.read_metrics(run / 'metrics.jsonl')
+    assert any(row.get('teacher_kl', 0) > 0 for row in rows)
+  assert forms == {'text', 'memory:2+candidates:evidence'}
