@@ -102,6 +102,66 @@ def watch(judged: Judgement) -> dict[str, jax.Array]:
   }
 
 
+def make_grades(
+  setup: policy.Setup, stage
+) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+  """What a ranker's order of a compression is held to.
+
+  Args:
+    setup: of `compressor.of`.
+    stage: judge_by.
+
+  Returns:
+    `(ranker's parameters, rows) -> int32 [P, K]`; pure.
+  """
+
+  def grades(params, rows) -> jax.Array:
+    if stage.judge_by != 'order':
+      return rows['grades']
+    hidden, _ = transformer.encode_prompt(
+      setup.model, params, rows['prompt'], rows['prompt_length']
+    )
+    scores = transformer.slot_scores(params, hidden, rows['slots'])
+    return compression.order_grades(scores, rows['count'])
+
+  return grades
+
+
+def make_reader(
+  setup: policy.Setup, marks: compression.Symbols
+) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+  """How a ranker reads compressions in place of the whole.
+
+  Args:
+    setup: of `compressor.of`.
+    marks: of `compressor.symbols`.
+
+  Returns:
+    `(ranker's parameters, tokens [P, G, T], length [P, G]) -> scores
+    [P, G, K]`; pure.
+  """
+  before = jnp.array([*setup.prompter.opening, marks.history], jnp.int32)
+
+  def read(params, tokens: jax.Array, length: jax.Array) -> jax.Array:
+    P, G, T = tokens.shape
+    K = setup.prompter.num_candidates
+    tokens = tokens.reshape(P * G, T)
+    opening = jnp.broadcast_to(before, (P * G, len(before)))
+    prompt = jnp.concatenate([opening, tokens], axis=1)
+    slot = marks.slot_base + jnp.arange(K)
+    places = jnp.argmax(tokens[:, None] == slot[:, None], axis=-1)
+    hidden, _ = transformer.encode_prompt(
+      setup.model,
+      params,
+      prompt,
+      length.reshape(-1) + len(before),
+    )
+    scores = transformer.slot_scores(params, hidden, places + len(before))
+    return scores.reshape(P, G, K)
+
+  return read
+
+
 def make_ranker(
   setup: policy.Setup, marks: compression.Symbols, stage
 ) -> Callable[..., compression.Judged]:
@@ -115,37 +175,12 @@ def make_ranker(
   Returns:
     `(ranker's parameters, rows, rollouts, preservation) -> Judged`; pure.
   """
-  before = jnp.array([*setup.prompter.opening, marks.history], jnp.int32)
-
-  def read(params, rollouts: sampling.Rollouts) -> jax.Array:
-    """The ranker's scores [P, G, K]."""
-    P, G, T = rollouts.tokens.shape
-    K = setup.prompter.num_candidates
-    tokens = rollouts.tokens.reshape(P * G, T)
-    opening = jnp.broadcast_to(before, (P * G, len(before)))
-    prompt = jnp.concatenate([opening, tokens], axis=1)
-    slot = marks.slot_base + jnp.arange(K)
-    places = jnp.argmax(tokens[:, None] == slot[:, None], axis=-1)
-    hidden, _ = transformer.encode_prompt(
-      setup.model,
-      params,
-      prompt,
-      rollouts.length.reshape(-1) + len(before),
-    )
-    scores = transformer.slot_scores(params, hidden, places + len(before))
-    return scores.reshape(P, G, K)
+  grades, read = make_grades(setup, stage), make_reader(setup, marks)
 
   def judge(params, rows, rollouts, preservation) -> compression.Judged:
-    grades = rows['grades']
-    if stage.judge_by == 'order':
-      hidden, _ = transformer.encode_prompt(
-        setup.model, params, rows['prompt'], rows['prompt_length']
-      )
-      scores = transformer.slot_scores(params, hidden, rows['slots'])
-      grades = compression.order_grades(scores, rows['count'])
     return compression.judge(
-      read(params, rollouts),
-      grades,
+      read(params, rollouts.tokens, rollouts.length),
+      grades(params, rows),
       rows['count'],
       preservation,
       k=stage.judge_k,

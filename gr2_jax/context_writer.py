@@ -1,7 +1,8 @@
 """Contexts written by a trained compressor, slate after slate, to be kept.
 
-Greedy, and judged on the way where someone judges. A context that cannot be compressed, or of which
-nothing valid was written, stays whole, and the record says why.
+Greedy, and judged on the way where someone judges. A context that cannot be
+compressed, or of which nothing valid was written, stays whole, and the record
+says why.
 
 Axes: n slates, K candidates, T compression tokens.
 """

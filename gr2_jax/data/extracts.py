@@ -1,41 +1,60 @@
 """Compressions by rule: what the compressor begins by imitating.
 
-Of every candidate the same few tokens, the more telling evidence columns with
-a larger chance; of the history a few tokens of the last items. What is kept is
-drawn anew every time, so that RL finds many ways to choose from.
+Of every candidate the same few tokens, those that tell most first; of the
+history a few tokens of the last items, or none. What is kept is drawn anew
+every time, so that RL finds many ways to choose from.
 
-Axes: K candidates, E evidence columns.
+A unit is a place in a field of a candidate's line: an evidence column, a level
+of the semantic ID.
+
+Axes: K candidates, U units.
 """
+
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from gr2_jax.data import contexts, prompts
-from gr2_jax.data import slates as slates_lib
 
-# Chances of a line's other tokens, in terms of the sum of the columns'.
-_OTHERS = {'sid': 0.05, 'categories': 0.02, 'title': 0.01}
+Unit = tuple[str, int]
+
+# Fields of a line that are as long for every candidate.
+_REGULAR = ('sid', 'evidence')
+# Nats by which a unit is likelier to be kept than the next in the order.
+_STEP = 1.0
 _HISTORY_SHARES = (0.0, 0.1, 0.2, 0.4)  # of the tokens beside the marks
 
 
-def telling(slates: slates_lib.Slates, index: np.ndarray) -> np.ndarray:
-  """How well each evidence column, alone, tells positives from negatives.
+def units(line: contexts.Line) -> list[Unit]:
+  """What can be kept of any candidate's line, in the line's order."""
+  return [
+    (field, place)
+    for field, ids in line.items()
+    if field in _REGULAR
+    for place in range(len(ids))
+  ]
+
+
+def most_telling(
+  known: Collection[Unit],
+  worth: Callable[[list[list[Unit]]], Sequence[float]],
+) -> list[Unit]:
+  """Units in the order of a forward selection.
+
+  Each is the one that adds most to those before it; of equals the first.
 
   Args:
-    slates: labelled.
-    index: int [E], which columns.
+    known: of `units`.
+    worth: of every list of units, how well these alone do.
 
   Returns:
-    float64 [E], |2 AUC - 1|, the AUC over the pairs of a slate.
+    All of them, the most telling first.
   """
-  values = slates.evidence[..., index]
-  real = np.arange(values.shape[1]) < slates.count[:, None]
-  positive, negative = real & (slates.grades > 0), real & (slates.grades == 0)
-  pairs = positive[:, :, None] & negative[:, None, :]
-  right = np.zeros(len(index))
-  for column in range(len(index)):
-    apart = values[:, :, None, column] - values[:, None, :, column]
-    right[column] = np.sign(apart)[pairs].sum()
-  return np.abs(right) / max(int(pairs.sum()), 1)
+  left, chosen = list(known), []
+  while left:
+    found = worth([[*chosen, unit] for unit in left])
+    chosen.append(left.pop(int(np.argmax(found))))
+  return chosen
 
 
 def extract(
@@ -43,8 +62,8 @@ def extract(
   slate: dict[str, np.ndarray],
   order: np.ndarray,
   budget: int,
-  weights_E: np.ndarray,
-  rng: np.random.Generator,
+  ranked: Sequence[Unit],
+  rng: np.random.Generator | None,
 ) -> list[int]:
   """A compression of at most `budget` tokens, as `grammars.Extraction` has it.
 
@@ -53,21 +72,24 @@ def extract(
     slate: one record.
     order: int [count], incoming ranks in the order of presentation.
     budget: tokens, <eos> included; at least the marks'.
-    weights_E: of `telling`.
-    rng: of what is kept.
+    ranked: of `most_telling`.
+    rng: of what is kept; None for the first units of `ranked`, and nothing of
+      the history.
 
   Returns:
     Ids, <eos> included.
   """
   words, lines = prompter.vocabulary, prompter.lines(slate)
   spare = max(0, budget - len(order) - 2)
-  for_history = int(spare * rng.choice(_HISTORY_SHARES))
-  ids = _of_history(lines.history, for_history, rng)
+  ids: list[int] = []
+  if rng is not None:
+    for_history = int(spare * rng.choice(_HISTORY_SHARES))
+    ids = _of_history(lines.history, for_history, rng)
   shortest = min(
     sum(map(len, line.values())) for line in lines.candidates
   )  # So that all can be of one length.
   quota = min((spare - len(ids)) // len(order), shortest)
-  kept = _of_candidates(lines.candidates, quota, weights_E, rng)
+  kept = _of_candidates(lines.candidates, quota, ranked, rng)
   ids.append(words.control['<candidates>'])
   for place, rank in enumerate(order):
     ids += [*kept[rank], words.slot_base + place]
@@ -77,26 +99,21 @@ def extract(
 def _of_candidates(
   lines: list[contexts.Line],
   quota: int,
-  weights_E: np.ndarray,
-  rng: np.random.Generator,
+  ranked: Sequence[Unit],
+  rng: np.random.Generator | None,
 ) -> list[list[int]]:
   """`quota` tokens of every line, of the same places where it has them."""
-  chances: dict[tuple[str, int], float] = {}
-  for line in lines:
-    for field, ids in line.items():
-      for place in range(len(ids)):
-        chances[field, place] = (
-          weights_E[place] + 1e-3
-          if field == 'evidence'
-          else _OTHERS[field] * weights_E.sum() / (1 + place)
-        )
-  # Plackett-Luce: the order of log-chances with Gumbel noise.
-  names = list(chances)
-  drawn = 2 * np.log([chances[n] for n in names]) + rng.gumbel(size=len(names))
-  ranked = [names[i] for i in np.argsort(-drawn)]
+  longest = {
+    field: max(len(line[field]) for line in lines) for field in lines[0]
+  }
+  rest = [(f, p) for f, n in longest.items() for p in range(n)]
+  names = [*ranked, *(unit for unit in rest if unit not in set(ranked))]
+  if rng is not None:  # Plackett-Luce: log-chances with Gumbel noise.
+    drawn = rng.gumbel(size=len(names)) - _STEP * np.arange(len(names))
+    names = [names[i] for i in np.argsort(-drawn)]
   kept = []
   for line in lines:
-    have = [(f, p) for f, p in ranked if f in line and p < len(line[f])]
+    have = [(f, p) for f, p in names if f in line and p < len(line[f])]
     chosen = set(have[:quota])
     kept.append(
       [

@@ -16,7 +16,7 @@ import functools
 import json
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from gr2_jax import (
   cluster,
   compressor,
   compressor_judge,
+  compressor_rule,
   context_writer,
   distillation,
   learner,
@@ -141,6 +142,7 @@ def _run(
   imitation = workdir / IMITATION
   if not cluster.told((imitation / 'done.json').exists()):
     found = _imitate(config, inputs, imitation, setup, budgets, ranks, validate)
+    logging.info('compress: a line keeps first: %s', found['ranked'])
     if cluster.leads():
       (imitation / 'done.json').write_text(json.dumps(found))
 
@@ -219,13 +221,15 @@ def _imitate(
 ):
   """Learns compressions by rule, of several the best; see `extracts`."""
   stage = config.compress
-  weights = extracts.telling(
-    slates_lib.read(inputs['slates'], 'train'), setup.prompter.bins.index
+  source = setup.source('train')
+  few = np.random.default_rng(0).permutation(len(source))[: stage.rule_slates]
+  ranked = compressor_rule.most_telling(
+    setup, ranks, stage, config.prompt.order, ranker.Chosen(source, few)
   )
   data = training.dataset(
     setup,
-    setup.source('train'),
-    imitation_renderer(setup, config, budgets, weights),
+    source,
+    imitation_renderer(setup, config, budgets, ranked),
     stage.imitate.batch_size,
     config.seed,
   )
@@ -244,7 +248,7 @@ def _imitate(
     rows = sharding.shard_share(next(iterator), setup.mesh)
     return update(state, frozen, ranks, rows)
 
-  return training.fit(
+  found = training.fit(
     stage.imitate,
     setup=setup,
     workdir=workdir,
@@ -257,13 +261,14 @@ def _imitate(
     inherited=inputs[stage.start],
     desc='imitate',
   )
+  return found | {'ranked': [f'{field} {place}' for field, place in ranked]}
 
 
 def imitation_renderer(
   setup: policy.Setup,
   config,
   budgets: Mapping[float, int],
-  weights_E: np.ndarray,
+  ranked: Sequence[extracts.Unit],
 ):
   """`(slate, rng) -> row` of `compressor.requests`, with answers by rule.
 
@@ -271,11 +276,11 @@ def imitation_renderer(
     setup: of `compressor.of`.
     config: sections prompt and compress.
     budgets: of `compressor.budgets`.
-    weights_E: of `extracts.telling`.
+    ranked: of `compressor_rule.most_telling`.
 
   Returns:
     The rendering; `tokens` int32 [G, T] and `length` int32 [G] are answers, of
-    which the best is to be imitated.
+    which the best is to be imitated. The first has nothing that is drawn.
   """
   stage, prompter = config.compress, setup.prompter
   ask = compressor.requests(prompter, budgets, config.prompt.order)
@@ -286,8 +291,8 @@ def imitation_renderer(
     order = row['incoming'][: int(row['count'])]
     budget = int(row['budget'])
     drawn = [
-      extracts.extract(prompter, slate, order, budget, weights_E, rng)
-      for _ in range(stage.draws)
+      extracts.extract(prompter, slate, order, budget, ranked, by_chance)
+      for by_chance in (None, *[rng] * (stage.draws - 1))
     ]
     return row | {
       'tokens': np.stack([prompts.pad(d, room, 'draw') for d in drawn]),

@@ -33,10 +33,11 @@ from gr2_jax.ops import statistics
 
 TABLE, FIGURE = 'compress.md', 'compress.png'
 WHOLE, WRITTEN = 'full', 'text'  # forms of `contexts.parse`
-# Whose order, and what of it.
-MEASURES = ('generated n@5', 'generated r@1', 'readout n@5')
+# Whose order, and how a table names it; and what of it.
+ORDERS = {'generated': '', 'readout': 'read-out '}
+METRICS = ('n@5', 'r@1')
+MEASURES = tuple(f'{order} {metric}' for order in ORDERS for metric in METRICS)
 KINDS = ('cut by rule', 'random', 'compressor', 'distilled')
-SHOWN = ('N@5', 'R@1', 'read-out N@5')
 
 
 def run(
@@ -293,22 +294,19 @@ def summary(results: dict[str, Any]) -> str:
   """The study as a table and a line, for people."""
   lines = []
   for row in results['rows']:
-    written = [row[m] for m in MEASURES[:2]]
-    tests = [found['test'] for found in written]
-    within = 'no'
-    if all(test['equivalent'] for test in tests):
-      within = 'both'
-    elif all(test['not_worse'] for test in tests):
-      within = 'not worse'
     line = {
       'form': row['form'],
       'tokens': f'{row["tokens"]:.0f}',
       'kept': f'{row["kept"]:.1%}',
-      'within': within,
     }
-    for name, measure in zip(SHOWN, MEASURES, strict=True):
-      line[name] = row[measure]['mean']
-      line[f'{name} lost'] = reporting.interval(**row[measure]['lost'])
+    for order, shown in ORDERS.items():
+      for metric in METRICS:
+        found, name = row[f'{order} {metric}'], f'{shown}{metric.upper()}'
+        line[name] = found['mean']
+        line[f'{name} lost'] = reporting.interval(**found['lost'])
+      line[f'{shown}within'] = _within(
+        [row[f'{order} {metric}']['test'] for metric in METRICS]
+      )
     lines.append(line)
   counted = (
     f'{results["n_slates"]} slates of {results["n_users"]} users, '
@@ -316,10 +314,14 @@ def summary(results: dict[str, Any]) -> str:
     f'those of the whole context, or not worse, by a margin of '
     f'{results["margin"]} (one-sided tests at 5 %)'
   )
-  columns = ['form', 'tokens', 'kept', 'within']
-  for name in SHOWN:
-    columns += [name, f'{name} lost']
-  return f'{reporting.table(lines, columns)}\n\n{counted}'
+  return f'{reporting.table(lines, list(lines[0]))}\n\n{counted}'
+
+
+def _within(tests: list[dict[str, Any]]) -> str:
+  """What tests of all metrics together say."""
+  if all(test['equivalent'] for test in tests):
+    return 'both'
+  return 'not worse' if all(test['not_worse'] for test in tests) else 'no'
 
 
 def _draw(rows: list[dict[str, Any]], margin: float, path: pathlib.Path):

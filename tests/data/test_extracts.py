@@ -36,9 +36,11 @@ def test_every_rule_writes_what_the_grammar_allows(prompter):
     count = 2 + seed % (tiny_data.K - 1)
     slate, order = tiny_data.slate(seed, count), rng.permutation(count)
     prompt = prompter.prompt(slate, order)['prompt']
-    weights = rng.random(len(prompter.bins.columns))
+    units = extracts.units(prompter.lines(slate).candidates[0])
+    ranked = [units[i] for i in rng.permutation(len(units))]
     for budget in (count + 2, count + 9, len(prompt)):
-      ids = extracts.extract(prompter, slate, order, budget, weights, rng)
+      by_chance = rng if seed % 3 else None
+      ids = extracts.extract(prompter, slate, order, budget, ranked, by_chance)
       assert len(ids) <= budget
       assert ids[-1] == grammar.eos
       found = chances(
@@ -51,12 +53,12 @@ def test_every_rule_writes_what_the_grammar_allows(prompter):
 
 def test_what_is_kept_differs_and_is_of_the_same_places(prompter):
   slate, order = tiny_data.slate(3), np.arange(tiny_data.K)
-  weights = np.ones(len(prompter.bins.columns))
+  ranked = extracts.units(prompter.lines(slate).candidates[0])
   words = prompter.vocabulary
   found = set()
   for seed in range(20):
     ids = extracts.extract(
-      prompter, slate, order, tiny_data.K * 3 + 2, weights,
+      prompter, slate, order, tiny_data.K * 3 + 2, ranked,
       np.random.default_rng(seed),
     )  # fmt: skip
     lines, line = [], []
@@ -71,12 +73,37 @@ def test_what_is_kept_differs_and_is_of_the_same_places(prompter):
   assert len(found) > 5
 
 
-def test_telling_columns_are_found():
-  slates = tiny_data.many()
-  rng = np.random.default_rng(0)
-  evidence = rng.normal(size=slates.evidence.shape).astype(np.float32)
-  evidence[..., 1] = -slates.grades
-  slates = type(slates)(**{**vars(slates), 'evidence': evidence})
-  found = extracts.telling(slates, np.array([0, 1]))
-  assert found[1] == 1
-  assert found[0] < 0.5
+def test_without_chance_the_first_units_are_kept(prompter):
+  slate, order = tiny_data.slate(3), np.array([1, 0])
+  slate = slate | {'count': np.int32(2)}
+  lines = prompter.lines(slate).candidates
+  words, ranked = prompter.vocabulary, [('evidence', 1), ('sid', 0)]
+  for quota in (1, 2):
+    ids = extracts.extract(prompter, slate, order, 2 * quota + 4, ranked, None)
+    wanted = [words.control['<candidates>']]
+    for slot, rank in enumerate(order):
+      first, second = lines[rank]['evidence'][1], lines[rank]['sid'][0]
+      wanted += [second, first][2 - quota :]  # As the line has them.
+      wanted.append(words.slot_base + slot)
+    assert ids == [*wanted, words.eos]
+
+
+def test_a_selection_is_forward():
+  """Not the best alone, but the one that adds most to those before it."""
+  says = {'a': {1, 2, 3}, 'b': {2, 3, 4}, 'c': {5, 6}, 'd': {1}, 'e': {1}}
+  asked = []
+
+  def worth(alternatives):
+    asked.append(alternatives)
+    return [len(set().union(*(says[u] for u in one))) for one in alternatives]
+
+  assert extracts.most_telling(says, worth) == ['a', 'c', 'b', 'd', 'e']
+  assert asked[1] == [['a', 'b'], ['a', 'c'], ['a', 'd'], ['a', 'e']]
+  assert extracts.most_telling([], worth) == []
+
+
+def test_units_are_of_fields_that_are_as_long_for_all(prompter):
+  lines = prompter.lines(tiny_data.slate(3)).candidates
+  found = extracts.units(lines[0])
+  assert {field for field, _ in found} == {'sid', 'evidence'}
+  assert all(extracts.units(line) == found for line in lines)

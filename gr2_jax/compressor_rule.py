@@ -1,0 +1,134 @@
+"""The rule that the compressor begins by imitating: what its ranker reads.
+
+Which tokens of a candidate's line to keep first is asked of the ranker, by a
+forward selection: of those that are left the next is the one with which its
+order of the candidates is most like what it is held to (`judge_by`).
+
+Axes: n slates, P of them at a time, A alternatives, K candidates, U units,
+T tokens.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gr2_jax import cluster, compressor, compressor_judge, policy, sharding
+from gr2_jax.data import batches, extracts, prompts
+from gr2_jax.ops import compression
+
+
+def most_telling(
+  setup: policy.Setup, ranker: Any, stage, order: str, slates: Any
+) -> list[extracts.Unit]:
+  """Places of a candidate's line in the order in which they are worth keeping.
+
+  Args:
+    setup: of `compressor.of`.
+    ranker: its parameters.
+    stage: section `compress`: judge_by, judge_k, eval_batch_size.
+    order: in which candidates are shown, of `prompts.ORDERS`.
+    slates: random access to records, on which it is measured.
+
+  Returns:
+    All of `extracts.units`, the most telling first.
+  """
+  prompter = setup.prompter
+  units = extracts.units(prompter.lines(slates[0]).candidates[0])
+  place = {unit: i for i, unit in enumerate(units)}
+  grades = jax.jit(compressor_judge.make_grades(setup, stage))
+  read = compressor_judge.make_reader(
+    setup, compressor.symbols(setup.vocabulary)
+  )
+
+  @jax.jit
+  def agree(ranker, case):
+    length = case['length']
+    found = compression.judge(
+      read(ranker, case['tokens'], length),
+      case['grades'],
+      case['count'],
+      jnp.zeros(length.shape),
+      k=stage.judge_k,
+    )
+    return found.ranking
+
+  whole = compressor.requests(prompter, {1.0: prompter.prompt_tokens}, order)
+
+  def render(slate, rng):
+    row = whole(slate, rng)
+    shown = row['incoming'][: int(row['count'])]
+    return row | {'lines': _lines(prompter, slate, shown, units)}
+
+  cases = []
+  with sharding.activate(setup.mesh):
+    for n, batch in batches.in_order(slates, render, stage.eval_batch_size, 0):
+      lines, count = batch.pop('lines'), batch['count']
+      rows = sharding.shard_batch(batch, setup.mesh)
+      cases.append((n, lines, count, cluster.fetch(grades(ranker, rows))))
+
+  def worth(alternatives: list[list[extracts.Unit]]) -> np.ndarray:
+    """[A], the mean agreement over the slates."""
+    kept = np.array([sorted(place[u] for u in one) for one in alternatives])
+    # As many alternatives every time, so that all are one trace.
+    kept = np.pad(kept, [(0, len(units) - len(kept)), (0, 0)], mode='edge')
+    found = []
+    with sharding.activate(setup.mesh):
+      for n, lines, count, held_to in cases:
+        tokens, length = _written(setup, lines[:, :, kept], count, len(units))
+        case = {
+          'tokens': tokens,
+          'length': length,
+          'grades': held_to,
+          'count': count,
+        }
+        case = sharding.shard_batch(case, setup.mesh)
+        found.append(cluster.fetch(agree(ranker, case))[:n])
+    return np.concatenate(found).mean(0)[: len(alternatives)]
+
+  return extracts.most_telling(units, worth)
+
+
+def _lines(
+  prompter: prompts.Prompter,
+  slate: dict[str, np.ndarray],
+  order: np.ndarray,
+  units: list[extracts.Unit],
+) -> np.ndarray:
+  """int32 [K, U], ids of the units, candidates as they are shown."""
+  lines = prompter.lines(slate).candidates
+  found = np.zeros((prompter.num_candidates, len(units)), np.int32)
+  for slot, rank in enumerate(order):
+    found[slot] = [lines[rank][field][place] for field, place in units]
+  return found
+
+
+def _written(
+  setup: policy.Setup, kept: np.ndarray, count: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Compressions that keep these tokens and the marks alone.
+
+  Args:
+    setup: of `compressor.of`.
+    kept: int32 [P, K, A, u], of every candidate's line.
+    count: int32 [P].
+    most: U, what a line may have.
+
+  Returns:
+    int32 [P, A, T] and [P, A], with <eos>.
+  """
+  P, K, A, u = kept.shape
+  words, grammar = setup.vocabulary, setup.grammar
+  slots = words.slot_base + np.arange(K, dtype=np.int32)
+  slots = np.broadcast_to(slots[:, None, None], (P, K, A, 1))
+  lines = np.concatenate([kept, slots], axis=-1).transpose(0, 2, 1, 3)
+  body = lines.reshape(P, A, K * (u + 1))
+  tokens = np.full((P, A, K * (most + 1) + 2), grammar.pad, np.int32)
+  tokens[..., 0] = words.control['<candidates>']
+  tokens[..., 1 : 1 + K * (u + 1)] = body
+  end = np.broadcast_to((1 + count * (u + 1))[:, None], (P, A))
+  place = np.arange(tokens.shape[-1])
+  tokens = np.where(place < end[..., None], tokens, grammar.pad)
+  np.put_along_axis(tokens, end[..., None], grammar.eos, axis=-1)
+  return tokens, (end + 1).astype(np.int32)

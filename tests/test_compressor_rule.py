@@ -1,0 +1,113 @@
+"""What the compressor's rule keeps first, against extracts read one by one."""
+
+import jax
+import numpy as np
+import pytest
+
+from gr2_jax import compressor, compressor_judge, compressor_rule, sampling
+from gr2_jax.data import batches, extracts, prompts
+
+from . import tiny_world
+
+N = 5  # slates
+
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
+@pytest.fixture(scope='module')
+def setup(world, one_device):
+  return compressor.of(tiny_world.setup(world), 1)
+
+
+@pytest.fixture(scope='module')
+def params(world, setup):
+  """Of a ranker whose read-out says something."""
+  found = setup.load_params(world['sft'])
+  noise = jax.random.normal(jax.random.key(0), found['readout'].shape)
+  return found | {'readout': noise}
+
+
+class Few:
+  def __init__(self, source):
+    self._source = source
+
+  def __len__(self):
+    return N
+
+  def __getitem__(self, i):
+    return self._source[i]
+
+
+def rows_of(setup):
+  ask = compressor.requests(
+    setup.prompter, {1.0: setup.prompter.prompt_tokens}, 'shuffled'
+  )
+  source = Few(setup.source('train'))
+  ((_, batch),) = batches.in_order(source, ask, N, 0)
+  return batch
+
+
+def by_hand(setup, batch, units):
+  """Extracts of some units alone: int32 [N, T] and [N]."""
+  source, T = setup.source('train'), setup.prompter.prompt_tokens
+  ids = []
+  for i in range(N):
+    count = int(batch['count'][i])
+    budget = count * (len(units) + 1) + 2
+    order = batch['incoming'][i, :count]
+    ids.append(
+      extracts.extract(setup.prompter, source[i], order, budget, units, None)
+    )
+  tokens = np.stack([prompts.pad(one, T, 'ids') for one in ids])
+  return tokens, np.array([len(one) for one in ids], np.int32)
+
+
+def test_what_is_read_is_what_the_rule_writes(setup):
+  batch, source = rows_of(setup), setup.source('train')
+  units = extracts.units(setup.prompter.lines(source[0]).candidates[0])
+  lines = np.stack(
+    [
+      compressor_rule._lines(
+        setup.prompter, source[i], batch['incoming'][i, : batch['count'][i]],
+        units,
+      )
+      for i in range(N)
+    ]
+  )  # fmt: skip
+  for kept in (range(1), range(1, 3), range(len(units))):
+    one = np.array([list(kept)])
+    tokens, length = compressor_rule._written(
+      setup, lines[:, :, one], batch['count'], len(units)
+    )
+    wanted, long = by_hand(setup, batch, [units[k] for k in kept])
+    np.testing.assert_array_equal(length[:, 0], long)
+    for row in range(N):
+      end = long[row]
+      np.testing.assert_array_equal(tokens[row, 0, :end], wanted[row, :end])
+      assert (tokens[row, 0, end:] == setup.grammar.pad).all()
+
+
+@pytest.mark.parametrize('judge_by', ['order', 'labels'])
+def test_the_first_unit_is_the_one_that_ranks_best_alone(
+  setup, params, judge_by
+):
+  stage = tiny_world.config(
+    compress__judge_by=judge_by, compress__eval_batch_size=4
+  ).compress
+  found = compressor_rule.most_telling(
+    setup, params, stage, 'shuffled', Few(setup.source('train'))
+  )
+  batch, source = rows_of(setup), setup.source('train')
+  units = extracts.units(setup.prompter.lines(source[0]).candidates[0])
+  assert sorted(found) == sorted(units)
+  read = compressor_judge.make_ranker(
+    setup, compressor.symbols(setup.vocabulary), stage
+  )
+  alone = []
+  for unit in units:
+    tokens, length = (x[:, None] for x in by_hand(setup, batch, [unit]))
+    nothing = np.zeros(tokens.shape, np.float32)
+    drawn = sampling.Rollouts(tokens, length, nothing, nothing)
+    judged = read(params, batch, drawn, nothing[..., 0])
+    alone.append(float(judged.ranking.mean()))
+  assert alone[units.index(found[0])] >= max(alone) - 1e-6
