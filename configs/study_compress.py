@@ -43,12 +43,16 @@ def section(test: bool = False) -> ConfigDict:
     'memory:64+candidates:evidence',
   )
   config.opd = distillation(test)
+  # Forms that RL goes on with, from what is distilled where something is.
+  config.reinforced = ('full', 'text')
+  config.rl = reinforcement(test)
   config.test_slates = 64 if test else 1500  # of the test split, a fixed draw
   config.margin = 0.01  # of N@5 and R@1, that a form may lose
   config.resamples = 200 if test else 2000  # of the bootstrap
   if test:
     config.forms, config.keeps = config.forms[2:6:3], (0.1,)
     config.distilled = config.distilled[:3:2]
+    config.reinforced = config.reinforced[1:]
   return config
 
 
@@ -63,4 +67,16 @@ def distillation(test: bool) -> ConfigDict:
   config.eval_every = 3 if test else 100
   config.eval_slates = 64 if test else 256
   config.eval_batch_size = 32
+  return config
+
+
+def reinforcement(test: bool) -> ConfigDict:
+  """What of section `rl` such a policy is trained with."""
+  config = ConfigDict()
+  config.thinking = False
+  config.steps = 6 if test else 100
+  config.batch_size = config.refill_size = 8
+  config.eval_every = 3 if test else 50
+  config.eval_slates = 64 if test else 256
+  config.eval_batch_size = 8
   return config

@@ -3,9 +3,10 @@
 One ranker, which learned from contexts of which parts were left out, reads the
 test slates in every form: whole, cut by rule, thinned by chance, and as the
 compressor wrote them. For some forms, those with memory tokens among them, a
-policy of their own is distilled from that ranker's answers to the whole.
-Against the whole context, each form keeps so many tokens and loses so much of
-N@5 and R@1; two one-sided tests say whether that is less than a margin.
+policy of their own is distilled from that ranker's answers to the whole; for
+some RL goes on from there. Against the whole context (with RL against the whole
+with RL), each form keeps so many tokens and loses so much of N@5 and R@1; two
+one-sided tests say whether that is less than a margin.
 
 Axes: S seeds, n slates, K candidates.
 """
@@ -13,7 +14,7 @@ Axes: S seeds, n slates, K candidates.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ml_collections
@@ -37,7 +38,9 @@ WHOLE, WRITTEN = 'full', 'text'  # forms of `contexts.parse`
 ORDERS = {'generated': '', 'readout': 'read-out '}
 METRICS = ('n@5', 'r@1')
 MEASURES = tuple(f'{order} {metric}' for order in ORDERS for metric in METRICS)
-KINDS = ('cut by rule', 'random', 'compressor', 'distilled')
+# How policies of their own are trained: stage -> how the form's name ends.
+TRAINED = {'opd': ', distilled', 'rl': ', RL'}
+KINDS = ('cut by rule', 'random', 'compressor', 'distilled', 'RL')
 
 
 def run(
@@ -80,8 +83,9 @@ def run(
       )
     return found
 
-  whole, rows = measured(WHOLE), []
+  rows = []
   for name, reads in answers.items():
+    whole = measured(_against(name, answers))
     row: dict[str, Any] = {
       'form': name,
       'tokens': float(np.mean([r.tokens.mean() for r in reads])),
@@ -173,25 +177,41 @@ def _forms(
     found[f'compressor, {keep:.0%}'] = functools.partial(
       read, f'{home.name}-{keep}', form, inputs[start]
     )
-  for form in stage.distilled:
-    own = _distilled(config, form)
-    trained = artifacts.run_stage(own, 'opd', root, seed)
-    text = form == WRITTEN
-    name = f'compressor, {config.compress.keep:.0%}' if text else form
-    found[f'{name}, {KINDS[-1]}'] = functools.partial(
-      read, form, written if text else functools.partial(plain, form), trained
-    )
+  for trainer, forms in (('opd', stage.distilled), ('rl', stage.reinforced)):
+    for form in forms:
+      own = _of_its_own(config, form)
+      trained = artifacts.run_stage(own, trainer, root, seed)
+      name, reads = form, functools.partial(plain, form)
+      if form == WRITTEN:
+        name, reads = f'compressor, {config.compress.keep:.0%}', written
+      found[name + TRAINED[trainer]] = functools.partial(
+        read, form, reads, trained
+      )
   return found
 
 
-def _distilled(
+def _of_its_own(
   config: ml_collections.ConfigDict, form: str
 ) -> ml_collections.ConfigDict:
-  """A run of `opd` whose student reads a form and whose teacher the whole."""
-  own = config.copy_and_resolve_references()
-  own.opd.update(config.study_compress.opd)
-  own.opd.context, own.opd.start = form, config.compress.start
+  """Runs whose policy reads a form.
+
+  In `opd` its teacher reads the whole; `rl` goes on from there where the form
+  is distilled, or else from the ranker.
+  """
+  stage, own = config.study_compress, config.copy_and_resolve_references()
+  own.opd.update(stage.opd)
+  own.rl.update(stage.rl)
+  own.opd.context = own.rl.context = form
+  own.opd.start = own.rl.start = config.compress.start
+  if form in stage.distilled:
+    own.rl.start = 'opd'
   return own
+
+
+def _against(name: str, names: Collection[str]) -> str:
+  """What a form is compared with: the whole, of RL too where it had that."""
+  whole = WHOLE + TRAINED['rl']
+  return whole if name.endswith(TRAINED['rl']) and whole in names else WHOLE
 
 
 def _slates(config, workdir: pathlib.Path):
@@ -348,7 +368,7 @@ def _draw(rows: list[dict[str, Any]], margin: float, path: pathlib.Path):
     high = [one['high'] - one['estimate'] for one in lost]
     axis.errorbar(
       x, y, yerr=[high, low], color=f'C{number}', label=kind, capsize=2,
-      marker='o', linestyle='-' if kind in KINDS[1:-1] else '',
+      marker='o', linestyle='-' if kind in KINDS[1:3] else '',
     )  # fmt: skip
   axis.set_xscale('log')
   axis.set_xlabel('share of the tokens read')
@@ -359,9 +379,10 @@ def _draw(rows: list[dict[str, Any]], margin: float, path: pathlib.Path):
 
 def _kind(form: str) -> str:
   """Of KINDS."""
-  if form.endswith(KINDS[-1]):
-    return KINDS[-1]
-  for kind in KINDS[1:-1]:
+  for kind in KINDS[3:]:
+    if form.endswith(f', {kind}'):
+      return kind
+  for kind in KINDS[1:3]:
     if form.startswith(kind):
       return kind
   return KINDS[0]

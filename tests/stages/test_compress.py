@@ -34,6 +34,11 @@ STUDY = dict(
   study_compress__opd__eval_every=2,
   study_compress__opd__eval_slates=8,
   study_compress__opd__eval_batch_size=8,
+  study_compress__reinforced=('full', 'text'),
+  study_compress__rl__steps=2,
+  study_compress__rl__eval_every=2,
+  study_compress__rl__eval_slates=8,
+  study_compress__rl__eval_batch_size=8,
 )
 
 
@@ -417,18 +422,19 @@ def test_the_study_compares_every_form_with_the_whole(study):
   assert list(rows) == [
     'full', 'last:1', 'random:0.5', 'compressor, 30%', 'compressor, 60%',
     'compressor, 60%, distilled', 'memory:2+candidates:evidence, distilled',
+    'full, RL', 'compressor, 60%, RL',
   ]  # fmt: skip
-  whole = rows['full']
-  assert whole['kept'] == 1
+  assert rows['full']['kept'] == rows['full, RL']['kept'] == 1
   for name, row in rows.items():
-    assert name == 'full' or row['tokens'] < whole['tokens']
+    whole = rows['full, RL' if name.endswith(', RL') else 'full']
+    assert row is whole or row['tokens'] < whole['tokens']
     for measure in study_compress.MEASURES:
       lost, test = row[measure]['lost'], row[measure]['test']
       assert lost['low'] <= lost['estimate'] <= lost['high']
       apart = whole[measure]['mean'] - row[measure]['mean']
       np.testing.assert_allclose(lost['estimate'], apart, atol=1e-6)
       np.testing.assert_allclose(test['estimate'], -apart, atol=1e-6)
-      assert test['equivalent'] or name != 'full'
+      assert test['equivalent'] or row is not whole
   asked, written = rows['compressor, 60%'], rows['compressor, 60%, distilled']
   assert rows['compressor, 30%']['kept'] < asked['kept'] <= 0.6
   assert written['tokens'] == asked['tokens']
@@ -448,3 +454,15 @@ def test_who_reads_a_form_of_its_own_is_taught_by_the_whole_context(study):
     rows = reporting.read_metrics(run / 'metrics.jsonl')
     assert any(row.get('teacher_kl', 0) > 0 for row in rows)
   assert forms == {'text', 'memory:2+candidates:evidence'}
+
+
+def test_rl_goes_on_from_what_is_distilled(study):
+  directory, _ = study
+  found = {
+    tuple(
+      artifacts.read_run(run)['config']['rl'][k]
+      for k in ('context', 'start', 'thinking')
+    )
+    for run in directory.parent.glob('rl-*')
+  }
+  assert found >= {('full', 'sft', False), ('text', 'opd', False)}
