@@ -22,7 +22,8 @@ def section(test: bool = False) -> ConfigDict:
   config.start = 'sft'
   config.keep = 0.2  # share of an average context's tokens that is left
   config.keeps = (0.05, 0.1, 0.2)  # shares that are learned
-  config.slack = 1  # tokens by which a candidate's line may differ from others
+  # Tokens by which a candidate's line may be longer than the first one.
+  config.slack = 1
   config.imitate = common.training(
     steps=6 if test else 150,
     batch_size=8 if test else 16,

@@ -41,7 +41,8 @@ def of(setup: policy.Setup, slack: int) -> policy.Setup:
 
   Args:
     setup: a ranker's.
-    slack: tokens by which a candidate's line may differ from the first.
+    slack: tokens by which a candidate's line may be longer than the first, and
+      the first shorter than its share.
 
   Raises:
     ValueError: the prompts do not begin with the history.
@@ -179,7 +180,8 @@ def facts(
 def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
   """Cross entropy of given compressions, under the sampler's own mask.
 
-  Of several of a slate only the one counts that the ranker judges best.
+  Of several of a slate only the one counts that the ranker finds most like
+  what it is held to, see `compressor_judge.make_likeness`.
 
   Args:
     setup: of `of`.
@@ -190,21 +192,15 @@ def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
     `(params, ranker, rows) -> (loss, metrics)`; rows have `tokens` int32
     [P, G, T] and `length` int32 [P, G] beside the fields of `requests`.
   """
-  verify = make_verify(setup, stage)
-  read = compressor_judge.make_ranker(setup, symbols(setup.vocabulary), stage)
+  target, likeness = compressor_judge.make_likeness(
+    setup, symbols(setup.vocabulary), stage
+  )
 
   def loss_fn(params, ranker, rows):
     tokens, length = rows['tokens'], rows['length']
     source = facts(setup.grammar, rows)
-    nothing = jnp.zeros(tokens.shape)
-    drawn = verify(
-      rows, source, sampling.Rollouts(tokens, length, nothing, nothing)
-    )
-    judged = read(ranker, rows, drawn.rollouts, drawn.preservation)
-    reward = compressor_judge.pay(
-      drawn, judged, stage.compression_weight
-    ).reward
-    best = jnp.argmax(reward, axis=1)[:, None]
+    like = likeness(ranker, target(ranker, rows), rows['count'], tokens, length)
+    best = jnp.argmax(like, axis=1)[:, None]
     batch = policy_gradient.PolicyBatch(
       prompt=rows['prompt'],
       prompt_length=rows['prompt_length'],
@@ -222,8 +218,8 @@ def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
     loss = losses.token_cross_entropy(scores.logp, written).mean()
     return loss, {
       'entropy': masking.masked_mean(scores.entropy, written),
-      'reward_drawn': reward.mean(),
-      'reward_best': reward.max(axis=1).mean(),
+      'likeness_drawn': like.mean(),
+      'likeness_best': like.max(axis=1).mean(),
     }
 
   return loss_fn

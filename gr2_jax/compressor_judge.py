@@ -24,7 +24,7 @@ from gr2_jax import cluster, grammars, policy, sampling, sharding
 from gr2_jax.data import dialogue as dialogue_lib
 from gr2_jax.data import remote_judge
 from gr2_jax.models import transformer
-from gr2_jax.ops import compression
+from gr2_jax.ops import compression, masking
 
 JUDGES = ('ranker', 'remote')
 JUDGED_BY = ('labels', 'order')  # what the ranker's order is held against
@@ -102,29 +102,50 @@ def watch(judged: Judgement) -> dict[str, jax.Array]:
   }
 
 
-def make_grades(
-  setup: policy.Setup, stage
-) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
-  """What a ranker's order of a compression is held to.
+def read_whole(setup: policy.Setup, params, rows) -> jax.Array:
+  """A ranker's scores [P, K] of whole contexts; pure."""
+  hidden, _ = transformer.encode_prompt(
+    setup.model, params, rows['prompt'], rows['prompt_length']
+  )
+  return transformer.slot_scores(params, hidden, rows['slots'])
+
+
+def make_likeness(
+  setup: policy.Setup, marks: compression.Symbols, stage
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+  """How like what it is held to a ranker finds what it reads.
+
+  Finer than an order, and so less noisy where compressions are to be told
+  apart: sum_k t_k log softmax(scores)_k, t the softmax of its own scores of the
+  whole context or, where it is held to the labels, these as shares.
 
   Args:
     setup: of `compressor.of`.
+    marks: of `compressor.symbols`.
     stage: judge_by.
 
   Returns:
-    `(ranker's parameters, rows) -> int32 [P, K]`; pure.
+    `(ranker's parameters, rows) -> t`, float32 [P, K], and `(ranker's
+    parameters, t, count, tokens, length) -> float32 [P, G]`; both are pure.
   """
+  read = make_reader(setup, marks)
 
-  def grades(params, rows) -> jax.Array:
+  def shares(scores, count):
+    real = masking.length_mask(count, scores.shape[-1])
+    return jax.nn.log_softmax(jnp.where(real, scores, -jnp.inf), axis=-1), real
+
+  def target(params, rows) -> jax.Array:
     if stage.judge_by != 'order':
-      return rows['grades']
-    hidden, _ = transformer.encode_prompt(
-      setup.model, params, rows['prompt'], rows['prompt_length']
-    )
-    scores = transformer.slot_scores(params, hidden, rows['slots'])
-    return compression.order_grades(scores, rows['count'])
+      grades = rows['grades'].astype(jnp.float32)
+      return masking.divide(grades, grades.sum(-1, keepdims=True))
+    logs, _ = shares(read_whole(setup, params, rows), rows['count'])
+    return jnp.exp(logs)
 
-  return grades
+  def likeness(params, target, count, tokens, length) -> jax.Array:
+    logs, real = shares(read(params, tokens, length), count[:, None])
+    return jnp.sum(target[:, None] * jnp.where(real, logs, 0.0), axis=-1)
+
+  return target, likeness
 
 
 def make_reader(
@@ -175,12 +196,16 @@ def make_ranker(
   Returns:
     `(ranker's parameters, rows, rollouts, preservation) -> Judged`; pure.
   """
-  grades, read = make_grades(setup, stage), make_reader(setup, marks)
+  read = make_reader(setup, marks)
 
   def judge(params, rows, rollouts, preservation) -> compression.Judged:
+    grades = rows['grades']
+    if stage.judge_by == 'order':
+      scores = read_whole(setup, params, rows)
+      grades = compression.order_grades(scores, rows['count'])
     return compression.judge(
       read(params, rollouts.tokens, rollouts.length),
-      grades(params, rows),
+      grades,
       rows['count'],
       preservation,
       k=stage.judge_k,

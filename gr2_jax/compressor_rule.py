@@ -1,8 +1,8 @@
 """The rule that the compressor begins by imitating: what its ranker reads.
 
 Which tokens of a candidate's line to keep first is asked of the ranker, by a
-forward selection: of those that are left the next is the one with which its
-order of the candidates is most like what it is held to (`judge_by`).
+backward elimination: of those that are left the one goes without which its view
+of the candidates stays most like what it is held to (`judge_by`).
 
 Axes: n slates, P of them at a time, A alternatives, K candidates, U units,
 T tokens.
@@ -11,12 +11,10 @@ T tokens.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gr2_jax import cluster, compressor, compressor_judge, policy, sharding
 from gr2_jax.data import batches, extracts, prompts
-from gr2_jax.ops import compression
 
 
 def most_telling(
@@ -27,7 +25,7 @@ def most_telling(
   Args:
     setup: of `compressor.of`.
     ranker: its parameters.
-    stage: section `compress`: judge_by, judge_k, eval_batch_size.
+    stage: section `compress`: judge_by, eval_batch_size.
     order: in which candidates are shown, of `prompts.ORDERS`.
     slates: random access to records, on which it is measured.
 
@@ -37,23 +35,12 @@ def most_telling(
   prompter = setup.prompter
   units = extracts.units(prompter.lines(slates[0]).candidates[0])
   place = {unit: i for i, unit in enumerate(units)}
-  grades = jax.jit(compressor_judge.make_grades(setup, stage))
-  read = compressor_judge.make_reader(
-    setup, compressor.symbols(setup.vocabulary)
+  target, likeness = map(
+    jax.jit,
+    compressor_judge.make_likeness(
+      setup, compressor.symbols(setup.vocabulary), stage
+    ),
   )
-
-  @jax.jit
-  def agree(ranker, case):
-    length = case['length']
-    found = compression.judge(
-      read(ranker, case['tokens'], length),
-      case['grades'],
-      case['count'],
-      jnp.zeros(length.shape),
-      k=stage.judge_k,
-    )
-    return found.ranking
-
   whole = compressor.requests(prompter, {1.0: prompter.prompt_tokens}, order)
 
   def render(slate, rng):
@@ -66,25 +53,19 @@ def most_telling(
     for n, batch in batches.in_order(slates, render, stage.eval_batch_size, 0):
       lines, count = batch.pop('lines'), batch['count']
       rows = sharding.shard_batch(batch, setup.mesh)
-      cases.append((n, lines, count, cluster.fetch(grades(ranker, rows))))
+      cases.append((n, lines, count, target(ranker, rows)))
 
   def worth(alternatives: list[list[extracts.Unit]]) -> np.ndarray:
-    """[A], the mean agreement over the slates."""
+    """[A], the mean likeness over the slates."""
     kept = np.array([sorted(place[u] for u in one) for one in alternatives])
     # As many alternatives every time, so that all are one trace.
     kept = np.pad(kept, [(0, len(units) - len(kept)), (0, 0)], mode='edge')
     found = []
     with sharding.activate(setup.mesh):
       for n, lines, count, held_to in cases:
-        tokens, length = _written(setup, lines[:, :, kept], count, len(units))
-        case = {
-          'tokens': tokens,
-          'length': length,
-          'grades': held_to,
-          'count': count,
-        }
+        case = (count, *_written(setup, lines[:, :, kept], count, len(units)))
         case = sharding.shard_batch(case, setup.mesh)
-        found.append(cluster.fetch(agree(ranker, case))[:n])
+        found.append(cluster.fetch(likeness(ranker, held_to, *case))[:n])
     return np.concatenate(found).mean(0)[: len(alternatives)]
 
   return extracts.most_telling(units, worth)

@@ -146,8 +146,9 @@ class Extraction:
   slot, are always kept. It holds its budget, where the marks alone do, and uses
   it: what the history leaves is shared out among the lines, of which the first
   is at most `slack` tokens short of its share, or as long as the shortest line
-  can be. No line is more than `slack` tokens longer or shorter than the first:
-  how much is said of a candidate does not tell how good it is.
+  can be. No line is shorter than the first, where it can be as long, nor more
+  than `slack` tokens longer: how much is said of a candidate does not tell how
+  good it is.
   """
 
   history: int
@@ -269,11 +270,13 @@ class Extraction:
     in_line = marks <= _spread(facts.count, shape)
     share = (spare + line) // jnp.maximum(marks, 1)
     shortest = jnp.minimum(share, _spread(facts.shortest, shape))
-    wanted = jnp.where(first < 0, shortest, first)
+    opens = first < 0
+    wanted = jnp.where(opens, shortest, first)
     most = jnp.minimum(share, wanted + self.slack)
     full = (spare <= 0) | (in_line & (line >= most))
     # Tokens that this line is short of, and that it must not skip.
-    short = jnp.minimum(wanted - self.slack, share) - line
+    least = wanted - jnp.where(opens, self.slack, 0)
+    short = jnp.minimum(least, share) - line
     short = jnp.where(in_line & ~full, jnp.clip(short, 0, mark - at), 0)
     place = jnp.arange(S)
     end = mark - jnp.maximum(short - 1, 0)

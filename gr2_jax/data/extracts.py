@@ -39,9 +39,11 @@ def most_telling(
   known: Collection[Unit],
   worth: Callable[[list[list[Unit]]], Sequence[float]],
 ) -> list[Unit]:
-  """Units in the order of a forward selection.
+  """Units in the order of a backward elimination.
 
-  Each is the one that adds most to those before it; of equals the first.
+  Of those that are left the one goes that the others do best without; of equals
+  the last. Forwards, whoever reads would be asked about contexts of one or two
+  tokens, which are like nothing that it has learned from.
 
   Args:
     known: of `units`.
@@ -50,11 +52,12 @@ def most_telling(
   Returns:
     All of them, the most telling first.
   """
-  left, chosen = list(known), []
-  while left:
-    found = worth([[*chosen, unit] for unit in left])
-    chosen.append(left.pop(int(np.argmax(found))))
-  return chosen
+  left, gone = list(known), []
+  while len(left) > 1:
+    found = worth([left[:i] + left[i + 1 :] for i in range(len(left))])
+    last = len(left) - 1 - int(np.argmax(found[::-1]))
+    gone.append(left.pop(last))
+  return left + gone[::-1]
 
 
 def extract(

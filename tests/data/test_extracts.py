@@ -88,17 +88,18 @@ def test_without_chance_the_first_units_are_kept(prompter):
     assert ids == [*wanted, words.eos]
 
 
-def test_a_selection_is_forward():
-  """Not the best alone, but the one that adds most to those before it."""
-  says = {'a': {1, 2, 3}, 'b': {2, 3, 4}, 'c': {5, 6}, 'd': {1}, 'e': {1}}
+def test_an_elimination_is_backward():
+  """Not the worst alone goes, but the one that the others do best without."""
+  says = {'a': {1, 2, 3}, 'b': {1, 2, 4}, 'c': {3, 4}, 'd': {5, 6}}
   asked = []
 
   def worth(alternatives):
     asked.append(alternatives)
     return [len(set().union(*(says[u] for u in one))) for one in alternatives]
 
-  assert extracts.most_telling(says, worth) == ['a', 'c', 'b', 'd', 'e']
-  assert asked[1] == [['a', 'b'], ['a', 'c'], ['a', 'd'], ['a', 'e']]
+  assert extracts.most_telling(says, worth) == ['a', 'd', 'b', 'c']
+  assert [len(found) for found in asked] == [4, 3, 2]
+  assert asked[1] == [['b', 'd'], ['a', 'd'], ['a', 'b']]
   assert extracts.most_telling([], worth) == []
 
 
