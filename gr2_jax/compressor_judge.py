@@ -103,7 +103,16 @@ def watch(judged: Judgement) -> dict[str, jax.Array]:
 
 
 def read_whole(setup: policy.Setup, params, rows) -> jax.Array:
-  """A ranker's scores [P, K] of whole contexts; pure."""
+  """A ranker's scores of whole contexts; pure.
+
+  Args:
+    setup: of `compressor.of`.
+    params: the ranker's.
+    rows: of prompts: prompt, prompt_length, slots.
+
+  Returns:
+    float32 [P, K].
+  """
   hidden, _ = transformer.encode_prompt(
     setup.model, params, rows['prompt'], rows['prompt_length']
   )

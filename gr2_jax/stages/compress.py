@@ -1,12 +1,12 @@
 """Compress: a policy that rewrites contexts into a fifth of their tokens.
 
 It starts from the parameters of the ranker that is to read it. First it
-imitates compressions by rule, of every length that it may be asked for: of
-several the one that this ranker ranks best with. Then it learns, as any policy
-here, from its own: each is verified, read by that ranker, frozen, and paid by
-what is left of the slate (Eq. 10-11). Last it writes the contexts of all
-slates, once and for all: `rl.context=text` and the like have later stages read
-them.
+imitates compressions by rule, of every length that it may be asked for: what
+this ranker reads first, of several the one that keeps its view of the whole
+best. Then it learns, as any policy here, from its own: each is verified, read
+by that ranker, frozen, and paid by what is left of the slate (Eq. 10-11). Last
+it writes the contexts of all slates, once and for all: `rl.context=text` and
+the like have later stages read them.
 
 Axes: n slates.
 """
