@@ -31,7 +31,7 @@ def section(test: bool = False) -> ConfigDict:
     eval_every=3 if test else 75,
   )  # of compressions by rule, before RL
   # Training slates on which is measured what of a line its ranker reads first.
-  config.rule_slates = 8 if test else 128
+  config.rule_slates = 8 if test else 256
   config.draws = 2 if test else 8  # of them a slate; the best is imitated
   config.compression_weight = 0.2  # a of Eq. 10, of the tokens saved
   config.judge = 'ranker'  # of Eq. 10: ranker, or remote: at an endpoint

@@ -55,8 +55,8 @@ def run(
     workdir: of this stage; its parent gets the runs.
 
   Returns:
-    `rows`, one a form: `tokens` that the ranker read and the share `kept`,
-    means over seeds and slates; and of every one of MEASURES the `mean`, what
+    `rows`, one a form: `tokens` that the ranker read, the mean over seeds and
+    slates, and the share of all tokens that is `kept`; and of every one of MEASURES the `mean`, what
     is `lost` to the whole context, with a 95 % interval, and a `test` of the
     gain against the margin (`statistics.two_level_equivalence`).
   """
@@ -89,7 +89,7 @@ def run(
     row: dict[str, Any] = {
       'form': name,
       'tokens': float(np.mean([r.tokens.mean() for r in reads])),
-      'kept': float(np.mean([(r.tokens / r.whole).mean() for r in reads])),
+      'kept': float(np.mean([r.tokens.mean() / r.whole.mean() for r in reads])),
     }
     for metric, values in measured(name).items():
       lost = statistics.two_level_bootstrap(
