@@ -56,9 +56,10 @@ def run(
 
   Returns:
     `rows`, one a form: `tokens` that the ranker read, the mean over seeds and
-    slates, and the share of all tokens that is `kept`; and of every one of MEASURES the `mean`, what
-    is `lost` to the whole context, with a 95 % interval, and a `test` of the
-    gain against the margin (`statistics.two_level_equivalence`).
+    slates, and the share of all tokens that is `kept`; and of every one of
+    MEASURES the `mean`, what is `lost` to the whole context, with a 95 %
+    interval, and a `test` of the gain against the margin
+    (`statistics.two_level_equivalence`).
   """
   del inputs
   from matplotlib import figure  # noqa: F401  Fails before the runs, not after.
