@@ -35,6 +35,25 @@ hypothesis.settings.register_profile('fixed', derandomize=True, deadline=None)
 hypothesis.settings.load_profile('fixed')
 
 
+# Files of a minute and more, the longest first: no worker is to end with one.
+_LONG = (
+  'test_cluster.py',
+  'test_compress.py',
+  'test_prune.py',
+  'test_study_distill.py',
+  'test_kill.py',
+  'test_export.py',
+  'test_opd.py',
+  'test_colab.py',
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Puts the long files first, in which order workers take them."""
+  place = {name: i for i, name in enumerate(_LONG)}
+  items.sort(key=lambda item: place.get(item.path.name, len(_LONG)))
+
+
 @pytest.fixture(scope='session')
 def world(tmp_path_factory):
   """Stage -> finished artifact of a tiny world, built once."""
