@@ -13,7 +13,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from gr2_jax import command_line, planning, topologies
+from gr2_jax import planning, topologies
+from gr2_jax.pipeline import flags as flags_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file; presets after a colon.', lock_config=True
@@ -45,4 +46,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=command_line.parse)
+  app.run(main, flags_parser=flags_lib.parse)

@@ -17,10 +17,11 @@ from collections.abc import Mapping
 import ml_collections
 import numpy as np
 
-from gr2_jax import artifacts, policy, text_encoders
+from gr2_jax import policy, text_encoders
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import prompts, text
 from gr2_jax.models import semantic_ids, sid_assignment, sid_tokenizer
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import tokenizer as tokenizer_stage
 
 CHUNK = 64  # items that the tokenizer reads at a time

@@ -14,16 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import (
-  cluster,
-  compressor,
-  compressor_judge,
-  policy,
-  reporting,
-  sharding,
-)
+from gr2_jax import cluster, compressor, compressor_judge, policy, sharding
 from gr2_jax.data import batches, compressions
 from gr2_jax.ops import compression
+from gr2_jax.pipeline import reporting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from gr2_jax import hf, reporting, sharding, text_store
+from gr2_jax import hf, sharding, text_store
 from gr2_jax.models import bert, transformer
+from gr2_jax.pipeline import reporting
 
 KINDS = ('minilm', 'backbone')
 _SHARD = 2_048  # texts after which the store has them for good

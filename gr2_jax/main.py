@@ -10,15 +10,9 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from gr2_jax import (
-  __version__,
-  artifacts,
-  cluster,
-  command_line,
-  environment,
-  roster,
-  stages,
-)
+from gr2_jax import __version__, cluster, roster
+from gr2_jax.pipeline import artifacts, environment, graph
+from gr2_jax.pipeline import flags as flags_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file; presets after a colon.', lock_config=True
@@ -44,7 +38,7 @@ def run(config: ConfigDict, root: str) -> None:
     root: the workdir, locked meanwhile.
   """
   target = _FOLLOWED.get(config.stage, config.stage)
-  seeds = config.seeds if stages.STAGES[target].seeded else (None,)
+  seeds = config.seeds if graph.STAGES[target].seeded else (None,)
   with artifacts.lock(root):
     for seed in seeds:
       directory = artifacts.run_stage(config, target, root, seed)
@@ -67,7 +61,7 @@ def main(argv: list[str]) -> None:
   environment.set_up(config.model.dtype)
   # What every process must have been started with.
   facts = {'gr2_jax': __version__, 'jax': jax.__version__}
-  facts |= {name: str(value) for name, value in command_line.fields(config)}
+  facts |= {name: str(value) for name, value in flags_lib.fields(config)}
   try:
     place = cluster.find(flags.FLAGS)
     with cluster.joined(place, facts, flags.FLAGS.meeting_timeout):
@@ -86,4 +80,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=command_line.parse)
+  app.run(main, flags_parser=flags_lib.parse)

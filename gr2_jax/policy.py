@@ -8,15 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from gr2_jax import (
-  adapters,
-  artifacts,
-  checkpoint,
-  grammars,
-  sampling,
-  sharding,
-  stages,
-)
+from gr2_jax import adapters, grammars, sampling, sharding
 from gr2_jax.data import (
   chat,
   compressions,
@@ -29,6 +21,7 @@ from gr2_jax.data import (
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
 from gr2_jax.models import semantic_ids, transformer
+from gr2_jax.pipeline import artifacts, checkpoint, graph
 
 BINS = 'evidence_bins.json'
 PARAMS = 'params'
@@ -36,7 +29,7 @@ PARAMS = 'params'
 # Stages that train the language model, and leave a policy that ranks.
 TRAINERS = tuple(
   name
-  for name, stage in stages.STAGES.items()
+  for name, stage in graph.STAGES.items()
   if stage.together and name != 'compress'
 )
 

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import artifacts, grammars, policy, sampling, sharding
+from gr2_jax import grammars, policy, sampling, sharding
 from gr2_jax.data import batches, prompts, teachers, vocabulary
 from gr2_jax.models import transformer
+from gr2_jax.pipeline import artifacts
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import cluster, policy, reporting, sampling, sharding
+from gr2_jax import cluster, policy, sampling, sharding
 from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import transformer
 from gr2_jax.ops import masking, metrics
+from gr2_jax.pipeline import reporting
 
 # What an answer is made of: the read-out at the slots, in one prefill; a
 # ranking that is decoded; one that is decoded after its reasoning.

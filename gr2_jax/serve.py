@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from gr2_jax import artifacts, environment, ranker
+from gr2_jax import ranker
+from gr2_jax.pipeline import artifacts, environment
 
 if TYPE_CHECKING:
   from gr2_jax.serving import reranker as reranker_lib

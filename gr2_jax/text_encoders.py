@@ -19,9 +19,10 @@ from typing import BinaryIO
 import jax
 import numpy as np
 
-from gr2_jax import command_line, language_encoders, sharding
+from gr2_jax import language_encoders, sharding
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import text
+from gr2_jax.pipeline import flags
 
 ENCODERS = ('tfidf', *language_encoders.KINDS)
 FEATURES = 'features.npy'
@@ -70,7 +71,7 @@ def embed(
   if config.text_encoder not in ENCODERS:
     raise ValueError(
       f'tokenizer.text_encoder={config.text_encoder!r} is unknown'
-      f'{command_line.nearest(str(config.text_encoder), ENCODERS)}; known: '
+      f'{flags.nearest(str(config.text_encoder), ENCODERS)}; known: '
       f'{", ".join(ENCODERS)}'
     )
   if not len(catalog):

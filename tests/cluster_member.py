@@ -2,7 +2,8 @@
 
 from absl import app
 
-from gr2_jax import artifacts, command_line, main
+from gr2_jax import main
+from gr2_jax.pipeline import artifacts, flags
 
 
 def run(config, root):
@@ -13,4 +14,4 @@ def run(config, root):
 
 if __name__ == '__main__':
   main.run = run
-  app.run(main.main, flags_parser=command_line.parse)
+  app.run(main.main, flags_parser=flags.parse)

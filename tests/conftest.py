@@ -22,7 +22,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
 
 import jax  # noqa: E402 (reads the environment)
 
-from gr2_jax import environment  # noqa: E402
+from gr2_jax.pipeline import environment  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 environment.keep_freed_memory()

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import artifacts, cluster, reporting, roster
+from gr2_jax import cluster, roster
+from gr2_jax.pipeline import artifacts, reporting
 
 from . import tiny, tiny_world
 

@@ -8,16 +8,16 @@ import jax
 import pytest
 
 from configs import common
-from gr2_jax import stages
 from gr2_jax.models import transformer
+from gr2_jax.pipeline import graph
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_every_stage_has_a_config_file_and_back():
-  assert set(common.SECTIONS) | {'backbone'} == set(stages.STAGES)
+  assert set(common.SECTIONS) | {'backbone'} == set(graph.STAGES)
   files = {p.stem for p in (_ROOT / 'configs').glob('*.py')}
-  assert files == set(stages.STAGES) | {'common'}
+  assert files == set(graph.STAGES) | {'common'}
 
 
 @pytest.mark.parametrize('name', common.SECTIONS)
@@ -36,7 +36,7 @@ def test_each_file_composes_the_whole_config(name):
   }
   own = module.section(test=True).to_dict() | of_presets.get(section, {})
   assert config[section].to_dict() == own
-  for stage in stages.STAGES.values():
+  for stage in graph.STAGES.values():
     assert set(stage.sections) <= set(config)
 
 

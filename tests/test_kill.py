@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from gr2_jax import artifacts, reporting, roster
+from gr2_jax import roster
+from gr2_jax.pipeline import artifacts, reporting
 
 from . import tiny, tiny_world
 

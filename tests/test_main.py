@@ -9,7 +9,9 @@ import types
 import ml_collections
 import pytest
 
-from gr2_jax import artifacts, main, stages
+from gr2_jax import main
+from gr2_jax.pipeline import artifacts
+from gr2_jax.pipeline import graph as graph_lib
 from gr2_jax.stages import evaluate
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -104,10 +106,10 @@ def test_the_target_rl_ends_with_the_table(tmp_path, monkeypatch, capsys):
 
   runs = {'rl': rl, 'evaluate': lambda *_: found}
   graph = {
-    'rl': stages.Stage((), ('rl',), seeded=True),
-    'evaluate': stages.Stage(('rl@*',), ('seeds',)),
+    'rl': graph_lib.Stage((), ('rl',), seeded=True),
+    'evaluate': graph_lib.Stage(('rl@*',), ('seeds',)),
   }
-  monkeypatch.setattr(stages, 'STAGES', graph)
+  monkeypatch.setattr(graph_lib, 'STAGES', graph)
   for name, run in runs.items():
     module = types.ModuleType(name)
     module.run = run

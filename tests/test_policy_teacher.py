@@ -7,9 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from gr2_jax import artifacts, checkpoint, policy, policy_teacher
+from gr2_jax import policy, policy_teacher
 from gr2_jax.data import batches, prompts, vocabulary
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.pipeline import artifacts, checkpoint
 
 from . import tiny, tiny_world
 

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from configs import tokenizer as config_file
-from gr2_jax import artifacts
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import tokenizer
 
 COLOURS = ('red', 'blue', 'green', 'pink', 'black', 'white')

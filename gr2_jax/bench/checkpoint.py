@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from gr2_jax import checkpoint, reporting, sharding
+from gr2_jax import sharding
 from gr2_jax.models import transformer
+from gr2_jax.pipeline import checkpoint, reporting
 
 _LAYERS = flags.DEFINE_integer('layers', 19, 'Of the tree.', 1)
 _WIDTH = flags.DEFINE_integer('width', 2048, 'Of a layer.', 128)

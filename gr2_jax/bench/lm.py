@@ -29,8 +29,9 @@ import torch
 import transformers
 from absl import app, flags
 
-from gr2_jax import hf, reporting, sampling, sharding
+from gr2_jax import hf, sampling, sharding
 from gr2_jax.models import transformer
+from gr2_jax.pipeline import reporting
 
 _TINY = flags.DEFINE_bool('tiny', False, 'A small random decoder.')
 _BATCHES = flags.DEFINE_list('batches', ['1', '8'], 'Prompts at a time.')

@@ -20,7 +20,8 @@ import sys
 from absl import app, flags
 
 from configs import common
-from gr2_jax import planning, reporting, topologies
+from gr2_jax import planning, topologies
+from gr2_jax.pipeline import reporting
 
 _MODELS = flags.DEFINE_list('models', list(common.QWEN3), 'Presets.')
 _FAMILIES = flags.DEFINE_list('families', list(topologies.CHIPS), 'Of chips.')

@@ -22,9 +22,10 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from gr2_jax import reporting, sharding
+from gr2_jax import sharding
 from gr2_jax.bench import own_step, tunix_step
 from gr2_jax.models import transformer
+from gr2_jax.pipeline import reporting
 
 _SIZES = flags.DEFINE_list(
   'sizes', ['192+48', '1024+64'], 'Prompt tokens + completion tokens.'

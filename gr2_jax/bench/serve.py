@@ -25,8 +25,9 @@ from typing import Any
 
 from absl import app, flags
 
-from gr2_jax import environment, ranker, reporting
+from gr2_jax import ranker
 from gr2_jax.bench import serving_load, serving_table
+from gr2_jax.pipeline import environment, reporting
 
 _ARTIFACT = flags.DEFINE_string(
   'artifact', None, 'Folder of a trained policy.', required=True

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import ranker, reporting
+from gr2_jax import ranker
+from gr2_jax.pipeline import reporting
 
 LOAD = (
   'mode', 'clients', 'p50', 'p95', 'p99', 'slates/s', 'errors', 'late', 'batch',

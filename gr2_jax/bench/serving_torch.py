@@ -23,10 +23,11 @@ import numpy as np
 import torch
 import transformers
 
-from gr2_jax import artifacts, grammars, hf
+from gr2_jax import grammars, hf
 from gr2_jax import policy as policy_lib
 from gr2_jax.data import vocabulary
 from gr2_jax.hf import unigram
+from gr2_jax.pipeline import artifacts
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.stages import export
 

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from gr2_jax import reporting
 from gr2_jax.models import residual_quantizer
+from gr2_jax.pipeline import reporting
 
 _ITEMS = flags.DEFINE_list('items', ['12000', '100000'], 'Numbers of vectors.')
 _DIM = flags.DEFINE_integer('dim', 64, 'Width of a vector.', 1)

@@ -23,7 +23,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from configs import tokenizer as tokenizer_config
-from gr2_jax import reporting, sharding
+from gr2_jax import sharding
+from gr2_jax.pipeline import reporting
 from gr2_jax.stages import tokenizer
 
 _CATALOGS = flags.DEFINE_list(

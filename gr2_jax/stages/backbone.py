@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from gr2_jax import checkpoint, policy
+from gr2_jax import policy
 from gr2_jax.data import midtraining, prompts, splits, teachers, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import new_rows
+from gr2_jax.pipeline import checkpoint
 
 
 def run(

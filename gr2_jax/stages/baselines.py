@@ -21,10 +21,10 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from gr2_jax import checkpoint, reporting
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import legacy, trees
 from gr2_jax.ops import metrics
+from gr2_jax.pipeline import checkpoint, reporting
 
 SPLITS = ('validation', 'test')
 

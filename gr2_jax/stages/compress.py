@@ -23,7 +23,6 @@ import numpy as np
 from scipy import stats
 
 from gr2_jax import (
-  artifacts,
   cluster,
   compressor,
   compressor_judge,
@@ -46,6 +45,7 @@ from gr2_jax.data import (
   remote_judge,
 )
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import on_policy, remote, training
 
 IMITATION = 'imitation'

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import policy, ranker, reporting
+from gr2_jax import policy, ranker
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics, parsing, statistics
+from gr2_jax.pipeline import reporting
 from gr2_jax.stages import answers, baselines
 
 # Rows of the table, in order; of what a run does not have there is no row.

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gr2_jax import (
-  checkpoint,
   distillation,
   policy,
   policy_gradient,
@@ -23,6 +22,7 @@ from gr2_jax import (
 )
 from gr2_jax.data import batches
 from gr2_jax.ops import kl
+from gr2_jax.pipeline import checkpoint
 from gr2_jax.stages import on_policy
 
 # What is kept in the workdir, so that a run that goes on is the same run.

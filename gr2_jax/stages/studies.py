@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import ml_collections
 import numpy as np
 
-from gr2_jax import artifacts, policy, ranker, reporting
+from gr2_jax import policy, ranker
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import statistics
+from gr2_jax.pipeline import artifacts, reporting
 from gr2_jax.stages import answers
 
 Name = TypeVar('Name', bound=Hashable)

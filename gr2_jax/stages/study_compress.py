@@ -20,17 +20,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import (
-  artifacts,
-  compressor,
-  context_writer,
-  policy,
-  ranker,
-  reporting,
-)
+from gr2_jax import compressor, context_writer, policy, ranker
 from gr2_jax.data import compressions
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import statistics
+from gr2_jax.pipeline import artifacts, reporting
 
 TABLE, FIGURE = 'compress.md', 'compress.png'
 WHOLE, WRITTEN = 'full', 'text'  # forms of `contexts.parse`

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import artifacts, reporting
+from gr2_jax.pipeline import artifacts, reporting
 from gr2_jax.stages import studies
 
 TABLE = 'internalize.md'

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import artifacts, reporting
+from gr2_jax.pipeline import artifacts, reporting
 from gr2_jax.stages import studies
 
 TABLE = 'prune.md'

@@ -16,8 +16,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import artifacts, reporting
 from gr2_jax.ops import statistics
+from gr2_jax.pipeline import artifacts, reporting
 from gr2_jax.stages import studies
 
 TABLE = 'ablation.md'

@@ -17,15 +17,9 @@ import jax
 import numpy as np
 import optax
 
-from gr2_jax import (
-  checkpoint,
-  cluster,
-  learner,
-  policy,
-  reporting,
-  sharding,
-)
+from gr2_jax import cluster, learner, policy, sharding
 from gr2_jax.data import batches
+from gr2_jax.pipeline import checkpoint, reporting
 
 # (state, frozen parameters, step) -> (state, metrics). Draws its own batches.
 TakeStep = Callable[

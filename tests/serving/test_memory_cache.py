@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gr2_jax import checkpoint, policy, ranker
+from gr2_jax import policy, ranker
 from gr2_jax.data import requests as requests_lib
+from gr2_jax.pipeline import checkpoint
 from gr2_jax.serving import memories as memories_lib
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.serving import service as service_lib

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from configs import common
-from gr2_jax import artifacts, checkpoint, hf, policy
+from gr2_jax import hf, policy
 from gr2_jax.data import batches, records, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
+from gr2_jax.pipeline import artifacts, checkpoint
 from gr2_jax.stages import backbone, baselines, evaluate, midtrain, sft, traces
 
 from .. import tiny, tiny_pretrained, tiny_world

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from configs import baselines as config_file
 from configs import slates as slates_config
-from gr2_jax import artifacts
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import baselines
 from gr2_jax.stages import slates as slates_stage
 

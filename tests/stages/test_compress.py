@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from gr2_jax import (
-  artifacts,
   compressor,
   compressor_judge,
   context_writer,
   policy,
   ranker,
-  reporting,
   sampling,
   sharding,
 )
@@ -20,6 +18,7 @@ from gr2_jax.data import batches, compressions, records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression
+from gr2_jax.pipeline import artifacts, reporting
 from gr2_jax.stages import compress, study_compress
 
 from .. import chat_server, tiny, tiny_world

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from gr2_jax import artifacts, reporting
+from gr2_jax.pipeline import artifacts, reporting
 from gr2_jax.stages import opd
 
 from .. import tiny, tiny_world

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from gr2_jax import checkpoint, reporting
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.pipeline import checkpoint, reporting
 from gr2_jax.stages import sft, traces, training
 
 from .. import tiny, tiny_world

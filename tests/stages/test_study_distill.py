@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import study_distill as recipe
-from gr2_jax import artifacts
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import study_distill
 
 from .. import tiny_world

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs import study_hacking as recipe
-from gr2_jax import artifacts
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import study_hacking
 
 from .. import tiny_world

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gr2_jax import artifacts
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import internalize, study_internalize
 
 from .. import tiny_world

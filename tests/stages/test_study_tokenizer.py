@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from configs import study_tokenizer as recipe
 from configs import tokenizer as tokenizer_config
-from gr2_jax import artifacts
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import study_tokenizer
 from gr2_jax.stages import tokenizer as tokenizer_stage
 

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import checkpoint, reporting
 from gr2_jax.data import slates
 from gr2_jax.models import rqvae, semantic_ids, sid_assignment
+from gr2_jax.pipeline import checkpoint, reporting
 from gr2_jax.stages import tokenizer
 
 from .. import tiny_tokenizer, tiny_world

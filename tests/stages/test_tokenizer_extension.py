@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 
-from gr2_jax import artifacts
 from gr2_jax.models import semantic_ids
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import tokenizer
 
 from .. import tiny_tokenizer, tiny_world

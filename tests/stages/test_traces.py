@@ -4,9 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from gr2_jax import artifacts, policy_teacher
+from gr2_jax import policy_teacher
 from gr2_jax.data import endpoint, ledger, records, teachers
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import traces
 
 from .. import chat_server, tiny_world

@@ -24,8 +24,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import cluster, stages
+from gr2_jax import cluster
 from gr2_jax.data import contexts
+from gr2_jax.pipeline import graph
 
 
 class ArtifactError(ValueError):
@@ -70,7 +71,7 @@ def plan(
     something is computed is no part of what is computed, and a run may go on
     elsewhere.
   """
-  stage = stages.STAGES[name]
+  stage = graph.STAGES[name]
   seed = (config.seeds[0] if seed is None else seed) if stage.seeded else None
   inputs = {}
   for need in stage.needs:
@@ -197,7 +198,7 @@ def _run(
   """
   directory = artifact.directory(root)
   results = directory / 'results.json'
-  together = stages.STAGES[artifact.stage].together
+  together = graph.STAGES[artifact.stage].together
   if not cluster.leads():
     if not cluster.told(False) and together:
       _call(config, artifact, inputs, directory)
@@ -229,7 +230,7 @@ def _call(
 ) -> dict[str, Any]:
   """Runs the stage's function, with its config written beforehand."""
   try:
-    sections = _sections(config, stages.STAGES[artifact.stage])
+    sections = _sections(config, graph.STAGES[artifact.stage])
     if cluster.leads():
       directory.mkdir(parents=True, exist_ok=True)
       _write_json(
@@ -294,21 +295,21 @@ def _named_stage(config: ml_collections.ConfigDict, need: str) -> str | None:
   if name == 'context':
     written = contexts.parse(config[section][name]).text
     return 'compress' if written else None
-  named, known = config[section][name], stages.STARTS[field]
+  named, known = config[section][name], graph.STARTS[field]
   if named not in known:
     raise ArtifactError(f'{field}={named!r}: must be one of {", ".join(known)}')
   return named
 
 
 def _sections(
-  config: ml_collections.ConfigDict, stage: stages.Stage
+  config: ml_collections.ConfigDict, stage: graph.Stage
 ) -> dict[str, Any]:
   """The part of the config that a stage reads, as plain Python."""
   return {name: config.to_dict()[name] for name in stage.sections}
 
 
 def _hash_files(
-  config: ml_collections.ConfigDict, stage: stages.Stage
+  config: ml_collections.ConfigDict, stage: graph.Stage
 ) -> dict[str, str]:
   """Path -> content hash of every file that the stage's config names."""
   hashes = {}

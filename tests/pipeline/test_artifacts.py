@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import artifacts, stages
+from gr2_jax.pipeline import artifacts
+from gr2_jax.pipeline import graph as graph_lib
 
 
 def _config(**changes):
@@ -71,7 +72,7 @@ def _changed(**changes):
 
 def test_every_stage_is_reached_and_seeded_ones_once_per_seed():
   found = _fingerprints(_config())
-  assert {stage for stage, _ in found} | STUDIES == set(stages.STAGES)
+  assert {stage for stage, _ in found} | STUDIES == set(graph_lib.STAGES)
   assert {seed for stage, seed in found if stage == 'rl'} == {0, 1}
   assert len(set(found.values())) == len(found)
 
@@ -90,8 +91,8 @@ def test_every_stage_is_reached_and_seeded_ones_once_per_seed():
     ('baselines.x', {'baselines', 'evaluate'}),
     ('traces.x', {'traces', 'sft', 'opd', 'rl', *AFTER_RL}),
     ('opd.x', {'opd', 'rl', *AFTER_RL}),
-    ('tokenizer.x', set(stages.STAGES) - STUDIES - {'slates', 'baselines'}),
-    ('data.x', set(stages.STAGES) - STUDIES),
+    ('tokenizer.x', set(graph_lib.STAGES) - STUDIES - {'slates', 'baselines'}),
+    ('data.x', set(graph_lib.STAGES) - STUDIES),
     ('seed', set()),
   ],
 )
@@ -167,16 +168,16 @@ def graph(monkeypatch):
     return {'read': (inputs['first'] / 'data').read_text()}
 
   graph = {
-    'first': stages.Stage((), ('one',)),
-    'second': stages.Stage(('first',), ('two',), seeded=True),
-    'last': stages.Stage(('second@*',), ('seeds',)),
+    'first': graph_lib.Stage((), ('one',)),
+    'second': graph_lib.Stage(('first',), ('two',), seeded=True),
+    'last': graph_lib.Stage(('second@*',), ('seeds',)),
   }
   runs = {
     'first': first,
     'second': second,
     'last': lambda c, i, w: {'in': [*i]},
   }
-  monkeypatch.setattr(stages, 'STAGES', graph)
+  monkeypatch.setattr(graph_lib, 'STAGES', graph)
   for name, run in runs.items():
     module = types.ModuleType(name)
     module.run = run
@@ -286,7 +287,7 @@ with artifacts.lock(sys.argv[1]):
 def test_kill_9_leaves_no_results_frees_the_lock_and_resumes(
   graph, tmp_path, monkeypatch
 ):
-  root = pathlib.Path(__file__).parent.parent
+  root = pathlib.Path(__file__).parent.parent.parent
   process = subprocess.Popen(
     [sys.executable, '-c', _SLOW, str(tmp_path)],
     env=os.environ | {'PYTHONPATH': str(root)},

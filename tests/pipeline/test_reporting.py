@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import reporting
+from gr2_jax.pipeline import reporting
 
 
 def _steps(directory):

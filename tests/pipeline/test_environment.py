@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gr2_jax import environment
+from gr2_jax.pipeline import environment
 
 # Prints how many pages the kernel had to clear once a program has run a while.
 FAULTS = """

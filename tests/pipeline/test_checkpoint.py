@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gr2_jax import checkpoint, sharding
+from gr2_jax import sharding
+from gr2_jax.pipeline import checkpoint
 
 
 @flax.struct.dataclass

@@ -1,0 +1,1 @@
+"""The command as a graph of stages: artifacts, checkpoints, reports."""
