@@ -22,10 +22,10 @@ from gr2_jax import (
   policy,
   policy_gradient,
   rollouts,
-  sharding,
   topologies,
 )
 from gr2_jax.data import prompts, vocabulary
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 
 

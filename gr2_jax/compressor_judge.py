@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import cluster, grammars, policy, sampling, sharding
+from gr2_jax import grammars, policy, sampling
 from gr2_jax.data import dialogue as dialogue_lib
 from gr2_jax.data import remote_judge
+from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression, masking
 
@@ -269,12 +270,12 @@ class Remote:
       Judged of [P, G], on the mesh; `total` is NaN where there is no mark.
     """
     names = ('incoming', 'count', *(_PREFIX + name for name in _TOLD))
-    host = cluster.fetch(
+    host = processes.fetch(
       {name: rows[name] for name in names}
       | {'tokens': rollouts.tokens, 'length': rollouts.length, 'paid': paid}
     )
     empty = np.zeros((*host['paid'].shape, 3), np.float32)
-    marks = cluster.led(lambda: self._marks(host, empty), empty)
+    marks = processes.led(lambda: self._marks(host, empty), empty)
     return sharding.shard_batch(judged(marks), self._mesh)
 
   def _marks(self, host: dict[str, np.ndarray], empty: np.ndarray):

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import cluster, compressor, compressor_judge, policy, sharding
+from gr2_jax import compressor, compressor_judge, policy
 from gr2_jax.data import batches, extracts, prompts
+from gr2_jax.distributed import processes, sharding
 
 
 def most_telling(
@@ -65,7 +66,7 @@ def most_telling(
       for n, lines, count, held_to in cases:
         case = (count, *_written(setup, lines[:, :, kept], count, len(units)))
         case = sharding.shard_batch(case, setup.mesh)
-        found.append(cluster.fetch(likeness(ranker, held_to, *case))[:n])
+        found.append(processes.fetch(likeness(ranker, held_to, *case))[:n])
     return np.concatenate(found).mean(0)[: len(alternatives)]
 
   return extracts.most_telling(units, worth)

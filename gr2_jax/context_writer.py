@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import cluster, compressor, compressor_judge, policy, sharding
+from gr2_jax import compressor, compressor_judge, policy
 from gr2_jax.data import batches, compressions
+from gr2_jax.distributed import processes, sharding
 from gr2_jax.ops import compression
 from gr2_jax.pipeline import reporting
 
@@ -91,7 +92,7 @@ def make_write(
         slates, render, stage.eval_batch_size, seed
       ):
         rows = sharding.shard_batch(batch, setup.mesh)
-        found = cluster.fetch(answer(params, rows, key))
+        found = processes.fetch(answer(params, rows, key))
         found = {name: x[:n, 0] for name, x in found.items()}
         bar.update(n)
         yield Written(

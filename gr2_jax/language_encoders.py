@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from gr2_jax import hf, sharding, text_store
+from gr2_jax import hf, text_store
+from gr2_jax.distributed import sharding
 from gr2_jax.models import bert, transformer
 from gr2_jax.pipeline import reporting
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gr2_jax import grammars, sampling, sharding
+from gr2_jax import grammars, sampling
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, losses, masking
 

@@ -10,7 +10,8 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from gr2_jax import __version__, cluster, roster
+from gr2_jax import __version__
+from gr2_jax.distributed import processes, rendezvous
 from gr2_jax.pipeline import artifacts, environment, graph
 from gr2_jax.pipeline import flags as flags_lib
 
@@ -26,7 +27,7 @@ _FOLLOWED = {
   'compress': 'study_compress',
 }
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
-cluster.define_flags()
+processes.define_flags()
 
 
 def run(config: ConfigDict, root: str) -> None:
@@ -50,7 +51,7 @@ def run(config: ConfigDict, root: str) -> None:
 
 def _say(text: str) -> None:
   """Prints, on the first of several processes."""
-  if cluster.leads():
+  if processes.leads():
     print(text)
 
 
@@ -63,16 +64,16 @@ def main(argv: list[str]) -> None:
   facts = {'gr2_jax': __version__, 'jax': jax.__version__}
   facts |= {name: str(value) for name, value in flags_lib.fields(config)}
   try:
-    place = cluster.find(flags.FLAGS)
-    with cluster.joined(place, facts, flags.FLAGS.meeting_timeout):
+    place = processes.find(flags.FLAGS)
+    with processes.joined(place, facts, flags.FLAGS.meeting_timeout):
       _say(f'devices: {", ".join(map(str, jax.devices()))}')
       run(config, _WORKDIR.value)
   except KeyboardInterrupt:
     print('interrupted: the same command goes on from here', file=sys.stderr)
     sys.exit(130)
-  except cluster.Preempted as e:
+  except processes.Preempted as e:
     print(f'{e}: the same command goes on from here', file=sys.stderr)
-    sys.exit(roster.AGAIN)
+    sys.exit(rendezvous.AGAIN)
   except (OSError, FloatingPointError, ValueError) as e:
     if _DEBUG.value or not environment.is_for_the_user(e):
       raise

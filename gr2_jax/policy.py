@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from gr2_jax import adapters, grammars, sampling, sharding
+from gr2_jax import adapters, grammars, sampling
 from gr2_jax.data import (
   chat,
   compressions,
@@ -20,6 +20,7 @@ from gr2_jax.data import (
 )
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
+from gr2_jax.distributed import sharding
 from gr2_jax.models import semantic_ids, transformer
 from gr2_jax.pipeline import artifacts, checkpoint, graph
 

@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import grammars, policy, sampling, sharding
+from gr2_jax import grammars, policy, sampling
 from gr2_jax.data import batches, prompts, teachers, vocabulary
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import artifacts
 

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import cluster, policy, sampling, sharding
+from gr2_jax import policy, sampling
 from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import masking, metrics
 from gr2_jax.pipeline import reporting
@@ -255,7 +256,7 @@ def rank(
     for n, batch in batches.in_order(slates, render, batch_size, seed, first):
       batch.pop('grades')  # What the policy must not see.
       found = answer(params, sharding.shard_batch(batch, setup.mesh))
-      parts.append({k: v[:n] for k, v in cluster.fetch(found).items()})
+      parts.append({k: v[:n] for k, v in processes.fetch(found).items()})
       bar.update(n)
   return Ranked(**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 

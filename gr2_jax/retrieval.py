@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import cluster, policy, sharding
+from gr2_jax import policy
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import semantic_ids, sid_trie, transformer
 
 
@@ -275,6 +276,6 @@ class Retriever:
           self._setup.mesh,
         )
         found = self._search(params, self._trie, *batch)
-        parts.append(cluster.fetch(found.items))
+        parts.append(processes.fetch(found.items))
     items = np.concatenate(parts)[: len(self._asked)]
     return summary(items, self._target)

@@ -19,9 +19,10 @@ from typing import BinaryIO
 import jax
 import numpy as np
 
-from gr2_jax import language_encoders, sharding
+from gr2_jax import language_encoders
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import text
+from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import flags
 
 ENCODERS = ('tfidf', *language_encoders.KINDS)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import adapters, learner, sharding
+from gr2_jax import adapters, learner
 from gr2_jax.data import batches
+from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.stages import training
 

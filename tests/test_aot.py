@@ -8,9 +8,10 @@ import jax
 import pytest
 
 from configs import common
-from gr2_jax import abstract, hlo, planning, sharding, topologies
+from gr2_jax import abstract, hlo, planning, topologies
 from gr2_jax.bench import plan as bench_plan
 from gr2_jax.bench import weak_scaling
+from gr2_jax.distributed import sharding
 
 LOAD = abstract.Load(slates=8, prompt_tokens=32, text_rows=500)
 

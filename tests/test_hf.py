@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import hf, sampling, sharding
+from gr2_jax import hf, sampling
+from gr2_jax.distributed import sharding
 from gr2_jax.hf import gguf_file
 from gr2_jax.models import transformer
 

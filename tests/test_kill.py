@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from gr2_jax import roster
+from gr2_jax.distributed import rendezvous
 from gr2_jax.pipeline import artifacts, reporting
 
 from . import tiny, tiny_world
@@ -35,7 +35,7 @@ def start(root):
 
 @pytest.mark.parametrize(
   ('number', 'code'),
-  [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, roster.AGAIN)],
+  [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, rendezvous.AGAIN)],
 )
 def test_a_run_ended_in_the_middle_goes_on_bit_for_bit(
   world, tmp_path, number, code

@@ -9,7 +9,8 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import grammars, learner, policy_gradient, sharding
+from gr2_jax import grammars, learner, policy_gradient
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 
 from . import tiny

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import policy, sharding
+from gr2_jax import policy
+from gr2_jax.distributed import sharding
 
 from . import tiny_world
 

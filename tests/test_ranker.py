@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import ranker, sharding
+from gr2_jax import ranker
 from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import parsing
 

@@ -13,8 +13,8 @@ from gr2_jax import (
   policy,
   policy_gradient,
   sampling,
-  sharding,
 )
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 
 MODEL = transformer.TransformerConfig(

@@ -5,7 +5,8 @@ import pathlib
 import jax
 
 from configs import common
-from gr2_jax import learner, policy, sharding
+from gr2_jax import learner, policy
+from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import artifacts, checkpoint
 
 from . import tiny

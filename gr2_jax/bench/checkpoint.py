@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from gr2_jax import sharding
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import checkpoint, reporting
 

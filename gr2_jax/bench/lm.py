@@ -29,7 +29,8 @@ import torch
 import transformers
 from absl import app, flags
 
-from gr2_jax import hf, sampling, sharding
+from gr2_jax import hf, sampling
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import reporting
 

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from gr2_jax import sharding
 from gr2_jax.bench import own_step, tunix_step
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import reporting
 

@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from configs import tokenizer as tokenizer_config
-from gr2_jax import sharding
+from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import reporting
 from gr2_jax.stages import tokenizer
 

@@ -14,7 +14,8 @@ import jax
 from absl import app, flags
 
 from configs import common
-from gr2_jax import abstract, sharding
+from gr2_jax import abstract
+from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import reporting
 
 _DEVICES = flags.DEFINE_list(

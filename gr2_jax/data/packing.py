@@ -20,8 +20,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from gr2_jax import cluster
 from gr2_jax.data import batches, prompts, records
+from gr2_jax.distributed import processes
 
 TASKS = ('sequence', 'persona', 'caption', 'text')
 ROWS = 'packed.array_record'
@@ -159,8 +159,8 @@ def write(
     `tokens`, of each task.
   """
   path = workdir / FACTS
-  if not cluster.leads():
-    cluster.wait_for(path)
+  if not processes.leads():
+    processes.wait_for(path)
   if path.exists():
     return json.loads(path.read_text())
   counts: collections.Counter[str] = collections.Counter()

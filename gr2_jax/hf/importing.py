@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import sharding
+from gr2_jax.distributed import sharding
 from gr2_jax.hf import leaves
 from gr2_jax.hf.backbone import Backbone
 from gr2_jax.models import transformer

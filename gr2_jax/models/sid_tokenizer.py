@@ -15,7 +15,7 @@ import chex
 import jax
 import numpy as np
 
-from gr2_jax import sharding
+from gr2_jax.distributed import sharding
 from gr2_jax.models import (
   residual_quantizer,
   rqvae,

@@ -24,8 +24,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import cluster
 from gr2_jax.data import contexts
+from gr2_jax.distributed import processes
 from gr2_jax.pipeline import graph
 
 
@@ -150,7 +150,7 @@ def lock(root: os.PathLike[str] | str) -> Iterator[None]:
     ArtifactError: another process holds it.
   """
   root = pathlib.Path(root)
-  if not cluster.leads():
+  if not processes.leads():
     yield
     return
   root.mkdir(parents=True, exist_ok=True)
@@ -199,23 +199,23 @@ def _run(
   directory = artifact.directory(root)
   results = directory / 'results.json'
   together = graph.STAGES[artifact.stage].together
-  if not cluster.leads():
-    if not cluster.told(False) and together:
+  if not processes.leads():
+    if not processes.told(False) and together:
       _call(config, artifact, inputs, directory)
-    cluster.wait_for(results)
+    processes.wait_for(results)
     return directory
   seed = '' if artifact.seed is None else f' seed {artifact.seed}'
   label = f'{artifact.stage}{seed}'.ljust(18)
   resumed = directory.is_dir()
   if resumed:
     _check_config(directory, artifact)
-  if cluster.told(results.exists()):
+  if processes.told(results.exists()):
     read_results(directory)
     say(f'{label} finished before: {directory}')
     return directory
   say(f'{label} {"resumes" if resumed else "starts"} in {directory}')
   start = time.monotonic()
-  with contextlib.nullcontext() if together else cluster.alone():
+  with contextlib.nullcontext() if together else processes.alone():
     found = _call(config, artifact, inputs, directory)
   _write_json(results, found)
   say(f'{label} done in {time.monotonic() - start:.1f} s')
@@ -231,7 +231,7 @@ def _call(
   """Runs the stage's function, with its config written beforehand."""
   try:
     sections = _sections(config, graph.STAGES[artifact.stage])
-    if cluster.leads():
+    if processes.leads():
       directory.mkdir(parents=True, exist_ok=True)
       _write_json(
         directory / 'config.json',

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gr2_jax import cluster
+from gr2_jax.distributed import processes
 
 
 class Checkpointer:
@@ -164,7 +164,7 @@ def load_params(path: os.PathLike[str] | str, abstract_params: Any) -> Any:
 
 def _processes() -> ocp.options.MultiprocessingOptions:
   """Who takes part in a save: all, or process 0 while the others wait."""
-  if not cluster.is_alone():
+  if not processes.is_alone():
     return ocp.options.MultiprocessingOptions()
   return ocp.options.MultiprocessingOptions(
     active_processes={0}, barrier_sync_key_prefix='alone'
@@ -176,7 +176,7 @@ def _at_hand(tree: Any) -> Any:
 
   It takes no jax.Array that other processes do not know of.
   """
-  return jax.tree.map(np.asarray, tree) if cluster.is_alone() else tree
+  return jax.tree.map(np.asarray, tree) if processes.is_alone() else tree
 
 
 def _abstract(tree: Any) -> Any:

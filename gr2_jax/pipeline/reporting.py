@@ -11,7 +11,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from gr2_jax import cluster
+from gr2_jax.distributed import processes
 
 # Seconds between two lines of progress where the output is not a terminal.
 _LINE_INTERVAL = 10.0
@@ -35,7 +35,7 @@ class MetricsWriter:
 
   def __init__(self, directory: os.PathLike[str] | str, resume_step: int = 0):
     self._file = self._tensorboard = None
-    if not cluster.leads():
+    if not processes.leads():
       return
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def progress(
     ncols=None if terminal else 0,
     dynamic_ncols=terminal,
     disable=quiet
-    or not cluster.leads()
+    or not processes.leads()
     or os.environ.get('TQDM_DISABLE', '0') not in ('', '0'),
   )
 

@@ -26,10 +26,11 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from gr2_jax import cold_items, policy, ranker, sharding
+from gr2_jax import cold_items, policy, ranker
 from gr2_jax.data import batches
 from gr2_jax.data import knowledge as knowledge_lib
 from gr2_jax.data import requests as requests_lib
+from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import artifacts
 from gr2_jax.serving import memories as memories_lib
 from gr2_jax.serving import partial

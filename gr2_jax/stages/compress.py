@@ -23,7 +23,6 @@ import numpy as np
 from scipy import stats
 
 from gr2_jax import (
-  cluster,
   compressor,
   compressor_judge,
   compressor_rule,
@@ -32,7 +31,6 @@ from gr2_jax import (
   learner,
   policy,
   ranker,
-  sharding,
 )
 from gr2_jax.data import (
   batches,
@@ -45,6 +43,7 @@ from gr2_jax.data import (
   remote_judge,
 )
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import on_policy, remote, training
 
@@ -105,7 +104,7 @@ def judge_in_words(config, reader: policy.Setup, workdir: pathlib.Path):
     words=0,
     knowledge=False,
   )
-  if not cluster.leads():  # Process 0 asks.
+  if not processes.leads():  # Process 0 asks.
     yield compressor_judge.Remote(words, reader.mesh, None), dict
     return
   settings = remote.settings('compress', stage, temperature=0.0)
@@ -140,10 +139,10 @@ def _run(
 
   # Imitation.
   imitation = workdir / IMITATION
-  if not cluster.told((imitation / 'done.json').exists()):
+  if not processes.told((imitation / 'done.json').exists()):
     found = _imitate(config, inputs, imitation, setup, budgets, ranks, validate)
     logging.info('compress: a line keeps first: %s', found['ranked'])
-    if cluster.leads():
+    if processes.leads():
       (imitation / 'done.json').write_text(json.dumps(found))
 
   # RL.
@@ -349,7 +348,7 @@ def _write(
   """
   path = compressions.file(workdir, split)
   noted = path.with_suffix('.json')
-  if cluster.told(noted.exists()):
+  if processes.told(noted.exists()):
     return json.loads(noted.read_text())
   slates, most = reader.source(split), config.compress.train_slates
   if split == 'train' and most:
@@ -363,7 +362,7 @@ def _write(
 
   stored = list(context_writer.store(reader, slates, noting()))
   found = compressions.report(stored)
-  if cluster.leads():
+  if processes.leads():
     records.write(path, stored)
     if split == JUDGED:
       np.savez(workdir / MARKS, **_joined(judged)._asdict())

@@ -33,9 +33,10 @@ import grain
 import jax
 import numpy as np
 
-from gr2_jax import learner, policy, retrieval, row_warmup, sharding
+from gr2_jax import learner, policy, retrieval, row_warmup
 from gr2_jax.data import batches, midtraining, packing, prompts, records
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import sharding
 from gr2_jax.models import semantic_ids
 from gr2_jax.stages import training
 

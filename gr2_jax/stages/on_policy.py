@@ -29,9 +29,9 @@ from gr2_jax import (
   ranker,
   rollouts,
   sampling,
-  sharding,
 )
 from gr2_jax.data import batches
+from gr2_jax.distributed import sharding
 from gr2_jax.ops import advantages, gates, kl, losses, masking, rewards
 from gr2_jax.stages import training
 

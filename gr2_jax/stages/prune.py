@@ -18,9 +18,9 @@ from gr2_jax import (
   pruning,
   ranker,
   rollouts,
-  sharding,
 )
 from gr2_jax.data import batches
+from gr2_jax.distributed import sharding
 from gr2_jax.ops import kl
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.stages import on_policy

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import sharding, text_encoders
+from gr2_jax import text_encoders
 from gr2_jax.data import co_engagement
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import sharding
 from gr2_jax.models import rqvae, semantic_ids, sid_assignment, sid_tokenizer
 from gr2_jax.pipeline import artifacts, checkpoint, reporting
 

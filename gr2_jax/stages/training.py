@@ -17,8 +17,9 @@ import jax
 import numpy as np
 import optax
 
-from gr2_jax import cluster, learner, policy, sharding
+from gr2_jax import learner, policy
 from gr2_jax.data import batches
+from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import checkpoint, reporting
 
 # (state, frozen parameters, step) -> (state, metrics). Draws its own batches.
@@ -69,13 +70,13 @@ def fit(
   """
   with (
     sharding.activate(setup.mesh),
-    cluster.notices(),
+    processes.notices(),
     checkpoint.Checkpointer(workdir / 'checkpoints') as checkpoints,
   ):
     state, frozen, done, record = _start(
       config, checkpoints, setup, optimizer, seed, iterator, inherited
     )
-    cluster.agree(f'the last saved step of {workdir.name}', done)
+    processes.agree(f'the last saved step of {workdir.name}', done)
     join = setup.adapters.joiner()
 
     def consider(step: int, found: dict[str, float], reward: float | None):
@@ -115,13 +116,13 @@ def fit(
         pending = (step, metrics)
         rewards.append(metrics.get('reward'))
         bar.update()
-        leaving = cluster.preempted(step)
+        leaving = processes.preempted(step)
         if step % config.eval_every and step != config.steps:
           if leaving:
             _write_finite(writer, *pending)
             since = [r if r is None else float(r) for r in rewards]
             checkpoints.save(step, state, iterator, record | {'rewards': since})
-            raise cluster.Preempted(f'{desc}: saved at step {step}')
+            raise processes.Preempted(f'{desc}: saved at step {step}')
           continue
 
         # Validation, the choice, and the checkpoint.
@@ -141,7 +142,7 @@ def fit(
         bar.set_postfix({choose: f'{value:.4f}'}, refresh=False)
         checkpoints.save(step, state, iterator, record)
         if leaving and step != config.steps:
-          raise cluster.Preempted(f'{desc}: saved at step {step}')
+          raise processes.Preempted(f'{desc}: saved at step {step}')
   return record['best'] | {'stopped': record['stopped']}
 
 

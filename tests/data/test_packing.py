@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import learner, sharding
+from gr2_jax import learner
 from gr2_jax.data import batches, packing, records
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 
 from .. import tiny, tiny_data

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from gr2_jax import sharding
 from gr2_jax.data import co_engagement
+from gr2_jax.distributed import sharding
 from gr2_jax.models import codebooks, residual_quantizer, rqvae
 from gr2_jax.ops import quantisation
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from gr2_jax import sharding
+from gr2_jax.distributed import sharding
 from gr2_jax.models import residual_quantizer, rqvae, sid_tokenizer
 
 from .. import tiny

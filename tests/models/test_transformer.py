@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from gr2_jax import sharding
+from gr2_jax.distributed import sharding
 from gr2_jax.models import rope, transformer
 
 from .. import tiny

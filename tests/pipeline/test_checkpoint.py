@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gr2_jax import sharding
+from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import checkpoint
 
 

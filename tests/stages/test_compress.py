@@ -12,10 +12,10 @@ from gr2_jax import (
   policy,
   ranker,
   sampling,
-  sharding,
 )
 from gr2_jax.data import batches, compressions, records
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression
 from gr2_jax.pipeline import artifacts, reporting

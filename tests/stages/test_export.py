@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import grammars, hf, ranker, sharding
+from gr2_jax import grammars, hf, ranker
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import backbone, export, midtrain

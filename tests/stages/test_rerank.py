@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from configs import common
-from gr2_jax import policy, ranker, sharding
+from gr2_jax import policy, ranker
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import sharding
 from gr2_jax.models import semantic_ids, transformer
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import artifacts, checkpoint

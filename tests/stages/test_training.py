@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import learner, sharding
+from gr2_jax import learner
 from gr2_jax.data import batches
+from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import checkpoint, reporting
 from gr2_jax.stages import training
 

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import cluster, roster
+from gr2_jax.distributed import processes as processes_lib
+from gr2_jax.distributed import rendezvous
 from gr2_jax.pipeline import artifacts, reporting
 
-from . import tiny, tiny_world
+from .. import tiny, tiny_world
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parent.parent.parent
 _DEVICES = 4  # of all processes
 _STEPS = 20
 _CHANGES = {'rl.steps': _STEPS, 'rl.eval_every': 5, 'rl.refill_size': 4}
@@ -57,7 +58,7 @@ def _port():
   while True:
     with socket.create_server(('localhost', 0)) as server:
       port = server.getsockname()[1]
-      address = cluster.Place(f'localhost:{port}', 1, 0).roster
+      address = processes_lib.Place(f'localhost:{port}', 1, 0).roster
       try:
         with socket.create_server(('', int(address.rpartition(':')[2]))):
           return port
@@ -160,7 +161,7 @@ def test_a_kill_names_the_process_and_two_go_on_bit_for_bit(
   processes[1].send_signal(signal.SIGKILL)
   codes, said = _ends(processes)
   assert time.monotonic() - began < 60
-  assert codes == [roster.AGAIN, -signal.SIGKILL], said
+  assert codes == [rendezvous.AGAIN, -signal.SIGKILL], said
   assert f'process 1 (host {socket.gethostname()}' in said[0]
   assert 'is gone' in said[0]
   assert not (_run(root) / 'results.json').exists()
@@ -181,7 +182,7 @@ def test_a_signal_saves_and_half_of_four_processes_go_on(
   _wait_for_step(processes, root, 5)
   processes[2].send_signal(signal.SIGTERM)
   codes, said = _ends(processes)
-  assert codes == [roster.AGAIN] * 4, said
+  assert codes == [rendezvous.AGAIN] * 4, said
   assert 'saved at step' in said[0]
   step = max(int(p.name) for p in (_run(root) / 'checkpoints').iterdir())
   assert 5 <= step < _STEPS
@@ -194,14 +195,14 @@ def test_a_signal_saves_and_half_of_four_processes_go_on(
 def test_a_field_that_differs_is_named(world, tmp_path):
   root = _workdir(world, tmp_path / 'runs')
   codes, said = _ends(_start(root, 2, others=['--config.rl.gate=none']))
-  assert codes == [roster.FAILED] * 2
+  assert codes == [rendezvous.FAILED] * 2
   for text in said:
     assert 'process 1 (host' in text
     assert 'config.rl.gate is none, not v2' in text
 
 
 def _values(**given):
-  """Flags as `cluster.find` reads them."""
+  """Flags as `processes.find` reads them."""
   names = ('coordinator', 'num_processes', 'process_id')
   return types.SimpleNamespace(
     **{'cluster': 'none', 'meeting_timeout': 1.0} | dict.fromkeys(names) | given
@@ -222,7 +223,7 @@ def _values(**given):
 )
 def test_a_place_that_cannot_be_names_its_flag(given, message):
   with pytest.raises(ValueError, match=message):
-    cluster.find(_values(**given))
+    processes_lib.find(_values(**given))
 
 
 def test_slurm_is_found(monkeypatch):
@@ -234,7 +235,7 @@ def test_slurm_is_found(monkeypatch):
     'SLURM_LOCALID': '0',
   }.items():
     monkeypatch.setenv(name, value)
-  place = cluster.find(_values(cluster='auto'))
+  place = processes_lib.find(_values(cluster='auto'))
   assert (place.count, place.index, place.devices) == (4, 2, (0,))
   assert place.coordinator.startswith('node3:')
   assert place.roster.startswith('node3:')
@@ -242,4 +243,4 @@ def test_slurm_is_found(monkeypatch):
 
 
 def test_one_process_is_no_cluster():
-  assert cluster.find(_values()) is None
+  assert processes_lib.find(_values()) is None

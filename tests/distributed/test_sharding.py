@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from gr2_jax import sharding
+from gr2_jax.distributed import sharding
 
 
 @pytest.mark.parametrize(

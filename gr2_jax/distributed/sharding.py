@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gr2_jax import cluster
+from gr2_jax.distributed import processes
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
@@ -64,12 +64,12 @@ def make_mesh(
     ValueError: the sizes do not multiply to the number of devices.
   """
   of_topology = devices is not None
-  devices = devices if of_topology else cluster.devices()
+  devices = devices if of_topology else processes.devices()
   n = len(devices)
   for name, size in zip(MESH_AXES, (data, fsdp, tensor), strict=True):
     if size < 1 and not (name == 'data' and size == -1):
       raise ValueError(f'mesh.{name}={size}: must be at least 1')
-  if cluster.is_alone() and not of_topology:
+  if processes.is_alone() and not of_topology:
     tensor = math.gcd(tensor, n)
     fsdp = math.gcd(fsdp, n // tensor)
     data = -1

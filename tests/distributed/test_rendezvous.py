@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from gr2_jax import roster
+from gr2_jax.distributed import rendezvous
 
 # Meets, says who is there, and does what it is told on its standard input.
 _MEMBER = """
@@ -80,7 +80,7 @@ def test_a_killed_process_is_named_to_all_others(victim):
     if index == victim:
       assert code == -signal.SIGKILL
       continue
-    assert code == roster.AGAIN == os.EX_TEMPFAIL
+    assert code == rendezvous.AGAIN == os.EX_TEMPFAIL
     pid = members[victim].pid
     assert f'process {victim} (host {socket.gethostname()}, pid {pid})' in err
     assert 'is gone' in err
@@ -95,7 +95,7 @@ def test_who_fails_ends_all_with_its_message():
   members[1].stdin.flush()
   for index in (0, 2):
     code, _, err = _ends(members[index])
-    assert code == roster.FAILED
+    assert code == rendezvous.FAILED
     assert err.startswith('process 1 (host')
     assert 'no such file' in err
   assert _ends(members[1])[0] == 1

@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from gr2_jax import roster
+from gr2_jax.distributed import rendezvous
 
 _POLL = 0.5  # seconds between two looks for a file
 _APART = 1000  # between the ports of JAX's coordinator and of the roster
@@ -141,7 +141,9 @@ def joined(
   if place is None or place.count == 1:
     yield
     return
-  everyone = roster.meet(place.roster, place.count, place.index, facts, timeout)
+  everyone = rendezvous.meet(
+    place.roster, place.count, place.index, facts, timeout
+  )
   if place.index == 0:
     print(
       'processes:', ', '.join(f'{m.index} {m.host}' for m in everyone.members)
@@ -171,7 +173,7 @@ def _exit() -> None:
   """Ends a process that failed: JAX would wait for those who have stopped."""
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(roster.FAILED)
+  os._exit(rendezvous.FAILED)
 
 
 def size() -> int:
