@@ -17,8 +17,8 @@ from typing import NoReturn
 
 import numpy as np
 
-from gr2_jax.data import fields as fields_lib
 from gr2_jax.data import log as log_lib
+from gr2_jax.data import validation as fields_lib
 
 # Of an item from outside, in characters.
 TITLE = 1000

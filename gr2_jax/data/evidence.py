@@ -58,9 +58,9 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import linalg
 
-from gr2_jax.data import content as content_lib
+from gr2_jax.data import item_text as content_lib
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import prerank
+from gr2_jax.data import preranker
 
 EVIDENCE = (
   'incoming_score',
@@ -153,7 +153,7 @@ class Facts:
     span: larger than any time difference.
   """
 
-  statistics: prerank.Statistics
+  statistics: preranker.Statistics
   content: content_lib.Content
   joint: sparse.csr_array
   counts: np.ndarray
@@ -172,7 +172,7 @@ class Facts:
 
 def fit(
   log: log_lib.Log,
-  statistics: prerank.Statistics,
+  statistics: preranker.Statistics,
   content: content_lib.Content,
 ) -> Facts:
   """Fits the facts on exactly the rows that `statistics` saw."""

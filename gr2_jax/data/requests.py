@@ -37,13 +37,13 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax.data import content as content_lib
-from gr2_jax.data import descriptions, prerank
+from gr2_jax.data import descriptions, preranker
 from gr2_jax.data import evidence as evidence_lib
-from gr2_jax.data import fields as fields_lib
+from gr2_jax.data import item_text as content_lib
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import splits as splits_lib
+from gr2_jax.data import validation as fields_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,7 @@ def fit(log: log_lib.Log, config) -> evidence_lib.Facts:
   Returns:
     The facts of `slates.build` for these slates.
   """
-  statistics = prerank.fit(
+  statistics = preranker.fit(
     log,
     splits_lib.known_rows(log, config),
     config.knn_decay,
@@ -358,7 +358,7 @@ def write_test(
   path: str | os.PathLike,
   log: log_lib.Log,
   config,
-  statistics: prerank.Statistics,
+  statistics: preranker.Statistics,
 ) -> None:
   """Writes the test slates as requests, in their order in the data set.
 

@@ -26,10 +26,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from gr2_jax.data import content as content_lib
 from gr2_jax.data import evidence as evidence_lib
+from gr2_jax.data import item_text as content_lib
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import prerank
+from gr2_jax.data import preranker
 from gr2_jax.data import splits as splits_lib
 
 
@@ -115,7 +115,7 @@ def build_counted(
       rows = known & (fold[log.users] != index)
       chosen = (requests.split == 0) & (fold[requests.user] == index)
     here = splits_lib.take(requests, chosen)
-    statistics = prerank.fit(
+    statistics = preranker.fit(
       log, rows, config.knn_decay, config.knn_window, config.knn_neighbours
     )
     kept, slates, dropped = retrieve(log, config, statistics, here)
@@ -145,7 +145,7 @@ def build_counted(
 def retrieve(
   log: log_lib.Log,
   config,
-  statistics: prerank.Statistics,
+  statistics: preranker.Statistics,
   requests: splits_lib.Requests,
 ) -> tuple[splits_lib.Requests, dict[str, np.ndarray], dict[str, np.ndarray]]:
   """Finds candidates and labels; drops slates that teach nothing.
@@ -162,7 +162,7 @@ def retrieve(
   """
   shown = log.impressions
   if shown is None:
-    candidates, scores = prerank.score(
+    candidates, scores = preranker.score(
       log,
       statistics,
       requests.user,

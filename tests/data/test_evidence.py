@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gr2_jax.data import content, evidence, prerank
+from gr2_jax.data import evidence, item_text, preranker
 from gr2_jax.data import log as log_lib
 
 DAY = 86_400
@@ -31,7 +31,7 @@ def log():
 
 @pytest.fixture
 def statistics(log):
-  return prerank.fit(log, log.users < 2, decay=0.5, window=5, neighbours=10)
+  return preranker.fit(log, log.users < 2, decay=0.5, window=5, neighbours=10)
 
 
 def test_co_engagement_decays_with_distance(statistics):
@@ -48,14 +48,14 @@ def test_co_engagement_decays_with_distance(statistics):
 
 
 def test_pruning_keeps_the_nearest(log):
-  one = prerank.fit(log, log.users < 2, decay=0.5, window=5, neighbours=1)
+  one = preranker.fit(log, log.users < 2, decay=0.5, window=5, neighbours=1)
   assert (one.similarity.toarray() > 0).sum(axis=1).tolist() == [1, 1, 1, 0]
   assert one.similarity.toarray()[0, 1] == pytest.approx(1.0)
 
 
 def test_score_sums_over_the_decayed_history(log, statistics):
   args = np.array([0, 2]), np.array([2, 1])
-  candidates, scores = prerank.score(log, statistics, *args, 3, 0.5, 20)
+  candidates, scores = preranker.score(log, statistics, *args, 3, 0.5, 20)
   root = np.sqrt(2)
   np.testing.assert_array_equal(candidates, [[2, -1, -1], [1, 2, -1]])
   # User 0 knows A then B: C has B's 1/sqrt(2), and half of A's .5/sqrt(2).
@@ -65,7 +65,7 @@ def test_score_sums_over_the_decayed_history(log, statistics):
 
 @pytest.fixture
 def columns(log, statistics):
-  facts = evidence.fit(log, statistics, content.fit(log.catalog))
+  facts = evidence.fit(log, statistics, item_text.fit(log.catalog))
   values = evidence.compute(
     log,
     facts,
@@ -112,7 +112,7 @@ def test_a_pad_has_no_evidence(columns):
 @pytest.fixture
 def beside(log, statistics):
   """Facts of the catalog with A and D again beside it, as 4 and 5."""
-  facts = evidence.fit(log, statistics, content.fit(log.catalog))
+  facts = evidence.fit(log, statistics, item_text.fit(log.catalog))
   return facts.beside(log.catalog.take(np.array([0, 3])))
 
 
@@ -176,11 +176,11 @@ def test_an_order_without_times_tells_no_direction(log):
     log.grades,
     seed=0,
   )
-  statistics = prerank.fit(timeless, timeless.users < 2, 0.5, 5, 10)
+  statistics = preranker.fit(timeless, timeless.users < 2, 0.5, 5, 10)
   facts = evidence.fit(
     timeless,
     statistics,
-    content.fit(log.catalog),
+    item_text.fit(log.catalog),
   )
   values = evidence.compute(
     timeless,
@@ -218,8 +218,8 @@ def test_transition_finds_what_follows_what():
   )
   facts = evidence.fit(
     log,
-    prerank.fit(log, np.ones(24, bool), 0.9, 1, 10),
-    content.fit(catalog),
+    preranker.fit(log, np.ones(24, bool), 0.9, 1, 10),
+    item_text.fit(catalog),
   )
   values = evidence.compute(
     log,

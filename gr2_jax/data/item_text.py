@@ -19,7 +19,7 @@ import numpy as np
 from scipy import sparse
 
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import prerank
+from gr2_jax.data import preranker
 
 NEAREST = 100  # titles that count as like another
 ROWS = 2048
@@ -172,7 +172,7 @@ def fit(catalog: log_lib.Catalog) -> Content:
   parts = []
   for low in range(0, n, ROWS):
     block = sparse.csr_array(titles[low : low + ROWS] @ titles.T)
-    parts.append(prerank.prune(block, NEAREST))
+    parts.append(preranker.prune(block, NEAREST))
   neighbours = sparse.csr_array(sparse.vstack(parts))
   least = np.zeros(n, np.float32)
   full = np.flatnonzero(np.diff(neighbours.indptr) == NEAREST)

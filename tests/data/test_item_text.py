@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gr2_jax.data import content
+from gr2_jax.data import item_text
 from gr2_jax.data import log as log_lib
 
 N = 300
@@ -24,7 +24,7 @@ def catalog():
 
 @pytest.fixture(scope='module')
 def fitted(catalog):
-  return content.fit(catalog)
+  return item_text.fit(catalog)
 
 
 def test_a_copy_of_an_item_is_read_as_the_item(catalog, fitted):
@@ -93,5 +93,5 @@ def test_titles_without_any_word_are_like_nothing():
   catalog = log_lib.Catalog(
     ('a', 'b'), ('', '...'), ((), ()), np.zeros(2, np.int32)
   )
-  beside = content.fit(catalog).beside(catalog)
+  beside = item_text.fit(catalog).beside(catalog)
   assert not beside.cosine(np.arange(4)[None], np.arange(4)[None]).any()
