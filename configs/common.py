@@ -360,7 +360,7 @@ def on_policy(
   """What every stage has whose policy learns from its own rankings."""
   config = rollouts(test, 32, steps, learning_rate, eval_every)
   config.thinking = True  # reason before the ranking
-  config.context = 'full'  # of the prompts: see gr2_jax/data/contexts.py
+  config.context = 'full'  # of the prompts: see gr2_jax/prompts/context.py
   config.reward = 'auc+ndcg'  # auc, ndcg, auc+ndcg, promotion, rr, recall
   config.k = 5  # cut-off of ndcg and recall
   config.gate = 'v2'  # none, v1, v2: what a copied or invalid answer earns

@@ -24,7 +24,7 @@ def section(test: bool = False) -> ConfigDict:
   config.row_tokens = 150  # of a row that documents are packed into
   config.sequence_items = 12  # last items of a history in a document, at most
   config.pointers = 3  # columns asked for on one slate
-  config.context = 'full'  # of those prompts: see gr2_jax/data/contexts.py
+  config.context = 'full'  # of those prompts: see gr2_jax/prompts/context.py
   config.warm_rows = 100  # first steps in which added rows alone train, a
   # quarter at most; where the backbone is pretrained
   config.eval_batches = 1 if test else 4  # per task, for held-out losses

@@ -20,7 +20,7 @@ def section(test: bool = False) -> ConfigDict:
   )
   config.update(common.validation(test))
   config.rank_by = 'readout'  # readout, or trace: the teacher's order
-  # Forms of the context, see gr2_jax/data/contexts.py: a batch of each in turn,
+  # Forms of the context, see gr2_jax/prompts/context.py: a batch of each in turn,
   # of one named twice two; the last one is validated with.
   config.contexts = ('full',)
   config.privileged = False  # learn to answer when told a positive, too

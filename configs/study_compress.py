@@ -18,7 +18,7 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `study_compress`."""
   config = ConfigDict()
-  # Forms beside the whole context; see gr2_jax/data/contexts.py.
+  # Forms beside the whole context; see gr2_jax/prompts/context.py.
   config.forms = (
     'last:20',
     'last:5',

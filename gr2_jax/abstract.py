@@ -24,9 +24,9 @@ from gr2_jax import (
   rollouts,
   topologies,
 )
-from gr2_jax.data import prompts, vocabulary
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
+from gr2_jax.prompts import prompt, vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def make_setup(config, mesh: jax.sharding.Mesh, text_rows: int) -> policy.Setup:
     slot_base=ids['<slot0>'],
     sid_base=ids['<a0>'],
   )
-  prompter = prompts.Prompter(
+  prompter = prompt.Prompter(
     vocabulary=words,
     bins=None,
     items={},

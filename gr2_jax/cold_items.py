@@ -19,9 +19,10 @@ import numpy as np
 
 from gr2_jax import policy, text_encoders
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import prompts, text
+from gr2_jax.data import text
 from gr2_jax.models import semantic_ids, sid_assignment, sid_tokenizer
 from gr2_jax.pipeline import artifacts
+from gr2_jax.prompts import prompt
 from gr2_jax.stages import tokenizer as tokenizer_stage
 
 CHUNK = 64  # items that the tokenizer reads at a time
@@ -42,7 +43,7 @@ class Reader:
     known: text -> the first item of the catalog that has it.
   """
 
-  prompter: prompts.Prompter
+  prompter: prompt.Prompter
   title_tokens: int
   room: Mapping[tuple[str, ...], int]
   space: text.Space
@@ -55,12 +56,12 @@ class Reader:
     """Compiles what reads text; without it, the first item that comes does."""
     self.tokenizer.fitted_codes(np.zeros((1, self.space.dim), np.float32))
 
-  def prompts_of(self, items: log_lib.Catalog) -> prompts.Prompter:
+  def prompts_of(self, items: log_lib.Catalog) -> prompt.Prompter:
     """The prompter that knows items, at indices behind the catalog's.
 
     A line that is longer than the catalog's longest is cut.
     """
-    found = prompts.item_tokens(
+    found = prompt.item_tokens(
       self.prompter.vocabulary, items, self.name(items), self.title_tokens
     )
     lines = [
@@ -168,7 +169,7 @@ def load(
   ), ''
 
 
-def _room(prompter: prompts.Prompter) -> dict[tuple[str, ...], int]:
+def _room(prompter: prompt.Prompter) -> dict[tuple[str, ...], int]:
   """Text tokens of the catalog's longest line, of the fields of each block."""
   context = prompter.context
   lines = {

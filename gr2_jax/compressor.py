@@ -30,8 +30,8 @@ from gr2_jax import (
   policy_gradient,
   sampling,
 )
-from gr2_jax.data import prompts, vocabulary
 from gr2_jax.ops import advantages, compression, losses, masking
+from gr2_jax.prompts import prompt, vocabulary
 
 _COUNTED = 512  # training contexts of which an average one's tokens are known
 
@@ -50,7 +50,7 @@ def of(setup: policy.Setup, slack: int) -> policy.Setup:
   return dataclasses.replace(setup, grammar=grammar(setup.prompter, slack))
 
 
-def grammar(prompter: prompts.Prompter, slack: int) -> grammars.Extraction:
+def grammar(prompter: prompt.Prompter, slack: int) -> grammars.Extraction:
   """What may be written of a prompt; see `of`."""
   words = prompter.vocabulary
   if prompter.layout != ('history', 'candidates'):
@@ -125,13 +125,13 @@ def symbols(words: vocabulary.Vocabulary) -> compression.Symbols:
   )
 
 
-def context_tokens(prompter: prompts.Prompter, ids: np.ndarray) -> int:
+def context_tokens(prompter: prompt.Prompter, ids: np.ndarray) -> int:
   """Tokens of a prompt's two blocks, as `prompter.prompt` returns it."""
   return len(ids) - len(prompter.opening) - len(prompter.closing)
 
 
 def requests(
-  prompter: prompts.Prompter,
+  prompter: prompt.Prompter,
   budgets: Mapping[float, int],
   order: str,
   remote: bool = False,
@@ -141,7 +141,7 @@ def requests(
   Args:
     prompter: of the data set.
     budgets: share of the tokens -> how many; one is drawn for each prompt.
-    order: in which candidates are shown, of `prompts.ORDERS`.
+    order: in which candidates are shown, of `prompt.ORDERS`.
     remote: whether a judge in words is to read of the slates.
 
   Returns:
@@ -152,13 +152,13 @@ def requests(
   keeps = tuple(budgets)
 
   def render(slate, rng):
-    shown = prompts.presentation(int(slate['count']), order, rng)
+    shown = prompt.presentation(int(slate['count']), order, rng)
     row = prompter.prompt(slate, shown, rng)
     keep = keeps[int(rng.integers(len(keeps)))]
     whole = context_tokens(prompter, row['prompt'])
     ids = [*row['prompt'], *prompter.ask('<compress>', keep=keep)]
     return row | {
-      'prompt': prompts.pad(ids, prompter.prompt_tokens + 1, 'prompt'),
+      'prompt': prompt.pad(ids, prompter.prompt_tokens + 1, 'prompt'),
       'prompt_length': np.int32(len(ids)),
       'budget': np.int32(min(budgets[keep], whole - 1)),
       'whole': np.int32(whole),

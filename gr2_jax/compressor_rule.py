@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from gr2_jax import compressor, compressor_judge, policy
-from gr2_jax.data import batches, extracts, prompts
+from gr2_jax.data import extracts
 from gr2_jax.distributed import processes, sharding
+from gr2_jax.prompts import examples, prompt
 
 
 def most_telling(
@@ -27,7 +28,7 @@ def most_telling(
     setup: of `compressor.of`.
     ranker: its parameters.
     stage: section `compress`: judge_by, eval_batch_size.
-    order: in which candidates are shown, of `prompts.ORDERS`.
+    order: in which candidates are shown, of `prompt.ORDERS`.
     slates: random access to records, on which it is measured.
 
   Returns:
@@ -51,7 +52,7 @@ def most_telling(
 
   cases = []
   with sharding.activate(setup.mesh):
-    for n, batch in batches.in_order(slates, render, stage.eval_batch_size, 0):
+    for n, batch in examples.in_order(slates, render, stage.eval_batch_size, 0):
       lines, count = batch.pop('lines'), batch['count']
       rows = sharding.shard_batch(batch, setup.mesh)
       cases.append((n, lines, count, target(ranker, rows)))
@@ -73,7 +74,7 @@ def most_telling(
 
 
 def _lines(
-  prompter: prompts.Prompter,
+  prompter: prompt.Prompter,
   slate: dict[str, np.ndarray],
   order: np.ndarray,
   units: list[extracts.Unit],

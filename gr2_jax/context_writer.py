@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from gr2_jax import compressor, compressor_judge, policy
-from gr2_jax.data import batches, compressions
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.ops import compression
 from gr2_jax.pipeline import reporting
+from gr2_jax.prompts import compressed, examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def make_write(
       ) as bar,
       sharding.activate(setup.mesh),
     ):
-      for n, batch in batches.in_order(
+      for n, batch in examples.in_order(
         slates, render, stage.eval_batch_size, seed
       ):
         rows = sharding.shard_batch(batch, setup.mesh)
@@ -116,7 +116,7 @@ def store(
     slates: those that were compressed.
     parts: of `make_write`.
   """
-  too_short = compressions.FAULTS.index('too_short')
+  too_short = compressed.FAULTS.index('too_short')
   at = 0
   for part in parts:
     for row, count in enumerate(part.count.tolist()):
@@ -126,12 +126,12 @@ def store(
       fault, length = int(part.judged.verdict[row]), int(part.length[row])
       written = whole
       if fault == compression.VALID:
-        written = compressions.split_up(
+        written = compressed.split_up(
           part.tokens[row, :length],
           setup.prompter,
           part.presented[row, :count],
         )
       elif fault == compression.OVER_BUDGET and length == count + 2:
         fault = too_short  # Nothing but the marks, and these did not fit.
-      yield compressions.record(written, whole, fault)
+      yield compressed.record(written, whole, fault)
     at += len(part.count)

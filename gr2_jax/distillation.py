@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gr2_jax import grammars, learner, policy, policy_gradient, sampling
-from gr2_jax.data import batches, vocabulary
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, masking
+from gr2_jax.prompts import examples, vocabulary
 
 VIEWS = ('same', 'privileged', 'thinking', 'readout', 'whole')
 
@@ -121,7 +121,7 @@ def beside(
   the candidates in the same order, under the same slots.
 
   Args:
-    render: the student's, of `batches.requests`.
+    render: the student's, of `examples.requests`.
     teacher: whose prompts are added.
     control: what the student is asked for, '<think>' or '<answer>'.
     order: of `prompts.ORDERS`.
@@ -131,7 +131,7 @@ def beside(
     teacher_slots [K] beside the student's fields.
   """
   thinks = teacher.view == 'thinking'
-  its_render = batches.requests(
+  its_render = examples.requests(
     teacher.policy.setup.prompter,
     '<think>' if thinks else control,
     order,

@@ -9,20 +9,15 @@ import jax
 import ml_collections
 
 from gr2_jax import adapters, grammars, sampling
-from gr2_jax.data import (
-  chat,
-  compressions,
-  contexts,
-  evidence_bins,
-  prompts,
-  records,
-  vocabulary,
-)
+from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
 from gr2_jax.distributed import sharding
 from gr2_jax.models import semantic_ids, transformer
 from gr2_jax.pipeline import artifacts, checkpoint, graph
+from gr2_jax.prompts import bins as bins_lib
+from gr2_jax.prompts import chat, compressed, prompt, vocabulary
+from gr2_jax.prompts import context as context_lib
 
 BINS = 'evidence_bins.json'
 PARAMS = 'params'
@@ -40,7 +35,7 @@ class Setup:
   """What every language-model stage shares."""
 
   catalog: Catalog
-  prompter: prompts.Prompter
+  prompter: prompt.Prompter
   grammar: grammars.Ranking
   model: transformer.TransformerConfig
   mesh: jax.sharding.Mesh
@@ -58,17 +53,17 @@ class Setup:
     slates = slates_lib.source(self.slates, split)
     if not self.written:
       return slates
-    written = records.Records(compressions.file(self.written, split))
-    return compressions.Joined(slates, written)
+    written = records.Records(compressed.file(self.written, split))
+    return compressed.Joined(slates, written)
 
   def reading(self, context: str) -> 'Setup':
     """The same, with prompts that have another form of the context.
 
     Args:
-      context: of `contexts.parse`, but `text`.
+      context: of `context.parse`, but `text`.
     """
     prompter = dataclasses.replace(
-      self.prompter, context=contexts.parse(context)
+      self.prompter, context=context_lib.parse(context)
     )
     return dataclasses.replace(self, prompter=prompter, written=None)
 
@@ -80,7 +75,7 @@ class Setup:
       longest: tokens of the longest of them.
     """
     prompter = dataclasses.replace(
-      self.prompter, context=contexts.parse('text'), written=longest
+      self.prompter, context=context_lib.parse('text'), written=longest
     )
     return dataclasses.replace(self, prompter=prompter, written=home)
 
@@ -119,7 +114,7 @@ class Setup:
 class Form(NamedTuple):
   """What a stage made of the policy that its config describes."""
 
-  context: str = 'full'  # that it reads, of `contexts.parse`
+  context: str = 'full'  # that it reads, of `context.parse`
   layers: int = 0  # that are left of its model; 0: all
 
 
@@ -185,7 +180,7 @@ def form_of(artifact: os.PathLike[str] | str, own: bool = True) -> Form:
   found = artifacts.read_run(pathlib.Path(artifact))
   section = found['config'][found['stage']]
   form = Form(section.get('context', 'full'), section.get('layers', 0))
-  if not own and contexts.parse(form.context).text:
+  if not own and context_lib.parse(form.context).text:
     raise artifacts.ArtifactError(
       f'{artifact}: this policy reads contexts that the compressor wrote, and '
       'it wrote none of slates from outside; take one that reads them whole, '
@@ -206,7 +201,7 @@ def load(
     config: sections `prompt`, `model`, `mesh`.
     inputs: artifacts of slates, tokenizer and backbone, where vocabulary and
       BINS lie; of compress, where the context is what it wrote.
-    context: of `contexts.parse`.
+    context: of `context.parse`.
     layers: that are left of the model; 0: all.
 
   Returns:
@@ -215,16 +210,16 @@ def load(
   slates, home = inputs['slates'], inputs['backbone']
   catalog = slates_lib.read_catalog(slates)
   sids = semantic_ids.load(inputs['tokenizer'])
-  bins = evidence_bins.load(home / BINS)
+  bins = bins_lib.load(home / BINS)
   words = vocabulary.Vocabulary(
     vocabulary.find(home), _layout(config.prompt, sids)
   )
   known = chat.KNOWLEDGE if config.prompt.knowledge else ''
   turns = chat.turns(words, f'{config.prompt.system}\n\n{known}'.strip())
-  prompter = prompts.Prompter(
+  prompter = prompt.Prompter(
     vocabulary=words,
     bins=bins,
-    items=prompts.item_tokens(
+    items=prompt.item_tokens(
       words, catalog, sids.codes, config.prompt.title_tokens
     ),
     opening=turns.opening,
@@ -267,7 +262,7 @@ def load(
     adapters=trained,
     slates=slates,
   )
-  if not contexts.parse(context).text:
+  if not context_lib.parse(context).text:
     return whole.reading(context)
   longest = artifacts.read_results(inputs['compress'])['longest']
   return whole.reading_written(inputs['compress'], longest)
@@ -303,7 +298,7 @@ def found_vocabulary(
     )
   catalog = slates_lib.read_catalog(slates)
   train = slates_lib.read(slates, 'train')
-  bins = evidence_bins.EvidenceBins.fit(
+  bins = bins_lib.EvidenceBins.fit(
     train, meta['evidence'], tuple(config.prompt.evidence), config.prompt.bins
   )
   sids = semantic_ids.load(tokenizer)
@@ -329,7 +324,7 @@ def found_vocabulary(
       config.prompt.text_tokens,
       words={word for text in (*phrases, *names) for word in text.split()},
     )
-  evidence_bins.save(home / BINS, bins)  # Last: it says that both are there.
+  bins_lib.save(home / BINS, bins)  # Last: it says that both are there.
 
 
 def _layout(config, sids: semantic_ids.SemanticIds) -> vocabulary.Layout:

@@ -20,10 +20,11 @@ import jax
 import numpy as np
 
 from gr2_jax import grammars, policy, sampling
-from gr2_jax.data import batches, prompts, teachers, vocabulary
+from gr2_jax.data import teachers
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import artifacts
+from gr2_jax.prompts import examples, prompt, vocabulary
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -70,13 +71,13 @@ class PolicyTeacher:
     student: whose tokens the traces are written in.
     tokens: int32 [V of the teacher], the student's token for each of the
       teacher's, see `vocabulary.translate`.
-    order: in which the teacher sees the candidates, of `prompts.ORDERS`.
+    order: in which the teacher sees the candidates, of `prompt.ORDERS`.
     temperature: of its answers.
     batch_size: slates asked about at a time, B.
   """
 
   policy: policy.Policy
-  student: prompts.Prompter
+  student: prompt.Prompter
   tokens: np.ndarray
   order: str
   temperature: float
@@ -91,7 +92,7 @@ class PolicyTeacher:
     another candidate first, even another positive, is no answer to it.
     """
     prompter = self.policy.setup.prompter
-    render = batches.requests(
+    render = examples.requests(
       prompter, '<think>', self.order, privileged=kind == 'targeted'
     )
     # First in, first out: only the last batches have fewer than they hold.
@@ -177,7 +178,7 @@ class PolicyTeacher:
 def restore(
   artifact: os.PathLike[str] | str,
   mesh,
-  student: prompts.Prompter,
+  student: prompt.Prompter,
   inputs: dict[str, pathlib.Path],
   *,
   kind: str,
@@ -228,7 +229,7 @@ def _knows_targets(path: pathlib.Path, run: dict[str, Any]) -> bool:
   return bool(run['config']['sft'].get('privileged'))
 
 
-def _target(prompter: prompts.Prompter, row: dict[str, np.ndarray]) -> int:
+def _target(prompter: prompt.Prompter, row: dict[str, np.ndarray]) -> int:
   """The slot that a privileged prompt names, before what asks for an answer."""
   at = int(row['prompt_length']) - len(prompter.asks['<think>']) - 1
   return int(row['prompt'][at]) - prompter.vocabulary.slot_base

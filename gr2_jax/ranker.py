@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gr2_jax import policy, sampling
-from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import masking, metrics
 from gr2_jax.pipeline import reporting
+from gr2_jax.prompts import examples
 
 # What an answer is made of: the read-out at the slots, in one prefill; a
 # ranking that is decoded; one that is decoded after its reasoning.
@@ -149,9 +149,9 @@ def compiled(
     batch_size: a multiple of the devices that split a batch.
 
   Returns:
-    `(params, batch) -> arrays of Ranked`; the batch is of `batches.requests`
+    `(params, batch) -> arrays of Ranked`; the batch is of `examples.requests`
     on the mesh, without its grades. Where prompts have memory tokens it is of
-    `batches.behind_memory`, the second, with a `memory` of `compiled_memory`.
+    `examples.behind_memory`, the second, with a `memory` of `compiled_memory`.
   """
   K, T = setup.prompter.num_candidates, setup.prompter.prompt_tokens
   widths = dict(slots=(K,), incoming=(K,), count=())
@@ -185,7 +185,7 @@ def compiled_memory(
 
   Returns:
     `(params, batch) -> [B, 2, L, N, M, H]`, the keys and values that are kept;
-    the batch is of `batches.behind_memory`, the first, on the mesh.
+    the batch is of `examples.behind_memory`, the first, on the mesh.
   """
   prompter = setup.prompter
   batch = _abstract(
@@ -241,7 +241,7 @@ def rank(
   Returns:
     The answers, on the host.
   """
-  render = batches.requests(
+  render = examples.requests(
     setup.prompter, '<think>' if thinking else '<answer>', order
   )
   config = setup.sampling(1, thinking, 0.0, constrained)
@@ -253,7 +253,7 @@ def rank(
     ) as bar,
     sharding.activate(setup.mesh),
   ):
-    for n, batch in batches.in_order(slates, render, batch_size, seed, first):
+    for n, batch in examples.in_order(slates, render, batch_size, seed, first):
       batch.pop('grades')  # What the policy must not see.
       found = answer(params, sharding.shard_batch(batch, setup.mesh))
       parts.append({k: v[:n] for k, v in processes.fetch(found).items()})

@@ -8,9 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from gr2_jax import adapters, learner
-from gr2_jax.data import batches
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import checkpoint
+from gr2_jax.prompts import examples
 from gr2_jax.stages import training
 
 from . import tiny
@@ -137,7 +137,7 @@ def render(record, rng):
 def fit(workdir, mesh=None, loss_fn=distance, die_at=None, rank=2, **changes):
   own = ConfigDict(SETTINGS | changes)
   setup = tiny.setup(mesh, MODEL, adapters.Adapters(rank=rank, first_row=FIRST))
-  iterator = batches.iterate(batches.dataset(range(16), render, 8, 0))
+  iterator = examples.iterate(examples.dataset(range(16), render, 8, 0))
   optimizer = learner.make_optimizer(own)
   step_ = training.supervised_step(setup, loss_fn, optimizer, iterator)
 

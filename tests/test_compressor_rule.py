@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from gr2_jax import compressor, compressor_judge, compressor_rule
-from gr2_jax.data import batches, extracts, prompts
+from gr2_jax.data import extracts
+from gr2_jax.prompts import examples, prompt
 
 from . import tiny_world
 
@@ -43,7 +44,7 @@ def rows_of(setup):
     setup.prompter, {1.0: setup.prompter.prompt_tokens}, 'shuffled'
   )
   source = Few(setup.source('train'))
-  ((_, batch),) = batches.in_order(source, ask, N, 0)
+  ((_, batch),) = examples.in_order(source, ask, N, 0)
   return batch
 
 
@@ -58,7 +59,7 @@ def by_hand(setup, batch, units):
     ids.append(
       extracts.extract(setup.prompter, source[i], order, budget, units, None)
     )
-  tokens = np.stack([prompts.pad(one, T, 'ids') for one in ids])
+  tokens = np.stack([prompt.pad(one, T, 'ids') for one in ids])
   return tokens, np.array([len(one) for one in ids], np.int32)
 
 

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from configs import common
 from gr2_jax import policy, policy_teacher
-from gr2_jax.data import batches, prompts, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import artifacts, checkpoint
+from gr2_jax.prompts import examples, prompt, vocabulary
 
 from . import tiny, tiny_world
 
@@ -91,13 +91,13 @@ def alone(teacher, source, index, attempt, privileged=False):
   """One row, sampled on its own: presentation, target, completion, ranking."""
   setup = teacher.policy.setup
   rng = np.random.default_rng((SEED, index, attempt))
-  row = batches.requests(setup.prompter, '<think>', 'shuffled', privileged)(
+  row = examples.requests(setup.prompter, '<think>', 'shuffled', privileged)(
     source[index], rng
   )
   rng = np.random.default_rng((SEED, index, attempt))
   count = int(row['count'])
-  order = prompts.presentation(count, 'shuffled', rng)
-  target = batches.draw_target(row['grades'], rng) if privileged else None
+  order = prompt.presentation(count, 'shuffled', rng)
+  target = examples.draw_target(row['grades'], rng) if privileged else None
   key = jax.random.fold_in(jax.random.key(SEED), index)
   found = tiny.sample(
     setup.model,

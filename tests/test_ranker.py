@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from gr2_jax import ranker
-from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import parsing
+from gr2_jax.prompts import examples
 
 from . import tiny_world
 
@@ -71,7 +71,7 @@ def test_rankings_are_in_incoming_ranks(ranked, setup):
 def test_the_read_out_is_the_order_of_the_slot_scores(
   ranked, setup, params, slates
 ):
-  render = batches.requests(setup.prompter, '<answer>', 'shuffled')
+  render = examples.requests(setup.prompter, '<answer>', 'shuffled')
   score = jax.jit(functools.partial(transformer.encode_prompt, setup.model))
   for i, slate in enumerate(slates[:4]):
     row = render(slate, np.random.default_rng((0, i)))

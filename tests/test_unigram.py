@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from gr2_jax.data import vocabulary
 from gr2_jax.hf import unigram
+from gr2_jax.prompts import vocabulary
 
 from . import tiny_data
 

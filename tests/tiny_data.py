@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from gr2_jax.data import chat, evidence_bins, log, prompts, slates, vocabulary
+from gr2_jax.data import log, slates
+from gr2_jax.prompts import bins as bins_lib
+from gr2_jax.prompts import chat, prompt, vocabulary
 
 COLOURS = ('red', 'blue', 'green', 'pink')
 THINGS = ('soap', 'brush', 'cream')
@@ -88,7 +90,7 @@ def many(size=40):
 
 
 def bins():
-  return evidence_bins.EvidenceBins.fit(
+  return bins_lib.EvidenceBins.fit(
     many(), EVIDENCE, LAYOUT.evidence, LAYOUT.bins
   )
 
@@ -99,7 +101,7 @@ def prompter(directory, own=None, **kwargs):
   fields = dict(
     vocabulary=vocabulary_,
     bins=bins(),
-    items=prompts.item_tokens(vocabulary_, own or catalog(), codes(), 30),
+    items=prompt.item_tokens(vocabulary_, own or catalog(), codes(), 30),
     opening=turns.opening,
     closing=turns.closing,
     asks=turns.asks,
@@ -110,4 +112,4 @@ def prompter(directory, own=None, **kwargs):
     num_candidates=K,
     reasoning=20,
   )
-  return prompts.Prompter(**(fields | kwargs))
+  return prompt.Prompter(**(fields | kwargs))

@@ -25,9 +25,9 @@ import transformers
 
 from gr2_jax import grammars, hf
 from gr2_jax import policy as policy_lib
-from gr2_jax.data import vocabulary
 from gr2_jax.hf import unigram
 from gr2_jax.pipeline import artifacts
+from gr2_jax.prompts import vocabulary
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.stages import export
 

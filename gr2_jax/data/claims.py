@@ -47,8 +47,8 @@ from typing import Any
 import numpy as np
 
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import prompts
 from gr2_jax.ops import parsing
+from gr2_jax.prompts import prompt
 
 # Words, signs too, between a category and the slots that it is said of.
 BETWEEN = 3
@@ -66,7 +66,7 @@ class Reader:
     catalog: the items' categories.
   """
 
-  prompter: prompts.Prompter
+  prompter: prompt.Prompter
   catalog: log_lib.Catalog
 
   def span(
@@ -215,7 +215,7 @@ class Reader:
 
 
 def judge(
-  prompter: prompts.Prompter,
+  prompter: prompt.Prompter,
   catalog: log_lib.Catalog,
   slates: Any,
   *,

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from gr2_jax.data import chat, contexts, prompts
 from gr2_jax.data import log as log_lib
 from gr2_jax.data.endpoint import Message
 from gr2_jax.ops import parsing
+from gr2_jax.prompts import chat, context, prompt
 
 _FORMAT = """\
 You are given a user's history, oldest item first, and numbered candidates in \
@@ -76,7 +76,7 @@ class Dialogue:
     knowledge: whether it is told what tends to hold (KP).
   """
 
-  prompter: prompts.Prompter
+  prompter: prompt.Prompter
   catalog: log_lib.Catalog
   system: str
   words: int
@@ -278,7 +278,7 @@ class Dialogue:
         text.append(ids.pop(0))
     return ' '.join(filter(None, [*shown, words.decode(text)]))
 
-  def _symbols(self, line: contexts.Line) -> str:
+  def _symbols(self, line: context.Line) -> str:
     """What of a line is no text."""
     told = (ids for f, ids in line.items() if f not in ('title', 'categories'))
     return self.prompter.vocabulary.decode([i for ids in told for i in ids])

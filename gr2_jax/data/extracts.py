@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from gr2_jax.data import contexts, prompts
+from gr2_jax.prompts import context, prompt
 
 Unit = tuple[str, int]
 
@@ -25,7 +25,7 @@ _STEP = 1.0
 _HISTORY_SHARES = (0.0, 0.1, 0.2, 0.4)  # of the tokens beside the marks
 
 
-def units(line: contexts.Line) -> list[Unit]:
+def units(line: context.Line) -> list[Unit]:
   """What can be kept of any candidate's line, in the line's order."""
   return [
     (field, place)
@@ -61,7 +61,7 @@ def most_telling(
 
 
 def extract(
-  prompter: prompts.Prompter,
+  prompter: prompt.Prompter,
   slate: dict[str, np.ndarray],
   order: np.ndarray,
   budget: int,
@@ -100,7 +100,7 @@ def extract(
 
 
 def _of_candidates(
-  lines: list[contexts.Line],
+  lines: list[context.Line],
   quota: int,
   ranked: Sequence[Unit],
   rng: np.random.Generator | None,
@@ -130,7 +130,7 @@ def _of_candidates(
 
 
 def _of_history(
-  lines: list[contexts.Line], room: int, rng: np.random.Generator
+  lines: list[context.Line], room: int, rng: np.random.Generator
 ) -> list[int]:
   """Some fields of the last items, the first tokens of each, as fit."""
   fields = {

@@ -10,8 +10,9 @@ import numpy as np
 
 from gr2_jax.data import dialogue as dialogue_lib
 from gr2_jax.data import endpoint as endpoint_lib
-from gr2_jax.data import ledger, prompts, teachers
+from gr2_jax.data import ledger, teachers
 from gr2_jax.ops import parsing
+from gr2_jax.prompts import prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Remote:
   Args:
     dialogue: words for slates and tokens for answers.
     endpoint: where the model is.
-    order: in which it sees the candidates, of `prompts.ORDERS`.
+    order: in which it sees the candidates, of `prompt.ORDERS`.
   """
 
   def __init__(
@@ -112,7 +113,7 @@ class Remote:
   def _ask(self, index: int, slate, kind: str, tries: int, seed: int) -> _Asked:
     """Asks until an answer is kept, in a thread."""
     rng = np.random.default_rng((seed, index))
-    order = prompts.presentation(int(slate['count']), self._order, rng)
+    order = prompt.presentation(int(slate['count']), self._order, rng)
     grades, target = slate['grades'], None
     if kind == 'targeted':
       target = int(rng.choice(np.flatnonzero(grades[: len(order)] > 0)))

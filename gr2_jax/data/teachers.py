@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import prompts
 from gr2_jax.ops import parsing
+from gr2_jax.prompts import prompt
 
 KEPT = ('accepted', 'targeted')
 VERDICTS = (
@@ -74,7 +74,7 @@ class Heuristic:
     noise: standard deviation of its error, in units of a centred column.
   """
 
-  prompter: prompts.Prompter
+  prompter: prompt.Prompter
   catalog: log_lib.Catalog
   columns: tuple[int, ...]
   noise: float

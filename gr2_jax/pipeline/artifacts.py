@@ -24,9 +24,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax.data import contexts
 from gr2_jax.distributed import processes
 from gr2_jax.pipeline import graph
+from gr2_jax.prompts import context
 
 
 class ArtifactError(ValueError):
@@ -293,7 +293,7 @@ def _named_stage(config: ml_collections.ConfigDict, need: str) -> str | None:
   field = need.strip('{}')
   section, _, name = field.partition('.')
   if name == 'context':
-    written = contexts.parse(config[section][name]).text
+    written = context.parse(config[section][name]).text
     return 'compress' if written else None
   named, known = config[section][name], graph.STARTS[field]
   if named not in known:

@@ -27,11 +27,11 @@ import numpy as np
 from absl import logging
 
 from gr2_jax import cold_items, policy, ranker
-from gr2_jax.data import batches
 from gr2_jax.data import knowledge as knowledge_lib
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import artifacts
+from gr2_jax.prompts import examples
 from gr2_jax.serving import memories as memories_lib
 from gr2_jax.serving import partial
 from gr2_jax.stages import rerank
@@ -288,7 +288,7 @@ class Reranker:
     prompter, items = setup.prompter, requests_lib.described(requests)
     if len(items):
       prompter = self.reader.prompts_of(items)
-    render = batches.requests(
+    render = examples.requests(
       prompter, '<think>' if mode == 'reason' else '<answer>', self.order
     )
     rows = [
@@ -307,7 +307,7 @@ class Reranker:
   ) -> tuple[list[dict[str, np.ndarray]], int]:
     """The rests of prompts with their memories; how many of these are new."""
     prompter = self.policy.setup.prompter
-    pairs = [batches.behind_memory(prompter, row) for row in rows]
+    pairs = [examples.behind_memory(prompter, row) for row in rows]
     histories = [history for history, _ in pairs]
     found, memorized = self.memories.recall(
       [h['prompt'][: h['prompt_length']].tobytes() for h in histories],

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from gr2_jax import policy
-from gr2_jax.data import midtraining, prompts, splits, teachers, vocabulary
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.data import splits, teachers
 from gr2_jax.models import new_rows
 from gr2_jax.pipeline import checkpoint
+from gr2_jax.prompts import documents, prompt, vocabulary
 
 
 def run(
@@ -51,7 +52,7 @@ def run(
       inputs['slates'],
       inputs['tokenizer'],
       workdir,
-      (*teachers.PHRASES, *midtraining.PHRASES),
+      (*teachers.PHRASES, *documents.PHRASES),
       backbone,
     )
   setup = policy.load(config, inputs | {'backbone': workdir})
@@ -93,7 +94,7 @@ def run(
 
 
 def left_out(
-  prompter: prompts.Prompter, slates: pathlib.Path
+  prompter: prompt.Prompter, slates: pathlib.Path
 ) -> dict[str, dict[str, int]]:
   """What the budget of a prompt costs: split -> slates cut, items left out."""
   found = {}

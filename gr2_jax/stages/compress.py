@@ -32,19 +32,11 @@ from gr2_jax import (
   policy,
   ranker,
 )
-from gr2_jax.data import (
-  batches,
-  compressions,
-  dialogue,
-  endpoint,
-  extracts,
-  prompts,
-  records,
-  remote_judge,
-)
+from gr2_jax.data import dialogue, endpoint, extracts, records, remote_judge
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import artifacts
+from gr2_jax.prompts import compressed, examples, prompt
 from gr2_jax.stages import on_policy, remote, training
 
 IMITATION = 'imitation'
@@ -232,7 +224,7 @@ def _imitate(
     stage.imitate.batch_size,
     config.seed,
   )
-  iterator = batches.iterate(data)
+  iterator = examples.iterate(data)
   optimizer = learner.make_optimizer(stage.imitate)
   sample = compressor.sampler(
     setup, budgets, temperature=1.0, constrained=stage.constrained
@@ -294,7 +286,7 @@ def imitation_renderer(
       for by_chance in (None, *[rng] * (stage.draws - 1))
     ]
     return row | {
-      'tokens': np.stack([prompts.pad(d, room, 'draw') for d in drawn]),
+      'tokens': np.stack([prompt.pad(d, room, 'draw') for d in drawn]),
       'length': np.array([len(d) for d in drawn], np.int32),
     }
 
@@ -344,9 +336,9 @@ def _write(
     write: `(slates, seed, desc) -> iterator of Written`.
 
   Returns:
-    What `compressions.report` says of them.
+    What `compressed.report` says of them.
   """
-  path = compressions.file(workdir, split)
+  path = compressed.file(workdir, split)
   noted = path.with_suffix('.json')
   if processes.told(noted.exists()):
     return json.loads(noted.read_text())
@@ -361,7 +353,7 @@ def _write(
       yield part
 
   stored = list(context_writer.store(reader, slates, noting()))
-  found = compressions.report(stored)
+  found = compressed.report(stored)
   if processes.leads():
     records.write(path, stored)
     if split == JUDGED:

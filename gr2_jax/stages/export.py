@@ -31,12 +31,12 @@ import jax
 import numpy as np
 
 from gr2_jax import ebnf, hf, policy, sampling
-from gr2_jax.data import batches, vocabulary
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.hf import unigram
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import artifacts
+from gr2_jax.prompts import examples, vocabulary
 
 CHECKPOINT = 'checkpoint'
 GRAMMARS = 'grammars'
@@ -197,9 +197,9 @@ def _prompts(
 ) -> list[dict[str, Any]]:
   """The first test slates as `rerank` would ask for them, in batches of one."""
   control = '<think>' if thinking else '<answer>'
-  render = batches.requests(setup.prompter, control, order)
+  render = examples.requests(setup.prompter, control, order)
   few = [slates[i] for i in range(min(len(slates), _LOOKED_AT))]
-  return [batch for _, batch in batches.in_order(few, render, 1, seed=0)]
+  return [batch for _, batch in examples.in_order(few, render, 1, seed=0)]
 
 
 def _ids(prompt: dict[str, np.ndarray]) -> list[int]:

@@ -34,10 +34,11 @@ import jax
 import numpy as np
 
 from gr2_jax import learner, policy, retrieval, row_warmup
-from gr2_jax.data import batches, midtraining, packing, prompts, records
+from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.models import semantic_ids
+from gr2_jax.prompts import documents, examples, packing, prompt
 from gr2_jax.stages import training
 
 
@@ -67,10 +68,10 @@ def run(
   packed = {k: v for k, v in used.items() if k in packing.TASKS}
 
   # Documents, packed before the first step; a killed run finds them whole.
-  train, held_out = midtraining.sources(
+  train, held_out = documents.sources(
     inputs['slates'], stage, len(setup.catalog)
   )
-  renders = midtraining.renderers(
+  renders = documents.renderers(
     setup.prompter,
     setup.catalog,
     stage.sequence_items,
@@ -104,7 +105,7 @@ def run(
   mixed = grain.MapDataset.mix(
     list(pipelines.values()), weights=[w for w in weights if w]
   )
-  iterator = batches.iterate(mixed)
+  iterator = examples.iterate(mixed)
 
   # Loss, held-out losses, retrieval.
   loss_fn = learner.supervised_loss(
@@ -115,7 +116,7 @@ def run(
     for task in packed
   }
   if 'pointing' in used:
-    held['pointing'] = batches.first_batches(
+    held['pointing'] = examples.first_batches(
       held_out['pointing'],
       pointing,
       stage.batch_size,
@@ -198,7 +199,7 @@ def shares(stage) -> dict[str, float]:
 
 
 def pointing_renderer(
-  prompter: prompts.Prompter, pointers: int
+  prompter: prompt.Prompter, pointers: int
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Rendering of the pointing task: `(slate, rng) -> example`.
 
@@ -210,7 +211,7 @@ def pointing_renderer(
 
   def render(slate, rng):
     count = int(slate['count'])
-    order = prompts.presentation(count, 'shuffled', rng)
+    order = prompt.presentation(count, 'shuffled', rng)
     bins = prompter.bins(slate['evidence'], count)[order]
     columns = rng.choice(
       bins.shape[1], pointers, replace=bins.shape[1] < pointers
@@ -221,8 +222,8 @@ def pointing_renderer(
       slots = (words.slot_base + ranking).tolist()
       ids = [words.by_base + int(column), *slots, words.eos]
       weights = [0.0] + [1.0] * (count + 1)
-      completions.append(batches.Completion(ids, weights))
-    return batches.examples(
+      completions.append(examples.Completion(ids, weights))
+    return examples.examples(
       prompter.prompt(slate, order, rng),
       completions,
       prompter.prompt_tokens,
@@ -271,7 +272,7 @@ def retriever(
 
 
 def _held_out_rows(
-  task: str, source, renders, prompter: prompts.Prompter, stage
+  task: str, source, renders, prompter: prompt.Prompter, stage
 ) -> list[dict[str, np.ndarray]]:
   """Batches of one task's held-out rows, the same at every call."""
   rows = packing.rows({task: 1.0}, source, renders, stage.row_tokens, seed=1)

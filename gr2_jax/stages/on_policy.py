@@ -30,9 +30,9 @@ from gr2_jax import (
   rollouts,
   sampling,
 )
-from gr2_jax.data import batches
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import advantages, gates, kl, losses, masking, rewards
+from gr2_jax.prompts import examples
 from gr2_jax.stages import training
 
 # Fields of a section that are one of a few names.
@@ -70,7 +70,7 @@ def train(
   stage = config[name]
   check_rewards(name, stage)
   control = '<think>' if stage.thinking else '<answer>'
-  render = batches.requests(setup.prompter, control, config.prompt.order)
+  render = examples.requests(setup.prompter, control, config.prompt.order)
   if teacher is not None and teacher.reads_its_own:
     render = distillation.beside(render, teacher, control, config.prompt.order)
   # Sampler and learner: the same temperature, the same masks.
@@ -126,12 +126,12 @@ def learn(
 
   # Input: rows of slates, each in one presentation or, where the order itself
   # is watched, in two.
-  render = batches.several(render, views(stage))
+  render = examples.several(render, views(stage))
   drawn = stage.refill_size
   data = training.dataset(
     setup, setup.source('train'), render, drawn // views(stage), config.seed
   )
-  iterator = batches.iterate(data)
+  iterator = examples.iterate(data)
 
   look, said = None, ()
   if teacher is not None:

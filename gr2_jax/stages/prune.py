@@ -19,10 +19,10 @@ from gr2_jax import (
   ranker,
   rollouts,
 )
-from gr2_jax.data import batches
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import kl
 from gr2_jax.pipeline import checkpoint
+from gr2_jax.prompts import examples
 from gr2_jax.stages import on_policy
 
 # What is kept in the workdir, so that a run that goes on is the same run.
@@ -125,7 +125,7 @@ def _rollouts(
 ) -> list[policy_gradient.PolicyBatch]:
   """The whole policy's on validation slates, with what it says of them."""
   stage = config.prune
-  render = batches.requests(
+  render = examples.requests(
     whole.prompter,
     '<think>' if stage.thinking else '<answer>',
     config.prompt.order,
@@ -136,7 +136,7 @@ def _rollouts(
   most = max(size, min(len(drawn), stage.measured) // size * size)
   chosen = ranker.Chosen(source, drawn[:most])
   found = []
-  for i, (_, rows) in enumerate(batches.in_order(chosen, render, size, 0)):
+  for i, (_, rows) in enumerate(examples.in_order(chosen, render, size, 0)):
     rows = sharding.shard_batch(rows, whole.mesh)
     batch, _ = act(params, rows, jax.random.key(i))
     found.append(look(batch)[0])

@@ -14,8 +14,9 @@ from typing import Any
 import grain
 
 from gr2_jax import learner, policy, ranker
-from gr2_jax.data import batches, prompts, records
+from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.prompts import examples, prompt
 from gr2_jax.stages import traces, training
 
 RANK_BY = ('readout', 'trace')
@@ -71,7 +72,7 @@ def run(
     )
     for number, form in enumerate(forms)
   ]
-  iterator = batches.iterate(
+  iterator = examples.iterate(
     grain.MapDataset.mix(pipelines, weights=list(forms.values()))
   )
   optimizer = learner.make_optimizer(stage)
@@ -114,7 +115,7 @@ def renderer(setup: policy.Setup, config):
   """
   prompter, words, stage = setup.prompter, setup.vocabulary, config.sft
   by_readout = stage.rank_by == 'readout'
-  told = stage.privileged * prompts.TARGET_TOKENS
+  told = stage.privileged * prompt.TARGET_TOKENS
 
   def completion(ask, reasoning, answer, weights):
     """Weights: l_r on reasoning, l_o on the ranking, 0 where it is replaced."""
@@ -123,11 +124,11 @@ def renderer(setup: policy.Setup, config):
       *[stage.reasoning_weight] * len(reasoning),
       *[stage.ranking_weight * weight for weight in weights],
     ]
-    return batches.Completion([*ask, *reasoning, *answer], weights)
+    return examples.Completion([*ask, *reasoning, *answer], weights)
 
   def render(record, rng):
     slate, trace = record['slate'], record['trace']
-    order = prompts.presentation(int(slate['count']), config.prompt.order, rng)
+    order = prompt.presentation(int(slate['count']), config.prompt.order, rng)
     answer = prompter.answer(trace['ranking'], order)
     reasoning = prompter.present(trace['reasoning'], order)
     reasoning.append(words.control['</think>'])
@@ -145,7 +146,7 @@ def renderer(setup: policy.Setup, config):
       )
       ask = prompter.ask(control, answer[0] - words.slot_base)
       completions.append(completion(ask, span, answer, [1.0, *weights[1:]]))
-    return batches.examples(
+    return examples.examples(
       prompter.prompt(slate, order, rng),
       completions,
       prompter.prompt_tokens,

@@ -21,10 +21,10 @@ import ml_collections
 import numpy as np
 
 from gr2_jax import compressor, context_writer, policy, ranker
-from gr2_jax.data import compressions
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import statistics
 from gr2_jax.pipeline import artifacts, reporting
+from gr2_jax.prompts import compressed
 
 TABLE, FIGURE = 'compress.md', 'compress.png'
 WHOLE, WRITTEN = 'full', 'text'  # forms of `contexts.parse`
@@ -300,9 +300,9 @@ def _write(config, whole, home, keep, slates):
     whole.load_params(home), slates, config.seeds[0], f'compress to {keep:.0%}'
   )
   stored = list(context_writer.store(whole, slates, parts))
-  longest = compressions.report(stored)['longest']
+  longest = compressed.report(stored)['longest']
   setup = whole.reading_written(home, longest)
-  return setup, compressions.Joined(slates, stored)
+  return setup, compressed.Joined(slates, stored)
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -24,7 +24,6 @@ from gr2_jax import policy, policy_teacher
 from gr2_jax.data import (
   dialogue,
   endpoint,
-  prompts,
   records,
   remote_judge,
   remote_teacher,
@@ -33,6 +32,7 @@ from gr2_jax.data import (
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
 from gr2_jax.pipeline import reporting
+from gr2_jax.prompts import prompt
 from gr2_jax.stages import remote
 
 ACCEPTED = 'traces.array_record'
@@ -301,7 +301,7 @@ def _sample(kept, slates, config) -> list[remote_judge.Case]:
     cases.append(
       remote_judge.Case(
         slate=slate,
-        order=prompts.presentation(
+        order=prompt.presentation(
           int(slate['count']), config.prompt.order, own
         ),
         reasoning=record['reasoning'],

@@ -18,9 +18,9 @@ import numpy as np
 import optax
 
 from gr2_jax import learner, policy
-from gr2_jax.data import batches
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import checkpoint, reporting
+from gr2_jax.prompts import examples
 
 # (state, frozen parameters, step) -> (state, metrics). Draws its own batches.
 TakeStep = Callable[
@@ -188,7 +188,7 @@ def dataset(
   batch_size: int,
   seed: int,
 ) -> grain.MapDataset:
-  """`batches.dataset` of which this process makes the rows it trains on.
+  """`examples.dataset` of which this process makes the rows it trains on.
 
   Args:
     setup: the mesh.
@@ -205,7 +205,7 @@ def dataset(
       divide it.
   """
   rows = sharding.own_rows(setup.mesh, batch_size)
-  return batches.dataset(source, render, batch_size, seed, rows)
+  return examples.dataset(source, render, batch_size, seed, rows)
 
 
 def supervised_step(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from gr2_jax import compressor, grammars
-from gr2_jax.data import extracts, prompts
+from gr2_jax.data import extracts
+from gr2_jax.prompts import prompt as prompt_lib
 
 from .. import tiny_data
 
@@ -44,9 +45,9 @@ def test_every_rule_writes_what_the_grammar_allows(prompter):
       assert len(ids) <= budget
       assert ids[-1] == grammar.eos
       found = chances(
-        prompts.pad(prompt, T, 'prompt')[None],
+        prompt_lib.pad(prompt, T, 'prompt')[None],
         *(np.int32([x]) for x in (len(prompt), count, budget)),
-        prompts.pad(ids, T, 'ids')[None],
+        prompt_lib.pad(ids, T, 'ids')[None],
       )
       assert np.asarray(found)[0, : len(ids)].all()
 

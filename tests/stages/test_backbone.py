@@ -7,10 +7,11 @@ import pytest
 
 from configs import common
 from gr2_jax import hf, policy
-from gr2_jax.data import batches, records, vocabulary
+from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
 from gr2_jax.pipeline import artifacts, checkpoint
+from gr2_jax.prompts import examples, vocabulary
 from gr2_jax.stages import backbone, baselines, evaluate, midtrain, sft, traces
 
 from .. import tiny, tiny_pretrained, tiny_world
@@ -290,7 +291,7 @@ def test_sft_learns_the_sequence_that_sampling_asks_for(chain):
   row = sft.renderer(setup, config)({'trace': kept, 'slate': slate}, rng)
   learned = row['prompt'][: row['prompt_length']].tolist()
   for which, control in enumerate(('<think>', '<answer>')):
-    render = batches.requests(own, control, 'incoming')
+    render = examples.requests(own, control, 'incoming')
     asked = render(slate, rng)
     asked = asked['prompt'][: asked['prompt_length']].tolist()
     ids = [*learned, *row['completion'][which].tolist()]

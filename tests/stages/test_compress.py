@@ -13,12 +13,14 @@ from gr2_jax import (
   ranker,
   sampling,
 )
-from gr2_jax.data import batches, compressions, records
+from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression
 from gr2_jax.pipeline import artifacts, reporting
+from gr2_jax.prompts import compressed
+from gr2_jax.prompts import examples as examples_lib
 from gr2_jax.stages import compress, study_compress
 
 from .. import chat_server, tiny, tiny_world
@@ -84,12 +86,12 @@ def wholes(setup, split):
 def test_what_is_written_is_a_part_of_each_slates_context(
   setup, written, split
 ):
-  stored = records.Records(compressions.file(written, split))
+  stored = records.Records(compressed.file(written, split))
   assert len(stored) == (12 if split == 'train' else len(setup.source(split)))
   for one, whole in zip(
     (stored[i] for i in range(len(stored))), wholes(setup, split), strict=False
   ):
-    kept = compressions.context(one)
+    kept = compressed.context(one)
     assert is_part(kept.history, whole.history)
     for line, source in zip(kept.candidates, whole.candidates, strict=True):
       assert is_part(line, source)
@@ -98,8 +100,8 @@ def test_what_is_written_is_a_part_of_each_slates_context(
     assert not one['fault']
     assert len(kept) + marks <= 0.6 * (len(whole) + marks)
   found = artifacts.read_results(written)
-  assert found['splits'][split] == compressions.report(stored)
-  assert found['longest'] >= max(map(len, map(compressions.context, stored)))
+  assert found['splits'][split] == compressed.report(stored)
+  assert found['longest'] >= max(map(len, map(compressed.context, stored)))
 
 
 def test_the_judge_is_compared_with_what_it_is_for(world, written):
@@ -324,7 +326,7 @@ def test_the_ranker_reads_what_was_written(setup):
   assert (found.verdict == compression.VALID).all()
   np.testing.assert_allclose(found.kept, 1, atol=1e-6)
   np.testing.assert_allclose(found.preservation, 1)
-  render = batches.requests(setup.prompter, '<answer>', 'shuffled')
+  render = examples_lib.requests(setup.prompter, '<answer>', 'shuffled')
   source = setup.source('train')
   rows = [render(source[i], np.random.default_rng(i)) for i in range(4)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
@@ -362,13 +364,13 @@ def test_what_cannot_be_compressed_stays_whole_and_is_counted(
   )
   slates = ranker.Chosen(setup.source('train'), np.arange(9))
   stored = list(context_writer.store(setup, slates, write(params, slates, 0)))
-  report = compressions.report(stored)
+  report = compressed.report(stored)
   assert report['unchanged'] == report['slates'] == 9
   assert report['kept'] == 1
   assert sum(report['faults'].values()) == 9
   assert fault is None or report['faults'] == {fault: 9}
   for one, whole in zip(stored, wholes(setup, 'train'), strict=False):
-    assert compressions.context(one) == whole
+    assert compressed.context(one) == whole
 
 
 def test_later_stages_read_what_was_written(world, written, setup):
@@ -382,13 +384,13 @@ def test_later_stages_read_what_was_written(world, written, setup):
   inputs = tiny_world.inputs(world, 'rl') | {'compress': written}
   own = policy.load(tiny_world.config(), inputs, 'text')
   assert own.prompter.prompt_tokens < setup.prompter.prompt_tokens
-  render = batches.requests(own.prompter, '<answer>', 'shuffled')
+  render = examples_lib.requests(own.prompter, '<answer>', 'shuffled')
   source = own.source('train')
   assert len(source) == 12
-  stored = records.Records(compressions.file(written, 'train'))
+  stored = records.Records(compressed.file(written, 'train'))
   for index in range(3):
     row = render(source[index], np.random.default_rng(0))
-    context = compressions.context(stored[index])
+    context = compressed.context(stored[index])
     ids = row['prompt'][: row['prompt_length']].tolist()
     assert len(ids) == len(context) + len(context.candidates) + 4
     for place, rank in enumerate(row['incoming'][: int(row['count'])]):

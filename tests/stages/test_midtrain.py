@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from gr2_jax import policy
-from gr2_jax.data import packing, prompts, records
+from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import artifacts, checkpoint, reporting
+from gr2_jax.prompts import packing, prompt
 from gr2_jax.stages import midtrain, rl, sft, training
 
 from .. import tiny, tiny_world
@@ -71,7 +72,7 @@ def test_pointing_sorts_the_candidates_by_the_named_column(world, setup):
   for index in range(5):
     slate = slates_lib.source(world['slates'], 'train')[index]
     row = render(slate, np.random.default_rng(index))
-    order = prompts.presentation(
+    order = prompt.presentation(
       int(slate['count']), 'shuffled', np.random.default_rng(index)
     )
     bins = prompter.bins(slate['evidence'], 5)[order]

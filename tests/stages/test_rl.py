@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from gr2_jax import learner, policy_gradient, rollouts
-from gr2_jax.data import batches
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import parsing, rewards
 from gr2_jax.pipeline import reporting
+from gr2_jax.prompts import examples
 from gr2_jax.stages import on_policy, rl
 
 from .. import tiny, tiny_world
@@ -53,7 +53,7 @@ def lines(workdir):
 
 
 def acted(world, setup, compiled, seed=0, constrained=True, gate='v2'):
-  render = batches.requests(setup.prompter, '<answer>', 'shuffled')
+  render = examples.requests(setup.prompter, '<answer>', 'shuffled')
   slates = slates_lib.source(world['slates'], 'train')
   rows = [render(slates[i], np.random.default_rng((seed, i))) for i in range(8)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}

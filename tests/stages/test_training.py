@@ -4,9 +4,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from gr2_jax import learner
-from gr2_jax.data import batches
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import checkpoint, reporting
+from gr2_jax.prompts import examples
 from gr2_jax.stages import training
 
 from .. import tiny
@@ -40,7 +40,7 @@ def fit(setup):
   ):  # fmt: skip
     """A loop whose read-out counts the steps; returns (result, steps taken)."""
     own = config(**changes)
-    iterator = batches.iterate(batches.dataset(range(9), render, 3, 0))
+    iterator = examples.iterate(examples.dataset(range(9), render, 3, 0))
     taken = []
 
     def take_step(state, frozen, step):
@@ -77,7 +77,7 @@ def fit(setup):
 
 
 def test_a_data_set_is_made_of_the_rows_of_this_process(setup, monkeypatch):
-  whole = batches.dataset(range(12), render, 4, seed=3)
+  whole = examples.dataset(range(12), render, 4, seed=3)
   own = training.dataset(setup, range(12), render, 4, seed=3)
   monkeypatch.setattr(sharding, 'own_rows', lambda *_: np.array([1, 3]))
   half = training.dataset(setup, range(12), render, 4, seed=3)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.data import evidence_bins
+from gr2_jax.prompts import bins as bins_lib
 
 from .. import tiny_data
 
@@ -12,7 +12,7 @@ K = tiny_data.K
 
 def test_bins_are_quantiles_and_rise_with_the_evidence():
   slates = tiny_data.many(400)
-  bins = evidence_bins.EvidenceBins.fit(
+  bins = bins_lib.EvidenceBins.fit(
     slates, tiny_data.EVIDENCE, ('age:raw', 'rank'), 4
   )
   binned = [bins(slates.evidence[i], int(slates.count[i])) for i in range(400)]
@@ -33,9 +33,7 @@ def test_bins_are_quantiles_and_rise_with_the_evidence():
 
 def test_ages_are_binned_by_quantiles():
   slates = tiny_data.many(400)
-  bins = evidence_bins.EvidenceBins.fit(
-    slates, tiny_data.EVIDENCE, ('rank',), 4
-  )
+  bins = bins_lib.EvidenceBins.fit(slates, tiny_data.EVIDENCE, ('rank',), 4)
   known = slates.history_ages[slates.history_ages >= 0]
   binned = bins.ages(known)
   assert binned.dtype == np.int32
@@ -49,9 +47,7 @@ def test_ages_are_binned_by_quantiles():
 def test_ages_that_nobody_knows_have_bins_all_the_same():
   slates = tiny_data.many()
   slates.history_ages[:] = -1
-  bins = evidence_bins.EvidenceBins.fit(
-    slates, tiny_data.EVIDENCE, ('rank',), 4
-  )
+  bins = bins_lib.EvidenceBins.fit(slates, tiny_data.EVIDENCE, ('rank',), 4)
   assert np.isfinite(bins.age_edges).all()
   assert bins.ages(np.array([5])).tolist() == [3]
 
@@ -81,17 +77,15 @@ def test_padding_does_not_move_the_bins(count, seed):
 def test_a_constant_column_has_finite_edges():
   slates = tiny_data.many()
   slates.evidence[..., 0] = 3.0
-  bins = evidence_bins.EvidenceBins.fit(
-    slates, tiny_data.EVIDENCE, ('rank',), 4
-  )
+  bins = bins_lib.EvidenceBins.fit(slates, tiny_data.EVIDENCE, ('rank',), 4)
   assert np.isfinite(bins.edges).all()
   assert len(set(bins(slates.evidence[4], 6)[:, 0])) == 1
 
 
 def test_bins_come_back_from_disk(tmp_path):
   bins = tiny_data.bins()
-  evidence_bins.save(tmp_path / 'bins.json', bins)
-  found = evidence_bins.load(tmp_path / 'bins.json')
+  bins_lib.save(tmp_path / 'bins.json', bins)
+  found = bins_lib.load(tmp_path / 'bins.json')
   assert found.columns == bins.columns
   np.testing.assert_array_equal(found.index, bins.index)
   np.testing.assert_array_equal(found.edges, bins.edges)
@@ -101,6 +95,6 @@ def test_bins_come_back_from_disk(tmp_path):
 
 def test_an_unknown_column_is_named():
   with pytest.raises(ValueError, match="no column 'fane:raw'.*rank, fame, age"):
-    evidence_bins.EvidenceBins.fit(
+    bins_lib.EvidenceBins.fit(
       tiny_data.many(), tiny_data.EVIDENCE, ('fane:raw',), 4
     )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.data import prompts
+from gr2_jax.prompts import prompt
 
 from .. import tiny_data
 
@@ -237,13 +237,13 @@ def test_a_budget_too_small_for_the_candidates_says_so(prompter):
 
 
 def test_padding_fills_up_and_never_cuts():
-  assert prompts.pad([5, 6], 4, 'prompt').tolist() == [5, 6, 0, 0]
+  assert prompt.pad([5, 6], 4, 'prompt').tolist() == [5, 6, 0, 0]
   with pytest.raises(ValueError, match='prompt: 3 tokens, room for 2'):
-    prompts.pad([5, 6, 7], 2, 'prompt')
+    prompt.pad([5, 6, 7], 2, 'prompt')
 
 
 def test_presentation_is_a_permutation_or_the_incoming_order():
   rng = np.random.default_rng(0)
-  assert prompts.presentation(5, 'incoming', rng).tolist() == [0, 1, 2, 3, 4]
-  drawn = {tuple(prompts.presentation(3, 'shuffled', rng)) for _ in range(200)}
+  assert prompt.presentation(5, 'incoming', rng).tolist() == [0, 1, 2, 3, 4]
+  drawn = {tuple(prompt.presentation(3, 'shuffled', rng)) for _ in range(200)}
   assert len(drawn) == 6

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.data import vocabulary
+from gr2_jax.prompts import vocabulary
 
 from .. import tiny_data, tiny_pretrained
 

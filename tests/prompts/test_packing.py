@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from gr2_jax import learner
-from gr2_jax.data import batches, packing, records
+from gr2_jax.data import records
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
+from gr2_jax.prompts import examples, packing
 
 from .. import tiny, tiny_data
 
@@ -152,7 +153,7 @@ def test_batches_come_in_order_and_go_on_bit_for_bit(prompter):
     np.concatenate(completions), [*wanted, wanted[0]]
   )
   grain.experimental.assert_equal_output_after_checkpoint(
-    data[:6].to_iter_dataset(batches._READ)
+    data[:6].to_iter_dataset(examples._READ)
   )
 
 

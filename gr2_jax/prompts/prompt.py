@@ -26,10 +26,10 @@ import functools
 
 import numpy as np
 
-from gr2_jax.data import contexts
-from gr2_jax.data import evidence_bins as bins_lib
-from gr2_jax.data import vocabulary as vocabulary_lib
 from gr2_jax.data.log import Catalog
+from gr2_jax.prompts import bins as bins_lib
+from gr2_jax.prompts import context as context_lib
+from gr2_jax.prompts import vocabulary as vocabulary_lib
 
 TARGET_TOKENS = 2  # of `Prompter.ask` with a target, beside one without
 ORDERS = ('shuffled', 'incoming', 'mixed')
@@ -75,7 +75,7 @@ class Prompter:
   num_candidates: int
   reasoning: int
   budget: int = 0
-  context: contexts.Context = contexts.FULL
+  context: context_lib.Context = context_lib.FULL
   written: int = 0
 
   def __post_init__(self):
@@ -96,8 +96,8 @@ class Prompter:
         'candidates (prompt.fields, prompt.title_tokens)'
       )
     for name, known in (
-      ('fields', contexts.CANDIDATE_FIELDS),
-      ('history_fields', contexts.HISTORY_FIELDS),
+      ('fields', context_lib.CANDIDATE_FIELDS),
+      ('history_fields', context_lib.HISTORY_FIELDS),
     ):
       for field in getattr(self, name):
         if field not in known:
@@ -282,7 +282,7 @@ class Prompter:
     end = int(slate['history_length'])
     return slate['history'][end - self._num_shown(slate) : end]
 
-  def lines(self, slate: dict[str, np.ndarray]) -> contexts.Lines:
+  def lines(self, slate: dict[str, np.ndarray]) -> context_lib.Lines:
     """All that a prompt shows of a slate's items, line by line."""
     words, count = self.vocabulary, int(slate['count'])
     end = int(slate['history_length'])
@@ -305,7 +305,7 @@ class Prompter:
       self._line(item, self.fields, {'evidence': bins[rank]})
       for rank, item in enumerate(slate['candidates'][:count])
     ]
-    return contexts.Lines(history, candidates)
+    return context_lib.Lines(history, candidates)
 
   def _num_shown(self, slate: dict[str, np.ndarray]) -> int:
     """How many of the last items a whole context shows."""
@@ -325,8 +325,8 @@ class Prompter:
     return int((np.cumsum(lengths[::-1]) <= room).sum())
 
   def _line(
-    self, item: int, fields: tuple[str, ...], own: contexts.Line
-  ) -> contexts.Line:
+    self, item: int, fields: tuple[str, ...], own: context_lib.Line
+  ) -> context_lib.Line:
     """Token ids of an item's fields, some of which are this slate's own."""
     return {
       field: own[field] if field in own else list(self.items[field][item])

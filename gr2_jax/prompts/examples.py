@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from gr2_jax.data import prompts
+from gr2_jax.prompts import prompt as prompt_lib
 
 # One reader keeps ahead of the device; more fight for the interpreter.
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -111,14 +111,14 @@ def examples(
 ) -> dict[str, np.ndarray]:
   """One row of `learner.Examples`."""
   ids = [
-    prompts.pad(c.ids, completion_tokens, 'completion') for c in completions
+    prompt_lib.pad(c.ids, completion_tokens, 'completion') for c in completions
   ]
   weights = np.zeros((len(completions), completion_tokens), np.float32)
   for row, completion in zip(weights, completions, strict=True):
     row[: len(completion.weights)] = completion.weights
   at = np.array([c.answer_at for c in completions], np.int32)
   return {
-    'prompt': prompts.pad(prompt['prompt'], prompt_tokens, 'prompt'),
+    'prompt': prompt_lib.pad(prompt['prompt'], prompt_tokens, 'prompt'),
     'prompt_length': np.int32(len(prompt['prompt'])),
     'completion': np.stack(ids),
     'weights': weights,
@@ -131,7 +131,7 @@ def examples(
 
 
 def requests(
-  prompter: prompts.Prompter,
+  prompter: prompt_lib.Prompter,
   control: str,
   order: str,
   privileged: bool = False,
@@ -141,22 +141,22 @@ def requests(
   Args:
     prompter: of the data set.
     control: '<think>' or '<answer>'.
-    order: in which candidates are shown, of `prompts.ORDERS`.
+    order: in which candidates are shown, of `prompt.ORDERS`.
     privileged: the prompt names a positive, drawn at random.
 
   Returns:
     `(slate, rng) -> dict` with prompt [T], prompt_length, slots, grades,
     incoming [K], count.
   """
-  tokens = prompter.prompt_tokens + privileged * prompts.TARGET_TOKENS
+  tokens = prompter.prompt_tokens + privileged * prompt_lib.TARGET_TOKENS
 
   def render(slate, rng):
-    shown = prompts.presentation(int(slate['count']), order, rng)
+    shown = prompt_lib.presentation(int(slate['count']), order, rng)
     row = prompter.prompt(slate, shown, rng)
     target = draw_target(row['grades'], rng) if privileged else None
     ids = [*row['prompt'], *prompter.ask(control, target)]
     return row | {
-      'prompt': prompts.pad(ids, tokens, 'prompt'),
+      'prompt': prompt_lib.pad(ids, tokens, 'prompt'),
       'prompt_length': np.int32(len(ids)),
     }
 
@@ -164,7 +164,7 @@ def requests(
 
 
 def behind_memory(
-  prompter: prompts.Prompter, row: dict[str, np.ndarray]
+  prompter: prompt_lib.Prompter, row: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
   """Splits an example of `requests` whose prompt has memory tokens.
 
@@ -182,7 +182,7 @@ def behind_memory(
 
   def padded(ids: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
     return {
-      'prompt': prompts.pad(ids, tokens, 'prompt'),
+      'prompt': prompt_lib.pad(ids, tokens, 'prompt'),
       'prompt_length': np.int32(len(ids)),
     }
 

@@ -5,7 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from gr2_jax.data import log, midtraining, vocabulary
+from gr2_jax.data import log
+from gr2_jax.prompts import documents, vocabulary
 
 from .. import tiny_data
 
@@ -25,7 +26,7 @@ def prompter(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def render(prompter, catalog):
-  return midtraining.renderers(prompter, catalog, 4, 12, TOKENS)
+  return documents.renderers(prompter, catalog, 4, 12, TOKENS)
 
 
 def parts(prompter, ids):
@@ -59,7 +60,7 @@ def test_a_persona_tells_a_history_both_ways(prompter, catalog, render):
     items = slate['history'][5 - len(codes) // 3 : 5]
     assert codes == [c for i in items for c in prompter.items['sid'][i]]
     whole = words.decode(told)
-    described = ' '.join(midtraining.describe(slate['history'][1:5], catalog))
+    described = ' '.join(documents.describe(slate['history'][1:5], catalog))
     assert described.startswith(whole[:10])
   assert ways == {True, False}
 
@@ -68,7 +69,7 @@ def test_a_persona_of_many_words_has_fewer_items(prompter, catalog):
   slate = tiny_data.slate(length=5)
   found = []
   for tokens in (20, 200):
-    render = midtraining.renderers(prompter, catalog, 4, 6, tokens)
+    render = documents.renderers(prompter, catalog, 4, 6, tokens)
     (ids,) = render['persona'](slate, np.random.default_rng(0))
     codes, told, _ = parts(prompter, ids)
     found.append((len(codes) // 3, len(told)))
@@ -85,14 +86,14 @@ def test_no_history_makes_no_document(render):
 
 def test_a_description_says_what_is_frequent_recent_and_when(catalog):
   # soap 0..3, brush 4..7, cream 8..11; all are beauty.
-  said = midtraining.describe(np.array([8, 4, 5, 7, 0, 2]), catalog)
+  said = documents.describe(np.array([8, 4, 5, 7, 0, 2]), catalog)
   assert ' '.join(said) == (
     'mostly beauty and brush and soap lately beauty and soap '
     'from decades 1990 and 2000'
   )
-  assert midtraining.describe(np.array([3]), catalog)[-1] == 'soap'
+  assert documents.describe(np.array([3]), catalog)[-1] == 'soap'
   bare = types.SimpleNamespace(categories=((),), years=np.array([0]))
-  assert midtraining.describe(np.array([0, 0]), bare) == []
+  assert documents.describe(np.array([0, 0]), bare) == []
 
 
 def test_captions_are_of_title_and_path_both_ways(prompter, catalog, render):
@@ -120,8 +121,8 @@ def test_a_long_text_goes_on_in_further_documents(prompter, render):
 
 def test_a_row_without_room_for_a_history_is_refused(prompter, catalog):
   with pytest.raises(ValueError, match=r'row_tokens=16.* need 17'):
-    midtraining.renderers(prompter, catalog, 4, 6, 16)
-  midtraining.renderers(prompter, catalog, 4, 6, 17)
+    documents.renderers(prompter, catalog, 4, 6, 16)
+  documents.renderers(prompter, catalog, 4, 6, 17)
 
 
 def test_phrases_make_the_fixed_words_pieces(tmp_path):
@@ -131,7 +132,7 @@ def test_phrases_make_the_fixed_words_pieces(tmp_path):
     own.titles,
     tiny_data.LAYOUT,
     100,
-    words=' '.join(midtraining.PHRASES).split(),
+    words=' '.join(documents.PHRASES).split(),
   )
   for word in ('mostly', 'and', 'lately', 'from', 'decades', '1990', '2000'):
     assert len(words.encode(word)) == 1, word
@@ -149,7 +150,7 @@ def test_texts_of_both_forms_are_read_and_some_held_out(tmp_path):
     tmp_path / 'a.jsonl', [json.dumps({'text': t}).encode() for t in said]
   )
   for path in (plain, line):
-    train, held = midtraining.read_texts(path)
+    train, held = documents.read_texts(path)
     assert held == ['text 1', 'text 21', 'text 41']
     assert sorted(train + held) == sorted(said)
 
@@ -167,9 +168,9 @@ def test_texts_of_both_forms_are_read_and_some_held_out(tmp_path):
 )
 def test_bad_texts_are_named_by_file_and_line(tmp_path, name, lines, message):
   with pytest.raises(log.DataError, match=message):
-    midtraining.read_texts(write(tmp_path / name, lines))
+    documents.read_texts(write(tmp_path / name, lines))
 
 
 def test_a_missing_text_file_is_named(tmp_path):
   with pytest.raises(log.DataError, match=r'none\.txt: midtrain\.text_file'):
-    midtraining.read_texts(tmp_path / 'none.txt')
+    documents.read_texts(tmp_path / 'none.txt')

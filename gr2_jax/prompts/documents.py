@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax.data import packing, prompts
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog, DataError
+from gr2_jax.prompts import packing, prompt
 
 # What a persona is made of beside the catalog's words, for the vocabulary to
 # learn whole.
@@ -32,7 +32,7 @@ _HELD_OUT = 20  # one text in so many is not trained on
 
 
 def renderers(
-  prompter: prompts.Prompter,
+  prompter: prompt.Prompter,
   catalog: Catalog,
   items: int,
   title_tokens: int,

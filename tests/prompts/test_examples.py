@@ -4,7 +4,7 @@ import grain
 import numpy as np
 import pytest
 
-from gr2_jax.data import batches
+from gr2_jax.prompts import examples
 
 from .. import tiny_data
 
@@ -26,27 +26,27 @@ def assert_same(one, two):
 
 
 def test_a_restored_iterator_goes_on_bit_for_bit():
-  data = batches.dataset(range(10), render, 4, seed=3)
-  whole = take(batches.iterate(data), 9)
+  data = examples.dataset(range(10), render, 4, seed=3)
+  whole = take(examples.iterate(data), 9)
   for stop in (1, 4):
-    first = batches.iterate(data)
+    first = examples.iterate(data)
     assert_same(take(first, stop), whole[:stop])
     state = json.loads(json.dumps(first.get_state()))
-    second = batches.iterate(data)
+    second = examples.iterate(data)
     second.set_state(state)
     assert_same(take(second, 9 - stop), whole[stop:])
 
 
 def test_grain_agrees_that_a_checkpoint_changes_nothing():
-  data = batches.dataset(range(10), render, 4, seed=3)[:6]
+  data = examples.dataset(range(10), render, 4, seed=3)[:6]
   grain.experimental.assert_equal_output_after_checkpoint(
     data.to_iter_dataset()
   )
 
 
 def test_every_epoch_has_all_records_in_an_order_of_its_own():
-  data = batches.dataset(range(12), render, 4, seed=0)
-  rows = take(batches.iterate(data), 9)
+  data = examples.dataset(range(12), render, 4, seed=0)
+  rows = take(examples.iterate(data), 9)
   epochs = [np.concatenate([r['index'] for r in rows[i : i + 3]])
             for i in (0, 3, 6)]  # fmt: skip
   for order in epochs:
@@ -60,7 +60,7 @@ def test_every_epoch_has_all_records_in_an_order_of_its_own():
 
 def test_a_seed_decides_the_batches():
   one, same, other = (
-    take(batches.iterate(batches.dataset(range(12), render, 4, seed)), 3)
+    take(examples.iterate(examples.dataset(range(12), render, 4, seed)), 3)
     for seed in (0, 0, 1)
   )
   assert_same(one, same)
@@ -70,9 +70,9 @@ def test_a_seed_decides_the_batches():
 
 @pytest.mark.parametrize('hosts', [[[0, 1], [2, 3]], [[0, 3], [1, 2]]])
 def test_hosts_share_every_batch(hosts):
-  whole = batches.dataset(range(12), render, 4, seed=0)
+  whole = examples.dataset(range(12), render, 4, seed=0)
   parts = [
-    batches.dataset(range(12), render, 4, seed=0, rows=np.array(rows))
+    examples.dataset(range(12), render, 4, seed=0, rows=np.array(rows))
     for rows in hosts
   ]
   for i in (0, 1, 7):  # Of the first epoch and of a later one.
@@ -81,11 +81,11 @@ def test_hosts_share_every_batch(hosts):
 
 
 def test_another_number_of_hosts_goes_on_with_the_same_batches():
-  one = batches.iterate(
-    batches.dataset(range(12), render, 4, seed=0, rows=np.array([2, 3]))
+  one = examples.iterate(
+    examples.dataset(range(12), render, 4, seed=0, rows=np.array([2, 3]))
   )
   take(one, 5)
-  whole = batches.iterate(batches.dataset(range(12), render, 4, seed=0))
+  whole = examples.iterate(examples.dataset(range(12), render, 4, seed=0))
   whole.set_state(one.get_state())
   (follows,), (next_one,) = take(whole, 1), take(one, 1)
   assert_same([next_one], [{k: v[2:] for k, v in follows.items()}])
@@ -95,18 +95,18 @@ def test_too_few_records_are_an_error_that_says_so():
   with pytest.raises(
     ValueError, match='3 examples are fewer than batch_size=4'
   ):
-    batches.dataset(range(3), render, 4, seed=0)
+    examples.dataset(range(3), render, 4, seed=0)
 
 
 def test_first_batches_are_the_same_at_every_call():
   one, two = (
-    batches.first_batches(range(10), render, 4, 5, seed=1) for _ in range(2)
+    examples.first_batches(range(10), render, 4, 5, seed=1) for _ in range(2)
   )
   assert len(one) == 2
   assert_same(one, two)
   seen = np.concatenate([row['index'] for row in one])
   assert len(set(seen.tolist())) == 8
-  assert len(batches.first_batches(range(3), render, 4, 5, seed=1)) == 1
+  assert len(examples.first_batches(range(3), render, 4, 5, seed=1)) == 1
 
 
 def test_examples_pad_and_say_what_the_read_out_ranks():
@@ -117,11 +117,11 @@ def test_examples_pad_and_say_what_the_read_out_ranks():
     'count': np.int32(2),
   }
   rows = [
-    batches.Completion([5, 6, 2], [0.0, 0.5, 1.0], 1),
-    batches.Completion([5, 2], [0.0, 1.0]),
-    batches.Completion([6, 2], [1.0, 1.0], 0),
+    examples.Completion([5, 6, 2], [0.0, 0.5, 1.0], 1),
+    examples.Completion([5, 2], [0.0, 1.0]),
+    examples.Completion([6, 2], [1.0, 1.0], 0),
   ]
-  found = batches.examples(prompt, rows, 4, 5)
+  found = examples.examples(prompt, rows, 4, 5)
   assert found['prompt'].tolist() == [1, 7, 0, 0]
   assert found['prompt_length'] == 2
   assert found['completion'].tolist() == [
@@ -137,14 +137,14 @@ def test_examples_pad_and_say_what_the_read_out_ranks():
   assert found['answer_at'].tolist() == [1, 0, 0]
   assert found['rank_by_readout'].tolist() == [True, False, True]
   with pytest.raises(ValueError, match='completion: 3 tokens, room for 2'):
-    batches.examples(prompt, rows, 4, 2)
+    examples.examples(prompt, rows, 4, 2)
 
 
 def test_a_request_ends_in_its_control_token(tmp_path):
   prompter = tiny_data.prompter(tmp_path)
   slate = tiny_data.slate(count=4)
   for control in ('<think>', '<answer>'):
-    row = batches.requests(prompter, control, 'shuffled')(
+    row = examples.requests(prompter, control, 'shuffled')(
       slate, np.random.default_rng(0)
     )
     n = int(row['prompt_length'])
@@ -155,7 +155,7 @@ def test_a_request_ends_in_its_control_token(tmp_path):
     order = row['incoming'][:4]
     assert order.tolist() != [0, 1, 2, 3]
     np.testing.assert_array_equal(row['grades'][:4], slate['grades'][order])
-  plain = batches.requests(prompter, '<answer>', 'incoming')
+  plain = examples.requests(prompter, '<answer>', 'incoming')
   row = plain(slate, np.random.default_rng(0))
   assert row['incoming'].tolist() == list(range(6))
 
@@ -165,7 +165,7 @@ def test_the_order_of_presentation_is_a_choice(tmp_path):
   slate = tiny_data.slate(count=4)
   kept = {}
   for order in ('shuffled', 'incoming', 'mixed'):
-    render = batches.requests(prompter, '<answer>', order)
+    render = examples.requests(prompter, '<answer>', order)
     rows = [render(slate, np.random.default_rng(i)) for i in range(200)]
     shown = np.stack([row['incoming'] for row in rows])
     assert (np.sort(shown) == np.arange(6)).all()
@@ -173,7 +173,7 @@ def test_the_order_of_presentation_is_a_choice(tmp_path):
   assert kept['incoming'] == 1.0
   assert kept['shuffled'] < 0.12  # One order of 24.
   assert 0.4 < kept['mixed'] < 0.65  # The coin's half, and half of the 24th.
-  render = batches.requests(prompter, '<answer>', 'random')
+  render = examples.requests(prompter, '<answer>', 'random')
   with pytest.raises(ValueError, match="prompt.order='random'.*mixed"):
     render(slate, np.random.default_rng(0))
 
@@ -181,8 +181,8 @@ def test_the_order_of_presentation_is_a_choice(tmp_path):
 def test_several_views_of_a_record_have_randomness_of_their_own(tmp_path):
   prompter = tiny_data.prompter(tmp_path)
   slate = tiny_data.slate(count=4)
-  once = batches.requests(prompter, '<answer>', 'shuffled')
-  twice = batches.several(once, 2)
+  once = examples.requests(prompter, '<answer>', 'shuffled')
+  twice = examples.several(once, 2)
   orders = set()
   for seed in range(8):
     row = twice(slate, np.random.default_rng(seed))
@@ -192,7 +192,7 @@ def test_several_views_of_a_record_have_randomness_of_their_own(tmp_path):
       np.testing.assert_array_equal(grades[:4], slate['grades'][shown[:4]])
     orders.add(tuple(map(tuple, row['incoming'].tolist())))
   assert any(first != second for first, second in orders)
-  whole = batches.several(once, 1)(slate, np.random.default_rng(3))
+  whole = examples.several(once, 1)(slate, np.random.default_rng(3))
   alone = once(slate, np.random.default_rng(3))
   assert_same([{k: v[0] for k, v in whole.items()}], [alone])
 
@@ -201,7 +201,7 @@ def test_a_split_in_order_does_not_depend_on_the_batch_size():
   slates = list(range(100, 107))
   whole = {}
   for size in (3, 7, 10):
-    parts = list(batches.in_order(slates, render, size, seed=5))
+    parts = list(examples.in_order(slates, render, size, seed=5))
     assert all(batch['index'].shape == (size,) for _, batch in parts)
     assert sum(n for n, _ in parts) == 7
     whole[size] = {

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.data import contexts
+from gr2_jax.prompts import context as context_lib
 
 from .. import tiny_data
 
 K = tiny_data.K
-WHOLE = contexts.Lines(
+WHOLE = context_lib.Lines(
   history=[
     {'sid': [1, 2], 'title': [3], 'grade': [4], 'age': [5]},
     {'sid': [6, 7], 'title': [], 'grade': [], 'age': [8]},
@@ -62,19 +62,19 @@ def generator(seed=0):
   ],
 )
 def test_what_a_form_leaves(form, history, candidates):
-  found = contexts.parse(form).reduce(WHOLE, generator())
-  assert found == contexts.Ids(history, candidates)
+  found = context_lib.parse(form).reduce(WHOLE, generator())
+  assert found == context_lib.Ids(history, candidates)
 
 
 def test_forms_that_leave_nothing_to_chance_do_without_a_generator():
   for form in ('full', 'last:2', 'history:', 'candidates:sid', 'columns:1'):
-    one = contexts.parse(form).reduce(WHOLE, None)
-    assert one == contexts.parse(form).reduce(WHOLE, generator())
+    one = context_lib.parse(form).reduce(WHOLE, None)
+    assert one == context_lib.parse(form).reduce(WHOLE, generator())
 
 
 def test_parts_are_read():
   form = 'last:5+history:sid,grade+candidates:+columns:3+dropped:7+memory:2'
-  assert contexts.parse(form) == contexts.Context(
+  assert context_lib.parse(form) == context_lib.Context(
     last=5,
     history=('sid', 'grade'),
     candidates=(),
@@ -82,8 +82,8 @@ def test_parts_are_read():
     dropped=7,
     memory=2,
   )
-  assert contexts.parse('text') == contexts.Context(text=True)
-  assert contexts.parse('full') == contexts.FULL
+  assert context_lib.parse('text') == context_lib.Context(text=True)
+  assert context_lib.parse('full') == context_lib.FULL
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_parts_are_read():
 )
 def test_a_bad_form_names_its_part_and_a_cure(form, part, message):
   with pytest.raises(ValueError) as error:  # noqa: PT011
-    contexts.parse(form)
+    context_lib.parse(form)
   said = str(error.value)
   assert said.startswith(f'context {form!r}, part {part!r}: ')
   assert message in said
@@ -119,7 +119,7 @@ def test_a_bad_form_names_its_part_and_a_cure(form, part, message):
 @pytest.mark.parametrize('form', ['text+last:5', 'memory:3+text'])
 def test_what_the_compressor_wrote_stands_alone(form):
   with pytest.raises(ValueError, match='text stands alone'):
-    contexts.parse(form)
+    context_lib.parse(form)
 
 
 def is_part(short, long):
@@ -151,7 +151,7 @@ def wholes(draw):
     return made
 
   items, count = draw(st.integers(0, 5)), draw(st.integers(1, 5))
-  return contexts.Lines(
+  return context_lib.Lines(
     [line(('sid', 'title', 'grade', 'age'), told) for _ in range(items)],
     [
       line(('sid', 'title', 'categories', 'evidence'), shown)
@@ -168,7 +168,7 @@ def wholes(draw):
   seed=st.integers(0, 2**32),
 )
 def test_what_is_dropped_holds_the_limit_and_the_order(whole, most, form, seed):
-  context = contexts.parse(f'dropped:{most}{form}')
+  context = context_lib.parse(f'dropped:{most}{form}')
   found = context.reduce(whole, generator(seed))
   lines = found.candidates
   assert len(found.history) + sum(map(len, lines)) <= most
@@ -183,7 +183,7 @@ def test_what_is_dropped_holds_the_limit_and_the_order(whole, most, form, seed):
 
 def test_what_is_dropped_is_now_this_and_now_that():
   found = [
-    contexts.parse('dropped:14').reduce(WHOLE, generator(seed))
+    context_lib.parse('dropped:14').reduce(WHOLE, generator(seed))
     for seed in range(300)
   ]
   sizes = [len(f.history) + sum(map(len, f.candidates)) for f in found]
@@ -197,12 +197,12 @@ def test_what_is_dropped_is_now_this_and_now_that():
 
 
 def test_the_oldest_history_makes_room_first():
-  whole = contexts.Lines(
+  whole = context_lib.Lines(
     [{'sid': [i]} for i in range(9)], [{'evidence': [20, 21]}]
   )
   full = 0
   for seed in range(100):
-    found = contexts.parse('dropped:4').reduce(whole, generator(seed))
+    found = context_lib.parse('dropped:4').reduce(whole, generator(seed))
     room = 4 - len(found.candidates[0])
     if len(found.history) == room and found.history[-1:] == [8]:
       full += found.history == list(range(9 - room, 9))
@@ -212,15 +212,15 @@ def test_the_oldest_history_makes_room_first():
 @settings(max_examples=30, deadline=None)
 @given(whole=wholes(), seed=st.integers(0, 2**32))
 def test_tokens_left_by_chance_keep_their_order(whole, seed):
-  found = contexts.parse('random:0.5').reduce(whole, generator(seed))
-  rest = contexts.FULL.reduce(whole, None)
+  found = context_lib.parse('random:0.5').reduce(whole, generator(seed))
+  rest = context_lib.FULL.reduce(whole, None)
   assert is_part(found.history, rest.history)
   for line, every in zip(found.candidates, rest.candidates, strict=True):
     assert is_part(line, every)
 
 
 def test_each_token_has_the_chance_that_is_said():
-  context, rng = contexts.parse('random:0.2'), generator()
+  context, rng = context_lib.parse('random:0.2'), generator()
   drawn = [context.reduce(WHOLE, rng) for _ in range(500)]
   for token in sum(CANDIDATES, HISTORY):
     share = np.mean([token in sum(f.candidates, f.history) for f in drawn])
@@ -250,14 +250,16 @@ FORMS = (
 def prompter(tmp_path_factory):
   return tiny_data.prompter(
     tmp_path_factory.mktemp('contexts'),
-    fields=contexts.CANDIDATE_FIELDS,
-    history_fields=contexts.HISTORY_FIELDS,
+    fields=context_lib.CANDIDATE_FIELDS,
+    history_fields=context_lib.HISTORY_FIELDS,
     history=4,
   )
 
 
 def reading(prompter, form, **changes):
-  return dataclasses.replace(prompter, context=contexts.parse(form), **changes)
+  return dataclasses.replace(
+    prompter, context=context_lib.parse(form), **changes
+  )
 
 
 @settings(max_examples=150, deadline=None)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.data import batches, compressions, contexts, records
+from gr2_jax.data import records
+from gr2_jax.prompts import compressed, context, examples
 
 from .. import tiny_data
 
@@ -42,11 +43,11 @@ def test_a_written_context_reads_as_it_was_written(prompter, slate, seed):
   rng, count = np.random.default_rng(seed), int(slate['count'])
   order = rng.permutation(count)
   tokens = blocks(prompter, prompter.prompt(slate, order))
-  found = compressions.split_up(tokens, prompter, order)
+  found = compressed.split_up(tokens, prompter, order)
   assert found == prompter.context.reduce(prompter.lines(slate), None)
   own = dataclasses.replace(
     prompter,
-    context=contexts.parse('text'),
+    context=context.parse('text'),
     written=len(found),
   )
   other = rng.permutation(count)
@@ -62,10 +63,10 @@ def test_lines_go_where_their_candidates_go(prompter):
   words = prompter.vocabulary
   mark, slot, end = words.control['<candidates>'], words.slot_base, words.eos
   tokens = np.array([50, 51, mark, 60, slot, slot + 1, 70, 71, slot + 2, end])
-  found = compressions.split_up(tokens, prompter, np.array([2, 0, 1]))
-  assert found == contexts.Ids([50, 51], [[], [70, 71], [60]])
+  found = compressed.split_up(tokens, prompter, np.array([2, 0, 1]))
+  assert found == context.Ids([50, 51], [[], [70, 71], [60]])
   slate, order = tiny_data.slate(count=3), np.array([1, 2, 0])
-  reader = dataclasses.replace(prompter, context=contexts.parse('text'))
+  reader = dataclasses.replace(prompter, context=context.parse('text'))
   row = reader.prompt(slate | {'written': found}, order)
   assert row['prompt'].tolist() == [
     *prompter.opening, words.control['<history>'], 50, 51,
@@ -78,35 +79,35 @@ def test_lines_go_where_their_candidates_go(prompter):
   )
 
 
-WHOLE = contexts.Ids([5, 6, 4], [[7, 1], [2], [8, 9]])
+WHOLE = context.Ids([5, 6, 4], [[7, 1], [2], [8, 9]])
 
 
 def test_a_record_has_what_was_written_or_the_whole():
-  written = contexts.Ids([5, 6], [[7], [], [8, 9]])
-  row = compressions.record(written, WHOLE, 0)
+  written = context.Ids([5, 6], [[7], [], [8, 9]])
+  row = compressed.record(written, WHOLE, 0)
   assert row['history'].tolist() == [5, 6]
   assert row['candidates'].tolist() == [7, 8, 9]
   assert row['lengths'].tolist() == [1, 0, 2]
   assert {array.dtype for array in row.values()} == {np.dtype(np.int32)}
   assert (row['whole'], row['fault']) == (8, 0)
-  assert compressions.context(row) == written
-  fault = compressions.FAULTS.index('uneven')
-  row = compressions.record(written, WHOLE, fault)
+  assert compressed.context(row) == written
+  fault = compressed.FAULTS.index('uneven')
+  row = compressed.record(written, WHOLE, fault)
   assert (row['whole'], row['fault']) == (8, fault)
-  assert compressions.context(row) == WHOLE
+  assert compressed.context(row) == WHOLE
 
 
 def test_one_candidate_and_no_tokens_come_back():
-  for written in (contexts.Ids([], [[]]), contexts.Ids([3], [[4, 5]])):
-    row = compressions.record(written, WHOLE, 0)
-    assert compressions.context(row) == written
+  for written in (context.Ids([], [[]]), context.Ids([3], [[4, 5]])):
+    row = compressed.record(written, WHOLE, 0)
+    assert compressed.context(row) == written
 
 
 def test_a_report_counts_what_was_kept_and_what_is_wrong():
-  written = contexts.Ids([5], [[7], [], []])
-  faults = [compressions.FAULTS.index(f) for f in ('cut_off', 'too_short')]
-  found = compressions.report(
-    compressions.record(written, WHOLE, fault)
+  written = context.Ids([5], [[7], [], []])
+  faults = [compressed.FAULTS.index(f) for f in ('cut_off', 'too_short')]
+  found = compressed.report(
+    compressed.record(written, WHOLE, fault)
     for fault in (0, 0, faults[0], 0, faults[1], faults[0])
   )
   marks = 1 + 3 + 1  # <candidates>, the slots and <eos>.
@@ -118,7 +119,7 @@ def test_a_report_counts_what_was_kept_and_what_is_wrong():
     'longest': 8,
     'kept': pytest.approx(kept / (6 * (8 + marks))),
   }
-  assert compressions.report([])['kept'] == 0
+  assert compressed.report([])['kept'] == 0
 
 
 class Slates:
@@ -135,7 +136,7 @@ class Slates:
 
 
 WRITTEN = [
-  contexts.Ids(
+  context.Ids(
     list(range(row % 3)), [[50 + row] * (rank % 3) for rank in range(count)]
   )
   for row in range(9)
@@ -145,15 +146,15 @@ WRITTEN = [
 
 @pytest.fixture
 def file(tmp_path):
-  path = compressions.file(tmp_path, 'train')
-  rows = (compressions.record(ids, WHOLE, 0) for ids in WRITTEN)
+  path = compressed.file(tmp_path, 'train')
+  rows = (compressed.record(ids, WHOLE, 0) for ids in WRITTEN)
   assert records.write(path, rows) == len(WRITTEN)
   assert path.name == 'train.array_record'
   return records.Records(path)
 
 
 def test_slates_come_with_what_was_written_of_them(file):
-  found = compressions.Joined(Slates(9), file)
+  found = compressed.Joined(Slates(9), file)
   assert len(found) == 9
   for index in (8, 0, np.int64(5)):
     row = found[index]
@@ -167,11 +168,11 @@ def test_slates_come_with_what_was_written_of_them(file):
 def test_batches_are_made_of_what_was_written(file, prompter):
   longest = max(map(len, WRITTEN))
   own = dataclasses.replace(
-    prompter, context=contexts.parse('text'), written=longest
+    prompter, context=context.parse('text'), written=longest
   )
-  render = batches.requests(own, '<answer>', 'shuffled')
-  joined = compressions.Joined(Slates(9), file)
-  found = batches.first_batches(joined, render, 3, 3, 0)
+  render = examples.requests(own, '<answer>', 'shuffled')
+  joined = compressed.Joined(Slates(9), file)
+  found = examples.first_batches(joined, render, 3, 3, 0)
   slots = own.vocabulary.is_slot
   lengths = sorted(
     int(n) - slots(row[:n]).sum()
@@ -183,7 +184,7 @@ def test_batches_are_made_of_what_was_written(file, prompter):
 
 
 def test_the_first_slates_may_be_written_alone(file):
-  found = compressions.Joined(Slates(12), file)
+  found = compressed.Joined(Slates(12), file)
   assert len(found) == 9
   assert found[8]['written'] == WRITTEN[8]
 
@@ -191,4 +192,4 @@ def test_the_first_slates_may_be_written_alone(file):
 def test_more_contexts_than_slates_are_refused(file):
   message = '9 contexts were written for 8 slates: .* delete the folder'
   with pytest.raises(ValueError, match=message):
-    compressions.Joined(Slates(8), file)
+    compressed.Joined(Slates(8), file)

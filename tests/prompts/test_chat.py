@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gr2_jax import hf
-from gr2_jax.data import batches, chat, prompts, vocabulary
+from gr2_jax.prompts import chat, examples, prompt, vocabulary
 
 from .. import tiny_data, tiny_pretrained
 
@@ -27,12 +27,10 @@ def extended(directory, thinks, template):
 
 def prompter(words, system=SYSTEM):
   turns = chat.turns(words, system)
-  return prompts.Prompter(
+  return prompt.Prompter(
     vocabulary=words,
     bins=tiny_data.bins(),
-    items=prompts.item_tokens(
-      words, tiny_data.catalog(), tiny_data.codes(), 30
-    ),
+    items=prompt.item_tokens(words, tiny_data.catalog(), tiny_data.codes(), 30),
     opening=turns.opening,
     closing=turns.closing,
     asks=turns.asks,
@@ -123,7 +121,7 @@ def test_requests_and_the_blocks_alone_share_a_prompt(tmp_path):
   slate, rng = tiny_data.slate(count=3), np.random.default_rng(0)
   shared = own.prompt(slate, np.arange(3))['prompt'].tolist()
   for control in ('<think>', '<answer>'):
-    row = batches.requests(own, control, 'incoming')(slate, rng)
+    row = examples.requests(own, control, 'incoming')(slate, rng)
     n = int(row['prompt_length'])
     assert row['prompt'][:n].tolist() == [*shared, *own.asks[control]]
     assert row['prompt'].shape == (own.prompt_tokens,)

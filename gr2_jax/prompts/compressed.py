@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax.data import contexts, prompts
 from gr2_jax.ops import compression
+from gr2_jax.prompts import context as context_lib
+from gr2_jax.prompts import prompt
 
 # Why a context stays whole: what is wrong with what was written of it, or that
 # not even its marks would fit.
@@ -36,8 +37,8 @@ def file(directory: os.PathLike[str] | str, split: str) -> pathlib.Path:
 
 
 def split_up(
-  tokens: np.ndarray, prompter: prompts.Prompter, order: np.ndarray
-) -> contexts.Ids:
+  tokens: np.ndarray, prompter: prompt.Prompter, order: np.ndarray
+) -> context_lib.Ids:
   """The blocks of a compression that was verified.
 
   Args:
@@ -57,11 +58,11 @@ def split_up(
     end = ids.index(words.slot_base + place, begin)
     lines[rank] = ids[begin:end]
     begin = end + 1
-  return contexts.Ids(ids[:opened], lines)
+  return context_lib.Ids(ids[:opened], lines)
 
 
 def record(
-  written: contexts.Ids, whole: contexts.Ids, fault: int
+  written: context_lib.Ids, whole: context_lib.Ids, fault: int
 ) -> dict[str, np.ndarray]:
   """As it is stored: what was written or, with a fault, the whole."""
   kept = whole if fault else written
@@ -75,11 +76,11 @@ def record(
   }
 
 
-def context(stored: dict[str, np.ndarray]) -> contexts.Ids:
+def context(stored: dict[str, np.ndarray]) -> context_lib.Ids:
   """What `record` was given."""
   ends = np.cumsum(stored['lengths'])[:-1]
   lines = np.split(stored['candidates'], ends)
-  return contexts.Ids(
+  return context_lib.Ids(
     stored['history'].tolist(), [line.tolist() for line in lines]
   )
 

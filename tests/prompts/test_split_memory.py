@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.data import batches, contexts, prompts
+from gr2_jax.prompts import context, examples, prompt
 
 from .. import tiny_data
 
@@ -32,7 +32,7 @@ def prompter(tmp_path_factory):
 
 
 def reading(prompter, form, **changes):
-  return dataclasses.replace(prompter, context=contexts.parse(form), **changes)
+  return dataclasses.replace(prompter, context=context.parse(form), **changes)
 
 
 @settings(max_examples=80, deadline=None)
@@ -53,7 +53,7 @@ def test_both_pieces_have_room_and_make_the_prompt(
 ):
   budget = 0 if spare is None else prompter._least_tokens + spare
   own = reading(prompter, form, budget=budget, layout=layout)
-  row = batches.requests(own, control, 'shuffled')(
+  row = examples.requests(own, control, 'shuffled')(
     slate, np.random.default_rng(0)
   )
   ids = row['prompt'][: row['prompt_length']]
@@ -62,12 +62,12 @@ def test_both_pieces_have_room_and_make_the_prompt(
   family = own.vocabulary.memory_base + np.arange(own.context.memory)
   np.testing.assert_array_equal(before[-len(family) :], family)
   assert not np.isin(rest, family).any()
-  history, behind = batches.behind_memory(own, row)
+  history, behind = examples.behind_memory(own, row)
   for piece, wanted, room in (
     (history, before, own.memory_prompt_tokens),
     (behind, rest, own.rest_tokens),
   ):
-    padded = prompts.pad(wanted, room, 'piece')
+    padded = prompt.pad(wanted, room, 'piece')
     np.testing.assert_array_equal(piece['prompt'], padded)
     assert piece['prompt_length'] == len(wanted)
   assert behind['memory_length'] == len(before)

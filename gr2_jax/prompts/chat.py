@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 
-from gr2_jax.data import vocabulary as vocabulary_lib
+from gr2_jax.prompts import vocabulary as vocabulary_lib
 
 _MARK = 'THE-PROMPT-STANDS-HERE'
 

@@ -20,8 +20,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from gr2_jax.data import batches, prompts, records
+from gr2_jax.data import records
 from gr2_jax.distributed import processes
+from gr2_jax.prompts import examples as examples_lib
+from gr2_jax.prompts import prompt
 
 TASKS = ('sequence', 'persona', 'caption', 'text')
 ROWS = 'packed.array_record'
@@ -135,8 +137,8 @@ def encode(row: list[Document], tokens: int) -> dict[str, np.ndarray]:
   ids = [id for document in row for id in document.ids]
   sizes = [len(document.ids) for document in row]
   return {
-    'tokens': prompts.pad(ids, tokens, 'row'),
-    'segments': prompts.pad(
+    'tokens': prompt.pad(ids, tokens, 'row'),
+    'segments': prompt.pad(
       np.repeat(np.arange(1, len(row) + 1), sizes), tokens, 'row'
     ),
   }
@@ -189,7 +191,7 @@ def write(
 
 def dataset(
   source: Any,
-  prompter: prompts.Prompter,
+  prompter: prompt.Prompter,
   batch_size: int,
   rows: np.ndarray | None = None,
 ) -> grain.MapDataset:
@@ -206,11 +208,11 @@ def dataset(
   """
   data = grain.MapDataset.source(source).repeat()
   data = data.map(lambda row: example(row, prompter))
-  return batches.share(data, batch_size, rows)
+  return examples_lib.share(data, batch_size, rows)
 
 
 def example(
-  row: dict[str, np.ndarray], prompter: prompts.Prompter
+  row: dict[str, np.ndarray], prompter: prompt.Prompter
 ) -> dict[str, np.ndarray]:
   """A row for the learner: the prompt is <bos>, all documents complete it.
 

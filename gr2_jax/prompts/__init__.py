@@ -1,0 +1,1 @@
+"""Slates in, token ids out, and back."""
