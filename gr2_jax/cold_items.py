@@ -17,12 +17,12 @@ from collections.abc import Mapping
 import ml_collections
 import numpy as np
 
-from gr2_jax import policy, text_encoders
+from gr2_jax import policy
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import text
-from gr2_jax.models import semantic_ids, sid_assignment, sid_tokenizer
 from gr2_jax.pipeline import artifacts
 from gr2_jax.prompts import prompt
+from gr2_jax.semantic_ids import assignment, ids, text_encoders, tfidf
+from gr2_jax.semantic_ids import tokenizer as tokenizer_lib
 from gr2_jax.stages import tokenizer as tokenizer_stage
 
 CHUNK = 64  # items that the tokenizer reads at a time
@@ -46,11 +46,11 @@ class Reader:
   prompter: prompt.Prompter
   title_tokens: int
   room: Mapping[tuple[str, ...], int]
-  space: text.Space
-  tokenizer: sid_tokenizer.SidTokenizer
+  space: tfidf.Space
+  tokenizer: tokenizer_lib.SidTokenizer
   codes: np.ndarray
   keys: np.ndarray
-  known: Mapping[text.Text, int]
+  known: Mapping[tfidf.Text, int]
 
   def compile(self) -> None:
     """Compiles what reads text; without it, the first item that comes does."""
@@ -79,9 +79,9 @@ class Reader:
       int32 [M, L]; the same for the same text, whatever else is asked for.
     """
     columns = items.titles, items.categories, items.years
-    vectors = text.embed(self.space, *columns)
+    vectors = tfidf.embed(self.space, *columns)
     fitted = self.tokenizer.fitted_codes(vectors)
-    texts, of_item = text.distinct(*columns)
+    texts, of_item = tfidf.distinct(*columns)
     first = np.unique(of_item, return_index=True)[1]
     codes = self._whole(fitted[first])
     for row, key in enumerate(texts):
@@ -92,13 +92,13 @@ class Reader:
   def _whole(self, fitted_MxF: np.ndarray) -> np.ndarray:
     """Fitted codes, and behind them some that are free: int32 [M, L]."""
     config = self.tokenizer.config
-    prefixes = semantic_ids.prefix_keys(fitted_MxF, config.codebook_size)
+    prefixes = ids.prefix_keys(fitted_MxF, config.codebook_size)
     kind = config.last_level  # Codes of 'uniform' are drawn for all at once.
     whole = np.zeros((len(fitted_MxF), config.levels), np.int32)
     left = np.arange(len(fitted_MxF))
     while len(left):  # Those of one prefix must not see each other.
       rows = left[np.unique(prefixes[left], return_index=True)[1]]
-      whole[rows] = sid_assignment.complete(
+      whole[rows] = assignment.complete(
         fitted_MxF[rows],
         np.asarray(self.tokenizer.params['vectors']),
         self.tokenizer.latents,
@@ -143,7 +143,7 @@ def load(
         f'{home.name}: tokenizer.text_encoder={config.text_encoder!r} is a '
         "language model; only 'tfidf' reads text at once"
       )
-    space = text.load(home / text_encoders.SPACE)
+    space = tfidf.load(home / text_encoders.SPACE)
     tokenizer = tokenizer_stage.load(
       config, home / tokenizer_stage.PARAMS, space.dim, setup.mesh
     )
@@ -155,8 +155,8 @@ def load(
   columns = catalog.titles, catalog.categories, catalog.years.tolist()
   for item, key in enumerate(zip(*columns, strict=True)):
     known.setdefault(key, item)
-  sids = semantic_ids.load(home)
-  keys = semantic_ids.prefix_keys(sids.taken, sids.codebook_size)
+  sids = ids.load(home)
+  keys = ids.prefix_keys(sids.taken, sids.codebook_size)
   return Reader(
     setup.prompter,
     title_tokens,

@@ -13,11 +13,12 @@ from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
 from gr2_jax.distributed import sharding
-from gr2_jax.models import semantic_ids, transformer
+from gr2_jax.models import transformer
 from gr2_jax.pipeline import artifacts, checkpoint, graph
 from gr2_jax.prompts import bins as bins_lib
 from gr2_jax.prompts import chat, compressed, prompt, vocabulary
 from gr2_jax.prompts import context as context_lib
+from gr2_jax.semantic_ids import ids
 
 BINS = 'evidence_bins.json'
 PARAMS = 'params'
@@ -209,7 +210,7 @@ def load(
   """
   slates, home = inputs['slates'], inputs['backbone']
   catalog = slates_lib.read_catalog(slates)
-  sids = semantic_ids.load(inputs['tokenizer'])
+  sids = ids.load(inputs['tokenizer'])
   bins = bins_lib.load(home / BINS)
   words = vocabulary.Vocabulary(
     vocabulary.find(home), _layout(config.prompt, sids)
@@ -301,7 +302,7 @@ def found_vocabulary(
   bins = bins_lib.EvidenceBins.fit(
     train, meta['evidence'], tuple(config.prompt.evidence), config.prompt.bins
   )
-  sids = semantic_ids.load(tokenizer)
+  sids = ids.load(tokenizer)
   layout = _layout(config.prompt, sids)
   if backbone:
     vocabulary.extend(
@@ -327,7 +328,7 @@ def found_vocabulary(
   bins_lib.save(home / BINS, bins)  # Last: it says that both are there.
 
 
-def _layout(config, sids: semantic_ids.SemanticIds) -> vocabulary.Layout:
+def _layout(config, sids: ids.SemanticIds) -> vocabulary.Layout:
   """The symbol families that a prompt config and semantic IDs ask for."""
   return vocabulary.Layout(
     evidence=tuple(config.evidence),

@@ -23,7 +23,9 @@ import numpy as np
 from gr2_jax import policy
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
-from gr2_jax.models import semantic_ids, sid_trie, transformer
+from gr2_jax.models import transformer
+from gr2_jax.semantic_ids import ids as ids_lib
+from gr2_jax.semantic_ids import trie as trie_lib
 
 
 @flax.struct.dataclass
@@ -37,7 +39,7 @@ class Found:
 def search(
   model: transformer.TransformerConfig,
   params: Any,
-  trie: sid_trie.Trie,
+  trie: trie_lib.Trie,
   prompt_PxT: jax.Array,
   length_P: jax.Array,
   excluded_PxHxL: jax.Array,
@@ -240,13 +242,13 @@ class Retriever:
   def __init__(
     self,
     setup: policy.Setup,
-    sids: semantic_ids.SemanticIds,
+    sids: ids_lib.SemanticIds,
     asked: Questions,
     batch_size: int,
     beams: int,
   ):
     self._setup, self._batch_size = setup, batch_size
-    self._trie = sid_trie.build_trie(sids)
+    self._trie = trie_lib.build_trie(sids)
     self._asked = asked
     codes = np.concatenate([sids.codes, np.full((1, sids.levels), -1)])
     self._excluded = codes[asked.seen].astype(np.int32)

@@ -9,8 +9,7 @@ import pytest
 
 from gr2_jax import cold_items
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import text
-from gr2_jax.models import semantic_ids, sid_tokenizer
+from gr2_jax.semantic_ids import ids, tfidf, tokenizer
 
 from . import tiny_world
 
@@ -31,19 +30,19 @@ def reader(world, setup):
 
 @pytest.fixture(scope='module')
 def sids(world):
-  return semantic_ids.load(world['tokenizer'])
+  return ids.load(world['tokenizer'])
 
 
 def test_nothing_is_compiled_before_it_is_asked_for_or_an_item_comes(
   world, setup
 ):
-  sid_tokenizer._codes.clear_cache()
+  tokenizer._codes.clear_cache()
   found, _ = cold_items.load(setup, world['tokenizer'], TITLE_TOKENS)
-  assert sid_tokenizer._codes._cache_size() == 0
+  assert tokenizer._codes._cache_size() == 0
   found.compile()
-  assert sid_tokenizer._codes._cache_size() == 1
+  assert tokenizer._codes._cache_size() == 1
   found.prompts_of(new_items(setup.catalog))
-  assert sid_tokenizer._codes._cache_size() == 1
+  assert tokenizer._codes._cache_size() == 1
 
 
 def new_items(catalog, count=12):
@@ -57,7 +56,7 @@ def new_items(catalog, count=12):
 
 
 def test_a_copy_has_the_codes_of_the_item(setup, reader, sids):
-  texts, of_item = text.distinct(
+  texts, of_item = tfidf.distinct(
     setup.catalog.titles, setup.catalog.categories, setup.catalog.years
   )
   first = np.unique(of_item, return_index=True)[1]
@@ -76,7 +75,7 @@ def test_a_new_item_has_the_codes_of_its_text_and_a_tuple_of_its_own(
 ):
   items = new_items(setup.catalog)
   codes = reader.name(items)
-  vectors = text.embed(
+  vectors = tfidf.embed(
     reader.space, items.titles, items.categories, items.years
   )
   fitted = reader.tokenizer.fitted_codes(vectors)
@@ -84,8 +83,8 @@ def test_a_new_item_has_the_codes_of_its_text_and_a_tuple_of_its_own(
   assert codes.shape == (12, sids.levels)
   free = sids.find(codes) < 0
   room = sids.codebook_size ** (sids.levels - fitted.shape[1])
-  keys = semantic_ids.prefix_keys(sids.codes[:, : fitted.shape[1]], 8)
-  for row, key in enumerate(semantic_ids.prefix_keys(fitted, 8)):
+  keys = ids.prefix_keys(sids.codes[:, : fitted.shape[1]], 8)
+  for row, key in enumerate(ids.prefix_keys(fitted, 8)):
     assert free[row] == ((keys == key).sum() < room)
   assert free.any()
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gr2_jax import retrieval
-from gr2_jax.models import semantic_ids, sid_trie
+from gr2_jax.semantic_ids import ids as ids_lib
+from gr2_jax.semantic_ids import trie
 
 from . import tiny, tiny_data
 
@@ -22,7 +23,7 @@ search = jax.jit(
 def sids():
   rng = np.random.default_rng(0)
   every = np.array(list(itertools.product(range(C), repeat=L)))
-  return semantic_ids.SemanticIds(rng.permutation(every)[:17], C)
+  return ids_lib.SemanticIds(rng.permutation(every)[:17], C)
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +51,7 @@ def brute_force():
 def run(sids, excluded, beams):
   prompt, length = tiny.prompts(P)
   found = search(
-    tiny.MODEL, tiny.params(), sid_trie.build_trie(sids), prompt, length,
+    tiny.MODEL, tiny.params(), trie.build_trie(sids), prompt, length,
     excluded, sid_base=BASE, beams=beams,
   )  # fmt: skip
   return np.asarray(found.items), np.asarray(found.score)
@@ -108,7 +109,7 @@ def test_no_item_is_found_twice_or_from_outside(sids, excluded):
 
 
 def test_items_that_share_a_tuple_are_found_as_the_first(sids, excluded):
-  twice = semantic_ids.SemanticIds(sids.codes[[3, 5, 3, 7]], C)
+  twice = ids_lib.SemanticIds(sids.codes[[3, 5, 3, 7]], C)
   items, _ = run(twice, excluded[:, :0], 8)
   for row in items:
     assert sorted(row[row >= 0].tolist()) == [0, 1, 3]
@@ -176,7 +177,7 @@ def test_a_retriever_goes_through_all_questions_in_equal_batches(
 
   monkeypatch.setattr(retrieval, 'search', counted := Counting())
   setup = tiny_world.setup(world)
-  sids = semantic_ids.load(world['tokenizer'])
+  sids = ids_lib.load(world['tokenizer'])
   asked = retrieval.questions(
     slates_lib.read(world['slates'], 'validation'),
     [1, setup.vocabulary.control['<next>']],

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from gr2_jax.models import residual_quantizer
 from gr2_jax.pipeline import reporting
+from gr2_jax.semantic_ids import quantizer as quantizer_lib
 
 _ITEMS = flags.DEFINE_list('items', ['12000', '100000'], 'Numbers of vectors.')
 _DIM = flags.DEFINE_integer('dim', 64, 'Width of a vector.', 1)
@@ -88,7 +88,7 @@ def our_side(levels: int, bits: int, iterations: int) -> Side:
   state = {}
 
   def train(x):
-    state['vectors'] = residual_quantizer.residual_codebooks(
+    state['vectors'] = quantizer_lib.residual_codebooks(
       x,
       levels=levels,
       size=2**bits,
@@ -99,7 +99,7 @@ def our_side(levels: int, bits: int, iterations: int) -> Side:
     return state['vectors']
 
   def encode(x, beam):
-    return residual_quantizer.assign(x, state['vectors'], beam=beam)
+    return quantizer_lib.assign(x, state['vectors'], beam=beam)
 
   return Side(train, encode)
 
@@ -166,7 +166,7 @@ def check_same_search(
     RuntimeError: the mean squared errors differ by more than 0.1%.
   """
   for beam in BEAMS:
-    mine = residual_quantizer.assign(x_IxD, vectors_LxCxD, beam=beam)
+    mine = quantizer_lib.assign(x_IxD, vectors_LxCxD, beam=beam)
     other = theirs.encode(x_IxD, beam)
     same = (mine == other).all(axis=1).mean()
     ratio = squared_error(x_IxD, vectors_LxCxD, mine) / squared_error(

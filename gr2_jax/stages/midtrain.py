@@ -37,8 +37,8 @@ from gr2_jax import learner, policy, retrieval, row_warmup
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
-from gr2_jax.models import semantic_ids
 from gr2_jax.prompts import documents, examples, packing, prompt
+from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.stages import training
 
 
@@ -262,7 +262,7 @@ def retriever(
   return (
     retrieval.Retriever(
       setup,
-      semantic_ids.load(inputs['tokenizer']),
+      ids_lib.load(inputs['tokenizer']),
       asked,
       stage.batch_size,
       stage.beams,

@@ -16,13 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import text_encoders
-from gr2_jax.data import co_engagement
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
-from gr2_jax.models import rqvae, semantic_ids, sid_assignment, sid_tokenizer
 from gr2_jax.pipeline import artifacts, checkpoint, reporting
+from gr2_jax.semantic_ids import (
+  assignment,
+  co_engagement,
+  ids,
+  rqvae,
+  text_encoders,
+)
+from gr2_jax.semantic_ids import tokenizer as tokenizer_lib
 
 PARAMS = 'params'
 
@@ -76,8 +81,8 @@ def run(
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   catalog = slates_lib.read_catalog(inputs['slates'])
-  semantic_ids.check_item_ids(catalog.item_ids)
-  sid_assignment.check_capacity(len(catalog), stage.levels, stage.codebook_size)
+  ids.check_item_ids(catalog.item_ids)
+  assignment.check_capacity(len(catalog), stage.levels, stage.codebook_size)
   if stage.extends:
     sids, found = _extend(stage, catalog, mesh, workdir)
   else:
@@ -94,7 +99,7 @@ def run(
     sids, found = name(tokenizer, features)
     found['step'] = step
   sids.save(workdir)
-  sids.export(workdir / semantic_ids.EXPORT, catalog.item_ids)
+  sids.export(workdir / ids.EXPORT, catalog.item_ids)
   sids.export(workdir / 'sids.parquet', catalog.item_ids)
   seconds = time.monotonic() - started
   return sids.statistics() | found | {'seconds': seconds}
@@ -103,10 +108,10 @@ def run(
 def check(stage) -> None:
   """Raises ValueError naming the field of the section that has no meaning."""
   rqvae.check(stage)
-  if stage.last_level not in sid_assignment.LAST_LEVELS:
+  if stage.last_level not in assignment.LAST_LEVELS:
     raise ValueError(
       f'tokenizer.last_level is {stage.last_level!r}; it must be one of '
-      f'{sid_assignment.LAST_LEVELS}'
+      f'{assignment.LAST_LEVELS}'
     )
   if stage.last_level in ('unused', 'uniform') and stage.drawn_levels < 1:
     raise ValueError(
@@ -137,7 +142,7 @@ def train(
   neighbours: co_engagement.Neighbours | None,
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
-) -> tuple[sid_tokenizer.SidTokenizer, int]:
+) -> tuple[tokenizer_lib.SidTokenizer, int]:
   """Fits the quantiser to a catalog's vectors.
 
   Args:
@@ -159,13 +164,13 @@ def train(
 
   def consider(step: int, state: rqvae.State, best: dict) -> dict:
     """Measures the fit; keeps its parameters if it is the best so far."""
-    own = sid_tokenizer.SidTokenizer(
-      stage, model, sid_tokenizer.params_of(state), mesh
+    own = tokenizer_lib.SidTokenizer(
+      stage, model, tokenizer_lib.params_of(state), mesh
     )
     codes = own.fitted_codes(sample)
     found = {
       'uniqueness': float(
-        semantic_ids.SemanticIds(codes, stage.codebook_size).unique().mean()
+        ids.SemanticIds(codes, stage.codebook_size).unique().mean()
       ),
       'r2': own.reconstruction_r2(sample, codes),
     }
@@ -220,10 +225,10 @@ def _sample(stage, features: np.ndarray) -> np.ndarray:
 
 
 def name(
-  tokenizer: sid_tokenizer.SidTokenizer,
+  tokenizer: tokenizer_lib.SidTokenizer,
   features: np.ndarray,
   taken: np.ndarray | None = None,
-) -> tuple[semantic_ids.SemanticIds, dict[str, Any]]:
+) -> tuple[ids.SemanticIds, dict[str, Any]]:
   """Semantic IDs of items, none of them taken, and how it went."""
   fitted = tokenizer.fitted_codes(features)
   sids, spilled = tokenizer.complete(features, fitted, taken)
@@ -238,7 +243,7 @@ def _extend(
   catalog: log_lib.Catalog,
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
-) -> tuple[semantic_ids.SemanticIds, dict[str, Any]]:
+) -> tuple[ids.SemanticIds, dict[str, Any]]:
   """IDs of a catalog whose known items keep the IDs they have.
 
   Items are known by their ids. One whose text has changed keeps its tuple; the
@@ -256,10 +261,8 @@ def _extend(
       'the end, or give the folder of another'
     )
   _check_same(stage, earlier)
-  known = semantic_ids.load(earlier)
-  row_of = {
-    id_: row for row, id_ in enumerate(semantic_ids.load_item_ids(earlier))
-  }
+  known = ids.load(earlier)
+  row_of = {id_: row for row, id_ in enumerate(ids.load_item_ids(earlier))}
   rows = np.array([row_of.get(id_, -1) for id_ in catalog.item_ids])
   shutil.copytree(earlier / PARAMS, workdir / PARAMS, dirs_exist_ok=True)
   new = np.flatnonzero(rows < 0)
@@ -285,7 +288,7 @@ def _extend(
 
 def load(
   stage, params: pathlib.Path, width: int, mesh: jax.sharding.Mesh
-) -> sid_tokenizer.SidTokenizer:
+) -> tokenizer_lib.SidTokenizer:
   """A trained tokenizer.
 
   Args:
@@ -296,8 +299,8 @@ def load(
   """
   model = rqvae.make_model(stage, width)
   state = _abstract(stage, width, mesh)
-  wanted = sid_tokenizer.params_of(state)
-  return sid_tokenizer.SidTokenizer(
+  wanted = tokenizer_lib.params_of(state)
+  return tokenizer_lib.SidTokenizer(
     stage, model, checkpoint.load_params(params, wanted), mesh
   )
 

@@ -11,9 +11,10 @@ from gr2_jax import policy, ranker
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
-from gr2_jax.models import semantic_ids, transformer
+from gr2_jax.models import transformer
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import artifacts, checkpoint
+from gr2_jax.semantic_ids import ids
 from gr2_jax.stages import rerank
 from gr2_jax.stages import slates as slates_stage
 
@@ -47,7 +48,7 @@ def inputs(config, tmp_path_factory):
   slates_stage.run(config, {}, inputs['slates'])
   rng = np.random.default_rng(0)
   codes = rng.integers(8, size=(config.data.world.n_items, 2))
-  semantic_ids.SemanticIds(codes, 8).save(inputs['tokenizer'])
+  ids.SemanticIds(codes, 8).save(inputs['tokenizer'])
   home = inputs['backbone']
   policy.found_vocabulary(
     config, inputs['slates'], inputs['tokenizer'], home, ('likes',)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from gr2_jax.data import slates
-from gr2_jax.models import rqvae, semantic_ids, sid_assignment
 from gr2_jax.pipeline import checkpoint, reporting
+from gr2_jax.semantic_ids import assignment, rqvae
+from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.stages import tokenizer
 
 from .. import tiny_tokenizer, tiny_world
@@ -59,7 +60,7 @@ def test_every_item_gets_a_tuple_of_its_own(tmp_path, inputs):
   assert len(results['usage']) == len(results['dead_codes']) == 4
   assert results['reconstruction_r2'] > 0.3
   json.dumps(results)
-  sids = semantic_ids.load(workdir)
+  sids = ids_lib.load(workdir)
   np.testing.assert_array_equal(sids.find(sids.codes), np.arange(46))
   # Items of the same text share all but the drawn level.
   assert len(np.unique(sids.codes[:5, :3], axis=0)) == 1
@@ -184,15 +185,15 @@ def test_seed_changes_the_codes(tmp_path, inputs):
   runs = []
   for seed in (0, 1):
     tokenizer.run(tiny_tokenizer.short(seed=seed), inputs, tmp_path / str(seed))
-    runs.append(semantic_ids.load(tmp_path / str(seed)).codes)
+    runs.append(ids_lib.load(tmp_path / str(seed)).codes)
   assert (runs[0] != runs[1]).any()
 
 
-@pytest.mark.parametrize('kind', sid_assignment.LAST_LEVELS)
+@pytest.mark.parametrize('kind', assignment.LAST_LEVELS)
 def test_every_last_level_keeps_its_promise(tmp_path, inputs, kind):
   config = tiny_tokenizer.short(last_level=kind, pretrain_steps=0)
   results = tokenizer.run(config, inputs, tmp_path / 'run')
-  sids = semantic_ids.load(tmp_path / 'run')
+  sids = ids_lib.load(tmp_path / 'run')
   assert results['uniqueness'] == sids.unique().mean()
   # Equal texts share the prefix, and, where nothing is drawn, everything.
   assert len(np.unique(sids.codes[:5, :3], axis=0)) == 1
@@ -225,7 +226,7 @@ def test_every_recipe_runs_at_tiny_size(tmp_path, inputs, change):
     tiny_tokenizer.short(pretrain_steps=0, **change), inputs, tmp_path / 'run'
   )
   assert results['uniqueness'] == 1.0
-  sids = semantic_ids.load(tmp_path / 'run')
+  sids = ids_lib.load(tmp_path / 'run')
   shared = 4 - change.get('drawn_levels', 1)
   assert len(np.unique(sids.codes[:5, :shared], axis=0)) == 1
   idle = change.get('codebook') == 'kmeans' or change.get('steps') == 0

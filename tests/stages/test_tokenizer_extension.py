@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 
-from gr2_jax.models import semantic_ids
 from gr2_jax.pipeline import artifacts
+from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.stages import tokenizer
 
 from .. import tiny_tokenizer, tiny_world
@@ -18,8 +18,8 @@ def one_device():
 
 def table(directory):
   """Item id -> tuple."""
-  ids = semantic_ids.load_item_ids(directory)
-  codes = map(tuple, semantic_ids.load(directory).codes.tolist())
+  ids = ids_lib.load_item_ids(directory)
+  codes = map(tuple, ids_lib.load(directory).codes.tolist())
   return dict(zip(ids, codes, strict=True))
 
 
@@ -66,7 +66,7 @@ def test_old_items_keep_their_tuples_and_new_ones_get_their_own(base, tmp_path):
   assert results['new'] == 15
   assert results['retired'] == 3
   assert results['uniqueness'] == 1.0
-  sids = semantic_ids.load(tmp_path / 'next')
+  sids = ids_lib.load(tmp_path / 'next')
   assert sids.generation == 1
   assert {tuple(t) for t in sids.retired.tolist()} == {
     old[name] for name in ('a0', 'a1', 'a2')
@@ -96,9 +96,9 @@ def test_no_tuple_is_ever_given_twice(base, tmp_path):
       else:
         assert codes not in owner
         owner[codes] = name, number
-    assert semantic_ids.load(earlier).generation == number
+    assert ids_lib.load(earlier).generation == number
     before = now
-  sids = semantic_ids.load(earlier)
+  sids = ids_lib.load(earlier)
   assert len(sids) + len(sids.retired) == len(owner)
   # Those that came back are new items, beside their own retired tuples.
   assert {number for name, number in owner.values() if name == 'a3'} == {0, 3}

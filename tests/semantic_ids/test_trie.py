@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gr2_jax.models import sid_trie
-from gr2_jax.models.semantic_ids import SemanticIds
+from gr2_jax.semantic_ids import trie as trie_lib
+from gr2_jax.semantic_ids.ids import SemanticIds
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -40,7 +40,7 @@ def padded(trie, nodes):
 )
 def test_trie_allows_exactly_the_catalog(codes):
   sids = SemanticIds(codes, 4)
-  trie = padded(sid_trie.build_trie(sids), 64)
+  trie = padded(trie_lib.build_trie(sids), 64)
   prefixes = {
     tuple(row[:depth]) for row in codes.tolist() for depth in range(4)
   }
@@ -66,7 +66,7 @@ def test_trie_allows_exactly_the_catalog(codes):
 def test_random_walks_in_jit_end_at_items():
   rng = np.random.default_rng(0)
   sids = SemanticIds(rng.integers(16, size=(100, 4)), 16)
-  trie = sid_trie.build_trie(sids)
+  trie = trie_lib.build_trie(sids)
 
   @jax.jit
   def walk(trie, key):
@@ -87,7 +87,7 @@ def test_random_walks_in_jit_end_at_items():
 
 def test_code_outside_the_codebook_leaves_the_trie():
   sids = SemanticIds(np.array([[0, 1, 2], [0, 1, 3], [3, 0, 0]]), 4)
-  trie = sid_trie.build_trie(sids)
+  trie = trie_lib.build_trie(sids)
   state = trie.advance(jnp.zeros(3, jnp.int32), jnp.array([-1, 4, 0]))
   assert state[:2].tolist() == [-1, -1]
   assert state[2] > 0
@@ -97,7 +97,7 @@ def test_code_outside_the_codebook_leaves_the_trie():
 
 def test_a_retired_tuple_is_not_in_the_trie():
   sids = SemanticIds(np.array([[0, 1], [0, 3]]), 4, np.array([[0, 2], [1, 1]]))
-  trie = sid_trie.build_trie(sids)
+  trie = trie_lib.build_trie(sids)
   root = jnp.zeros((), jnp.int32)
   assert trie.allowed(root).tolist() == [True, False, False, False]
   under = trie.advance(root, jnp.zeros((), jnp.int32))

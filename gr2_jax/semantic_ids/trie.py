@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax.models import semantic_ids
+from gr2_jax.semantic_ids import ids
 
 
 @functools.partial(
@@ -83,7 +83,7 @@ class Trie:
     return jnp.where(exists, child, 0), exists
 
 
-def build_trie(sids: semantic_ids.SemanticIds) -> Trie:
+def build_trie(sids: ids.SemanticIds) -> Trie:
   """The trie of a catalog's tuples.
 
   Args:
@@ -92,7 +92,7 @@ def build_trie(sids: semantic_ids.SemanticIds) -> Trie:
   Returns:
     A trie whose paths from the root to a leaf are exactly the tuples.
   """
-  keys = semantic_ids.prefix_keys(sids.codes, sids.codebook_size)
+  keys = ids.prefix_keys(sids.codes, sids.codebook_size)
   _, items = np.unique(keys, return_index=True)
   codes = sids.codes[items]
   offsets, into = [], [np.array([-1])]

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gr2_jax.models import semantic_ids, sid_repair
+from gr2_jax.semantic_ids import ids, repair
 
 LAST_LEVELS = ('unused', 'uniform', 'digit', 'sinkhorn', 'fitted')
 
@@ -102,7 +102,7 @@ def complete(
     )
   if taken is None:
     taken = np.zeros((0, levels), np.int32)
-  named = np.unique(semantic_ids.prefix_keys(np.asarray(taken), size))
+  named = np.unique(ids.prefix_keys(np.asarray(taken), size))
   check_capacity(len(fitted), levels, size, len(named))
   if kind == 'fitted':
     return fitted, 0
@@ -114,9 +114,9 @@ def complete(
     return np.concatenate([fitted, drawn], 1).astype(np.int32), 0
   ask = functools.partial(_latents, latents_of, vectors.shape[2])
   if kind == 'sinkhorn':
-    return sid_repair.repair(fitted, vectors, ask, named)
+    return repair.repair(fitted, vectors, ask, named)
   codes, spilled = _spill(fitted, vectors, ask, named, levels)
-  keys = semantic_ids.prefix_keys(codes, size)
+  keys = ids.prefix_keys(codes, size)
   numbers = _deal(
     keys, named, size ** (levels - depth), None if kind == 'digit' else seed
   )
@@ -160,7 +160,7 @@ def _spill(
   for level in range(codes_IxF.shape[1]):
     tail = size ** (levels - level - 1)
     prefixes, child, counts = np.unique(
-      semantic_ids.prefix_keys(codes_IxF[:, : level + 1], size),
+      ids.prefix_keys(codes_IxF[:, : level + 1], size),
       return_inverse=True,
       return_counts=True,
     )

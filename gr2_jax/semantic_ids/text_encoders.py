@@ -19,11 +19,10 @@ from typing import BinaryIO
 import jax
 import numpy as np
 
-from gr2_jax import language_encoders
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import text
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import flags
+from gr2_jax.semantic_ids import language_encoders, tfidf
 
 ENCODERS = ('tfidf', *language_encoders.KINDS)
 FEATURES = 'features.npy'
@@ -133,13 +132,13 @@ def _tfidf(
   """Vectors [I, F], in the space of a file, which is fitted first or not."""
   columns = catalog.titles, catalog.categories, catalog.years
   if fit:
-    text.fit(
+    tfidf.fit(
       *columns,
       dim=config.text_dim,
       buckets=config.text_buckets,
       seed=config.seed,
     ).save(path)
-  return text.embed(text.load(path), *columns)
+  return tfidf.embed(tfidf.load(path), *columns)
 
 
 def _read_texts(
@@ -190,7 +189,7 @@ def _centre(vectors: np.ndarray, path: pathlib.Path, fit: bool) -> np.ndarray:
     try:
       with np.load(path) as file:
         mean = file['mean']
-    except text.DAMAGE as e:
+    except tfidf.DAMAGE as e:
       raise ValueError(
         f'{path}: no mean of text vectors in it ({e}); it is written by the '
         'run that fitted it, run that again'

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.data import co_engagement, slates
+from gr2_jax.data import slates
+from gr2_jax.semantic_ids import co_engagement
 
 
 def make(users, histories, width=5):

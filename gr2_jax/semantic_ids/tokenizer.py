@@ -16,12 +16,7 @@ import jax
 import numpy as np
 
 from gr2_jax.distributed import sharding
-from gr2_jax.models import (
-  residual_quantizer,
-  rqvae,
-  semantic_ids,
-  sid_assignment,
-)
+from gr2_jax.semantic_ids import assignment, ids, quantizer, rqvae
 
 CHUNK = 4096  # vectors at a time; the last batch is padded
 
@@ -76,7 +71,7 @@ class SidTokenizer:
     features_IxF: np.ndarray,
     fitted_IxL: np.ndarray,
     taken: np.ndarray | None = None,
-  ) -> tuple[semantic_ids.SemanticIds, int]:
+  ) -> tuple[ids.SemanticIds, int]:
     """A tuple for every item, its own wherever the config promises it.
 
     Args:
@@ -87,7 +82,7 @@ class SidTokenizer:
     Returns:
       The semantic IDs, and how many items were moved out of full prefixes.
     """
-    codes, spilled = sid_assignment.complete(
+    codes, spilled = assignment.complete(
       fitted_IxL,
       np.asarray(self.params['vectors']),
       lambda items: self.latents(features_IxF[items]),
@@ -96,7 +91,7 @@ class SidTokenizer:
       seed=self.config.seed,
       taken=taken,
     )
-    return semantic_ids.SemanticIds(codes, self.config.codebook_size), spilled
+    return ids.SemanticIds(codes, self.config.codebook_size), spilled
 
   def reconstruction_r2(
     self, features_IxF: np.ndarray, codes_IxL: np.ndarray
@@ -159,7 +154,7 @@ def _latents(model: rqvae.Autoencoder, params, x_BxF) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _codes(model: rqvae.Autoencoder, beam: int, params, x_BxF) -> jax.Array:
   latents = _latents(model, params, x_BxF)
-  return residual_quantizer.search(latents, params['vectors'], beam=beam)
+  return quantizer.search(latents, params['vectors'], beam=beam)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.models import semantic_ids, sid_assignment
+from gr2_jax.semantic_ids import assignment, ids
 
 OWN_TUPLE = ('unused', 'digit')
 
@@ -27,9 +27,7 @@ def quantise(latent, vectors):
 def complete(latents, vectors, **options):
   codes = np.array([quantise(x, vectors) for x in latents], np.int32)
   codes = codes.reshape(len(latents), len(vectors))
-  return sid_assignment.complete(
-    codes, vectors, lambda i: latents[i], **options
-  )
+  return assignment.complete(codes, vectors, lambda i: latents[i], **options)
 
 
 @st.composite
@@ -143,7 +141,7 @@ def test_overflow_goes_to_the_nearest_sibling_with_room():
 
 
 def test_latents_are_asked_for_block_by_block_where_items_may_move(monkeypatch):
-  monkeypatch.setattr(sid_assignment, '_BLOCK', 4)
+  monkeypatch.setattr(assignment, '_BLOCK', 4)
   latents = np.repeat(np.array([[0.0], [50.0]], np.float32), [9, 3], axis=0)
   vectors = np.array([[[0.0], [50.0], [1.0], [2.0]]], np.float32)
   codes = np.array([quantise(x, vectors) for x in latents])
@@ -153,7 +151,7 @@ def test_latents_are_asked_for_block_by_block_where_items_may_move(monkeypatch):
     asked.append(items.tolist())
     return latents[items]
 
-  got, moved = sid_assignment.complete(
+  got, moved = assignment.complete(
     codes, vectors, latents_of, levels=2, kind='unused', seed=0,
     taken=np.array([[0, 0]]),
   )  # fmt: skip
@@ -167,7 +165,7 @@ def test_latents_are_asked_for_block_by_block_where_items_may_move(monkeypatch):
 def test_no_item_moves_while_there_is_room():
   vectors = np.zeros((2, 8, 3), np.float32)
   fitted = np.repeat(np.stack(np.indices((8, 8)), -1).reshape(-1, 2), 8, axis=0)
-  codes, moved = sid_assignment.complete(
+  codes, moved = assignment.complete(
     fitted, vectors, nobody, levels=3, kind='unused', seed=0
   )
   np.testing.assert_array_equal(codes[:, :2], fitted)
@@ -177,7 +175,7 @@ def test_no_item_moves_while_there_is_room():
 def drawn(prefixes, size, **options):
   vectors = np.zeros((prefixes.shape[1], size, 1), np.float32)
   options = {'kind': 'unused', 'seed': 0} | options
-  return sid_assignment.complete(prefixes, vectors, nobody, **options)[0]
+  return assignment.complete(prefixes, vectors, nobody, **options)[0]
 
 
 def chi_square(numbers, size):
@@ -193,7 +191,7 @@ def test_drawn_numbers_are_uniform_among_the_unused_and_seeded(size, levels):
   prefixes = np.stack(np.indices((size, size)), -1).reshape(-1, 2)
   prefixes = np.tile(prefixes, (2, 1))  # two items a prefix
   codes = drawn(prefixes, size, levels=levels)
-  numbers = semantic_ids.prefix_keys(codes[:, 2:], size)
+  numbers = ids.prefix_keys(codes[:, 2:], size)
   room = size ** (levels - 2)
   first, second = np.split(numbers, 2)
   assert chi_square(first, room) < 5
@@ -237,7 +235,7 @@ def test_sinkhorn_parts_what_collides():
   assert moved == 1
 
 
-@pytest.mark.parametrize('kind', sid_assignment.LAST_LEVELS)
+@pytest.mark.parametrize('kind', assignment.LAST_LEVELS)
 def test_a_catalog_beyond_the_code_space_says_what_to_raise(kind):
   depth = {'fitted': 3, 'sinkhorn': 3}.get(kind, 2)
   fitted = np.zeros((27, depth), int)
@@ -245,9 +243,9 @@ def test_a_catalog_beyond_the_code_space_says_what_to_raise(kind):
   message = r'27 items beside 2 tuples.*3\^3 = 27.*codebook_size'
   with pytest.raises(ValueError, match=message):
     drawn(fitted, 3, kind=kind, levels=3, taken=taken)
-  sid_assignment.check_capacity(27, 3, 3)
+  assignment.check_capacity(27, 3, 3)
   with pytest.raises(ValueError, match=r'^28 items do not fit in 3\^3 = 27'):
-    sid_assignment.check_capacity(28, 3, 3)
+    assignment.check_capacity(28, 3, 3)
 
 
 def test_an_unknown_kind_and_unsuitable_levels_are_named():

@@ -6,10 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from gr2_jax.data import co_engagement
 from gr2_jax.distributed import sharding
-from gr2_jax.models import codebooks, residual_quantizer, rqvae
-from gr2_jax.ops import quantisation
+from gr2_jax.semantic_ids import (
+  co_engagement,
+  code_losses,
+  codebooks,
+  quantizer,
+  rqvae,
+)
 
 LEARNED = ('gradient', 'ema_gradient')
 RING = co_engagement.Neighbours(
@@ -105,10 +109,10 @@ def test_the_loss_is_the_sum_of_its_terms_in_numpy(kind, estimator):
   np.testing.assert_allclose(aux['residuals'], residuals, atol=1e-5)
   out = half(model, state, latents - residual, 'decode')
   want['reconstruction'] = ((batch['items'] - out) ** 2).sum(1).mean()
-  want['diversity'] = quantisation.diversity(
+  want['diversity'] = code_losses.diversity(
     residuals, jnp.asarray(learned), 1.0
   )
-  want['contrastive'] = quantisation.info_nce(
+  want['contrastive'] = code_losses.info_nce(
     latents,
     half(model, state, batch['partners'], 'encode'),
     batch['rows'],
@@ -151,7 +155,7 @@ def test_gradients_flow_to_what_they_should_move(kind):
     return
   # d/de of the codebook term alone: -2 (r - e) / B for each assigned item.
   latents = half(model, state, batch['items'], 'encode')
-  codes, residuals, words = residual_quantizer.quantise(
+  codes, residuals, words = quantizer.quantise(
     latents, state.codebooks['vectors']
   )
   want = np.zeros(state.moved['vectors'].shape)
@@ -192,9 +196,7 @@ def test_commitment_pulls_the_encoder_alone():
     ),
     state.moved['networks'],
   )
-  _, residuals, words = residual_quantizer.quantise(
-    latents, state.codebooks['vectors']
-  )
+  _, residuals, words = quantizer.quantise(latents, state.codebooks['vectors'])
   pull = 2 * 0.5 * (residuals - words).sum(1) / len(batch['items'])
   want = back(pull)[0]['encoder']
   got = jax.tree.map(lambda a, b: b - a, *(g['encoder'] for g in found))
@@ -317,9 +319,7 @@ def test_training_improves_reconstruction(kind, estimator):
 
   def error(state):
     latents = half(model, state, features, 'encode')
-    _, _, words = residual_quantizer.quantise(
-      latents, state.codebooks['vectors']
-    )
+    _, _, words = quantizer.quantise(latents, state.codebooks['vectors'])
     return ((half(model, state, words.sum(1), 'decode') - features) ** 2).sum()
 
   variance = ((features - features.mean(0)) ** 2).sum()
@@ -429,7 +429,7 @@ def test_kmeans_takes_the_vectors_as_they_are():
   np.testing.assert_array_equal(
     half(model, state, features, 'encode'), features
   )
-  want = residual_quantizer.residual_codebooks(
+  want = quantizer.residual_codebooks(
     features[np.arange(200)], levels=2, size=8, batch_size=32, iterations=5,
     seed=0,
   )  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gr2_jax.data import text
+from gr2_jax.semantic_ids import tfidf
 
 _SUFFIX = '.npz'
 
@@ -75,7 +75,7 @@ def read(
         rows = shard['vectors']
       if rows.shape != (len(held), width):
         raise ValueError(f'vectors {rows.shape} of {len(held)} texts')
-    except text.DAMAGE as e:
+    except tfidf.DAMAGE as e:
       raise ValueError(
         f'{path}: damaged ({e}); delete it, and its texts are encoded again'
       ) from e

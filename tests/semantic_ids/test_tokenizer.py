@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from gr2_jax.distributed import sharding
-from gr2_jax.models import residual_quantizer, rqvae, sid_tokenizer
+from gr2_jax.semantic_ids import quantizer, rqvae
+from gr2_jax.semantic_ids import tokenizer as tokenizer_lib
 
 from .. import tiny
 
@@ -34,7 +35,7 @@ def make(config=None, fitted=2, mesh=None):
   latents = model.apply({'params': networks}, x, method='encode')
   vectors = np.asarray(latents).reshape(fitted, 8, -1)
   params = {'networks': networks, 'vectors': vectors}
-  return sid_tokenizer.SidTokenizer(
+  return tokenizer_lib.SidTokenizer(
     config, model, params, mesh or tiny.one_device()
   )
 
@@ -42,7 +43,7 @@ def make(config=None, fitted=2, mesh=None):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
   """Batches of eight, so that catalogs of a few dozen are many."""
-  monkeypatch.setattr(sid_tokenizer, 'CHUNK', 8)
+  monkeypatch.setattr(tokenizer_lib, 'CHUNK', 8)
 
 
 # ------------------------------------------------------------- distinct_rows
@@ -58,7 +59,7 @@ def small_chunks(monkeypatch):
 )
 def test_distinct_rows_are_the_first_of_each_value(values):
   features = np.array(values, np.float32)
-  found, of_item = sid_tokenizer.distinct_rows(features)
+  found, of_item = tokenizer_lib.distinct_rows(features)
   first, want = {}, []
   for index, row in enumerate(values):
     key = tuple(float(np.float32(x)) + 0.0 for x in row)
@@ -74,7 +75,7 @@ def test_distinct_rows_tell_near_rows_and_permuted_rows_apart():
   near[np.arange(10), np.arange(10)] = np.nextafter(base, np.float32(9))
   flipped = -base[None]
   features = np.concatenate([shifted, near, flipped])
-  found, of_item = sid_tokenizer.distinct_rows(features)
+  found, of_item = tokenizer_lib.distinct_rows(features)
   assert len(found) == len(features)
   np.testing.assert_array_equal(found[of_item], np.arange(21))
 
@@ -83,7 +84,7 @@ def test_distinct_rows_reads_from_disk(tmp_path):
   features = np.repeat(rows(13), 3, axis=0)
   np.save(tmp_path / 'x.npy', features)
   mapped = np.load(tmp_path / 'x.npy', mmap_mode='r')
-  found, of_item = sid_tokenizer.distinct_rows(mapped)
+  found, of_item = tokenizer_lib.distinct_rows(mapped)
   np.testing.assert_array_equal(np.sort(found), np.arange(0, 39, 3))
   np.testing.assert_array_equal(features[found][of_item], features)
 
@@ -95,7 +96,7 @@ def test_a_vector_that_is_not_finite_is_named(value):
   tokenizer = make()
   message = r'embedding of item 19 holds NaN or infinity.*text_encoder'
   for call in (
-    sid_tokenizer.distinct_rows,
+    tokenizer_lib.distinct_rows,
     tokenizer.fitted_codes,
     tokenizer.latents,
   ):
@@ -117,7 +118,7 @@ def test_codes_are_those_of_a_search_over_the_latents(beam):
   assert got.dtype == np.int32
   np.testing.assert_array_equal(
     got,
-    residual_quantizer.search(latents, tokenizer.params['vectors'], beam=beam),
+    quantizer.search(latents, tokenizer.params['vectors'], beam=beam),
   )
   np.testing.assert_allclose(
     tokenizer.latents(features), latents, rtol=1e-5, atol=1e-5
@@ -216,6 +217,6 @@ def test_params_of_a_state_are_networks_and_quantising_codewords():
   )  # fmt: skip
   state = rqvae.init(config, rows(), 2)
   moved = state.moved | {'vectors': state.moved['vectors'] + 1}
-  params = sid_tokenizer.params_of(state.replace(moved=moved))
+  params = tokenizer_lib.params_of(state.replace(moved=moved))
   assert set(params) == {'networks', 'vectors'}
   np.testing.assert_array_equal(params['vectors'], state.codebooks['vectors'])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gr2_jax.models import semantic_ids
+from gr2_jax.semantic_ids import ids
 
 EPSILON = 0.003  # of the entropy, where costs span 2
 ITERATIONS = 50
@@ -64,7 +64,7 @@ def repair(
     )
     left = _colliding(trial, named_T, size)
     # A prefix where no item was freed keeps its codes and is not tried again.
-    prefixes = semantic_ids.prefix_keys(codes[items, :-1], size)
+    prefixes = ids.prefix_keys(codes[items, :-1], size)
     distinct, group = np.unique(prefixes, return_inverse=True)
     still = np.isin(items, left)
     freed = np.bincount(group[~still], minlength=len(distinct)) > 0
@@ -114,7 +114,7 @@ def sinkhorn(
 def _colliding(codes: np.ndarray, named: np.ndarray, size: int) -> np.ndarray:
   """Items whose tuple another item has, or is taken; int64 [n]."""
   tuples, group, counts = np.unique(
-    semantic_ids.prefix_keys(codes, size),
+    ids.prefix_keys(codes, size),
     return_inverse=True,
     return_counts=True,
   )
@@ -156,11 +156,9 @@ def _reassign(
   settled = np.ones(len(codes_IxL), bool)
   settled[items] = False
   prefixes, group = np.unique(
-    semantic_ids.prefix_keys(codes_IxL[items, :-1], size), return_inverse=True
+    ids.prefix_keys(codes_IxL[items, :-1], size), return_inverse=True
   )
-  held = np.concatenate(
-    [semantic_ids.prefix_keys(codes_IxL[settled], size), named_T]
-  )
+  held = np.concatenate([ids.prefix_keys(codes_IxL[settled], size), named_T])
   held = held[np.isin(held // size, prefixes)]
   free_GxC = np.ones((len(prefixes), size), bool)
   free_GxC[np.searchsorted(prefixes, held // size), held % size] = False

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gr2_jax.models import residual_quantizer
+from gr2_jax.semantic_ids import quantizer
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def beam_oracle(latent, vectors, beam):
 
 def test_quantise_equals_brute_force():
   latents, vectors = draw()
-  codes, residuals, words = residual_quantizer.quantise(latents, vectors)
+  codes, residuals, words = quantizer.quantise(latents, vectors)
   for b in range(len(latents)):
     residual = latents[b].astype(np.float64)
     for level in range(3):
@@ -78,7 +78,7 @@ def test_quantise_equals_brute_force():
 @hypothesis.settings(max_examples=25)
 def test_search_equals_a_beam_of_residuals(seed, items, levels, size, beam):
   latents, vectors = draw(items, levels, size, 5, seed)
-  codes = residual_quantizer.search(latents, vectors, beam=beam)
+  codes = quantizer.search(latents, vectors, beam=beam)
   assert codes.dtype == np.int32
   for latent, found in zip(latents, codes, strict=True):
     assert tuple(found.tolist()) == beam_oracle(latent, vectors, beam)
@@ -87,22 +87,20 @@ def test_search_equals_a_beam_of_residuals(seed, items, levels, size, beam):
 def test_a_beam_of_one_is_greedy():
   latents, vectors = draw(300, 4, 32, 8)
   np.testing.assert_array_equal(
-    residual_quantizer.search(latents, vectors),
-    residual_quantizer.quantise(latents, vectors)[0],
+    quantizer.search(latents, vectors),
+    quantizer.quantise(latents, vectors)[0],
   )
 
 
 def test_a_beam_of_everything_is_exhaustive():
   latents, vectors = draw(40, 3, 4, 6)
-  codes = residual_quantizer.search(latents, vectors, beam=4**3)
+  codes = quantizer.search(latents, vectors, beam=4**3)
   tuples = np.array(list(itertools.product(range(4), repeat=3)))
   every = np.stack(
     [distances(latents, vectors, np.tile(x, (40, 1))) for x in tuples]
   )
   np.testing.assert_array_equal(codes, tuples[every.argmin(0)])
-  greedy = distances(
-    latents, vectors, residual_quantizer.search(latents, vectors)
-  )
+  greedy = distances(latents, vectors, quantizer.search(latents, vectors))
   assert (every.min(0) < greedy - 1e-3).any()  # Else the test shows nothing.
 
 
@@ -110,7 +108,7 @@ def test_wider_beams_are_better_on_the_whole():
   latents, vectors = draw(400, 3, 32, 8)
   errors = [
     distances(
-      latents, vectors, residual_quantizer.search(latents, vectors, beam=beam)
+      latents, vectors, quantizer.search(latents, vectors, beam=beam)
     ).mean()
     for beam in (1, 2, 5)
   ]
@@ -121,10 +119,8 @@ def test_wider_beams_are_better_on_the_whole():
 def test_a_large_first_codeword_costs_later_levels_no_precision():
   latents, vectors = draw(200, 3, 16, 8)
   vectors[0] = np.arange(16, dtype=np.float32)[:, None] * 256.0
-  near = residual_quantizer.search(latents, vectors[1:], beam=4)
-  far = residual_quantizer.search(
-    latents + np.float32(15 * 256), vectors, beam=4
-  )
+  near = quantizer.search(latents, vectors[1:], beam=4)
+  far = quantizer.search(latents + np.float32(15 * 256), vectors, beam=4)
   np.testing.assert_array_equal(far[:, 0], 15)
   np.testing.assert_allclose(
     distances(latents, vectors[1:], far[:, 1:]),
@@ -137,9 +133,9 @@ def test_a_large_first_codeword_costs_later_levels_no_precision():
 def test_ties_go_to_the_lower_code(beam):
   vectors = np.ones((2, 300, 2), np.float32)
   latents = np.zeros((4, 2), np.float32)
-  codes = residual_quantizer.search(latents, vectors, beam=beam)
+  codes = quantizer.search(latents, vectors, beam=beam)
   np.testing.assert_array_equal(codes, 0)
-  codes = residual_quantizer.quantise(latents, vectors)[0]
+  codes = quantizer.quantise(latents, vectors)[0]
   np.testing.assert_array_equal(codes, 0)
 
 
@@ -155,7 +151,7 @@ def test_smallest_is_a_stable_sort(data, length, count, values):
   count = min(count, length)
   scores = np.random.default_rng(seed).integers(values, size=(9, length))
   scores = scores.astype(np.float32)
-  index, least = residual_quantizer._smallest(scores, count)
+  index, least = quantizer._smallest(scores, count)
   wanted = np.argsort(scores, axis=1, kind='stable')[:, :count]
   np.testing.assert_array_equal(index, wanted)
   np.testing.assert_array_equal(least, np.sort(scores, axis=1)[:, :count])
@@ -174,9 +170,7 @@ def test_equal_rows_get_equal_codes_in_any_batch(width, beam):
   of_row = rng.integers(40, size=1000)
   latents = distinct[of_row]
   for batch_size in (1000, 300):
-    codes = residual_quantizer.assign(
-      latents, vectors, beam=beam, batch_size=batch_size
-    )
+    codes = quantizer.assign(latents, vectors, beam=beam, batch_size=batch_size)
     for row in range(40):
       mine = codes[of_row == row]
       np.testing.assert_array_equal(mine, np.tile(mine[:1], (len(mine), 1)))
@@ -187,7 +181,7 @@ def test_assign_streams_a_file_in_batches(tmp_path, items):
   latents, vectors = draw(items, 3, 9, 4)
   np.save(tmp_path / 'latents.npy', latents)
   mapped = np.load(tmp_path / 'latents.npy', mmap_mode='r')
-  codes = residual_quantizer.assign(mapped, vectors, beam=2, batch_size=64)
+  codes = quantizer.assign(mapped, vectors, beam=2, batch_size=64)
   assert codes.shape == (items, 3)
   assert codes.dtype == np.int32
   wanted = [beam_oracle(x, vectors, 2) for x in latents]
@@ -198,15 +192,15 @@ def test_a_latent_that_is_not_finite_is_named():
   latents, vectors = draw(100)
   latents[70, 1] = np.inf
   with pytest.raises(ValueError, match='latent of item 70 holds NaN'):
-    residual_quantizer.assign(latents, vectors, batch_size=32)
+    quantizer.assign(latents, vectors, batch_size=32)
 
 
 def test_a_beam_or_a_batch_of_nothing_is_refused():
   latents, vectors = draw()
   with pytest.raises(ValueError, match='beam is 0'):
-    residual_quantizer.assign(latents, vectors, beam=0)
+    quantizer.assign(latents, vectors, beam=0)
   with pytest.raises(ValueError, match='batch_size is 0'):
-    residual_quantizer.assign(latents, vectors, batch_size=0)
+    quantizer.assign(latents, vectors, batch_size=0)
 
 
 def test_kmeans_is_seeded_and_hits_every_far_cluster():
@@ -217,9 +211,7 @@ def test_kmeans_is_seeded_and_hits_every_far_cluster():
   points = points + 0.01 * rng.normal(size=points.shape)
   for seed in range(5):
     runs = [
-      residual_quantizer.kmeans(
-        points, 8, iterations=2, rng=np.random.default_rng(seed)
-      )
+      quantizer.kmeans(points, 8, iterations=2, rng=np.random.default_rng(seed))
       for _ in range(2)
     ]
     np.testing.assert_array_equal(runs[0][0], runs[1][0])
@@ -235,7 +227,7 @@ def test_seeds_are_distinct_while_distinct_points_are_left(offset):
   rng = np.random.default_rng(1)
   distinct = (rng.normal(size=(30, 7)) + offset).astype(np.float32)
   points = np.repeat(distinct, rng.integers(1, 200, size=30), axis=0)
-  centres, counts = residual_quantizer.kmeans(
+  centres, counts = quantizer.kmeans(
     points, 30, iterations=0, rng=np.random.default_rng(0)
   )
   assert len(np.unique(centres, axis=0)) == 30
@@ -245,7 +237,7 @@ def test_seeds_are_distinct_while_distinct_points_are_left(offset):
 def test_lloyd_iterations_equal_loops():
   points = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
   size = 12
-  start, _ = residual_quantizer.kmeans(
+  start, _ = quantizer.kmeans(
     points, size, iterations=0, rng=np.random.default_rng(3)
   )
   centres = start.astype(np.float64)
@@ -255,7 +247,7 @@ def test_lloyd_iterations_equal_loops():
       if (codes == code).any():
         centres[code] = points[codes == code].mean(0)
   codes = ((points[:, None] - centres) ** 2).sum(-1).argmin(1)
-  found, counts = residual_quantizer.kmeans(
+  found, counts = quantizer.kmeans(
     points, size, iterations=3, rng=np.random.default_rng(3)
   )
   np.testing.assert_allclose(found, centres, atol=1e-5)
@@ -265,7 +257,7 @@ def test_lloyd_iterations_equal_loops():
 
 def test_kmeans_with_fewer_distinct_points_than_centres():
   points = np.repeat(np.eye(3), 4, axis=0)
-  centres, counts = residual_quantizer.kmeans(
+  centres, counts = quantizer.kmeans(
     points, 6, iterations=3, rng=np.random.default_rng(0)
   )
   assert {tuple(x) for x in centres} == {tuple(x) for x in np.eye(3)}
@@ -275,10 +267,10 @@ def test_kmeans_with_fewer_distinct_points_than_centres():
 
 def test_codebooks_start_at_the_means_of_their_residuals():
   latents = clusters()
-  books = residual_quantizer.residual_codebooks(
+  books = quantizer.residual_codebooks(
     latents, levels=2, size=8, batch_size=100, iterations=20, seed=0
   )
-  codes, residuals, _ = residual_quantizer.quantise(latents, books['vectors'])
+  codes, residuals, _ = quantizer.quantise(latents, books['vectors'])
   np.testing.assert_allclose(books['counts'].sum(1), 100.0, rtol=1e-5)
   for code in np.unique(codes[:, 0]):
     mine = np.asarray(codes[:, 0]) == code

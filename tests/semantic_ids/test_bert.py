@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gr2_jax.models import bert
+from gr2_jax.semantic_ids import bert
 
 pytest.importorskip('safetensors')
 torch = pytest.importorskip('torch')

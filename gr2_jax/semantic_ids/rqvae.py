@@ -18,10 +18,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from gr2_jax.data import co_engagement
-from gr2_jax.models import codebooks as codebook_lib
-from gr2_jax.models import residual_quantizer
-from gr2_jax.ops import quantisation
+from gr2_jax.semantic_ids import co_engagement, code_losses, quantizer
+from gr2_jax.semantic_ids import codebooks as codebook_lib
 
 CODEBOOK_KINDS = ('ema', 'ema_gradient', 'gradient', 'kmeans')
 
@@ -216,7 +214,7 @@ def start_codebooks(
       'sums': vectors * counts[..., None],
     }
   else:
-    found = residual_quantizer.residual_codebooks(
+    found = quantizer.residual_codebooks(
       latents_IxD,
       levels=levels,
       size=size,
@@ -318,9 +316,7 @@ def loss_fn(
   """
   latents = _apply(model, moved['networks'], batch['items'], 'encode')
   vectors = jax.lax.stop_gradient(vectors_LxCxD)
-  codes, _, words = residual_quantizer.quantise(
-    jax.lax.stop_gradient(latents), vectors
-  )
+  codes, _, words = quantizer.quantise(jax.lax.stop_gradient(latents), vectors)
   # Residuals depend on the encoder alone: earlier codewords are constants.
   residuals = latents[:, None] - (jnp.cumsum(words, axis=1) - words)
   estimate = codebook_lib.ESTIMATORS[config.estimator]
@@ -338,14 +334,14 @@ def loss_fn(
     chosen = learned[jnp.arange(codes.shape[1]), codes]
     loss += ((fixed - chosen) ** 2).sum((1, 2)).mean()
   if config.diversity_weight:
-    terms['diversity'] = quantisation.diversity(
+    terms['diversity'] = code_losses.diversity(
       residuals,
       vectors if learned is None else learned,
       config.diversity_temperature,
     )
     loss += config.diversity_weight * terms['diversity']
   if config.contrastive_weight:
-    terms['contrastive'] = quantisation.info_nce(
+    terms['contrastive'] = code_losses.info_nce(
       latents,
       _apply(model, moved['networks'], batch['partners'], 'encode'),
       batch['rows'],

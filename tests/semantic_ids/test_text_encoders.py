@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gr2_jax import hf, language_encoders, text_encoders, text_store
-from gr2_jax.data import log, text
+from gr2_jax import hf
+from gr2_jax.data import log
 from gr2_jax.models import transformer
+from gr2_jax.semantic_ids import (
+  language_encoders,
+  text_encoders,
+  text_store,
+  tfidf,
+)
 
-from . import tiny_data, tiny_pretrained
+from .. import tiny_data, tiny_pretrained
 
 tokenizers = pytest.importorskip('tokenizers')
 safetensors = pytest.importorskip('safetensors.numpy')
@@ -79,14 +85,14 @@ def test_tfidf_is_fitted_once_and_kept(tmp_path, monkeypatch, cache):
   catalog = tiny_data.catalog()
   rows = text_encoders.embed(config(), catalog, tmp_path / 'a')
   columns = catalog.titles, catalog.categories, catalog.years
-  space = text.fit(*columns, dim=6, buckets=1 << 10, seed=0)
-  np.testing.assert_array_equal(rows, text.embed(space, *columns))
+  space = tfidf.fit(*columns, dim=6, buckets=1 << 10, seed=0)
+  np.testing.assert_array_equal(rows, tfidf.embed(space, *columns))
   assert isinstance(rows, np.memmap)
   assert sorted(file.name for file in (tmp_path / 'a').iterdir()) == [
     'features.json', 'features.npy', 'text.npz',
   ]  # fmt: skip
   assert not cache.exists()
-  monkeypatch.delattr(text, 'fit')
+  monkeypatch.delattr(tfidf, 'fit')
   again = text_encoders.embed(config(), catalog, tmp_path / 'a')
   np.testing.assert_array_equal(again, rows)
 

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from gr2_jax import hf, text_store
+from gr2_jax import hf
 from gr2_jax.distributed import sharding
-from gr2_jax.models import bert, transformer
+from gr2_jax.models import transformer
 from gr2_jax.pipeline import reporting
+from gr2_jax.semantic_ids import bert, text_store
 
 KINDS = ('minilm', 'backbone')
 _SHARD = 2_048  # texts after which the store has them for good

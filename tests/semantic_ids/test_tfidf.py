@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from scipy import sparse
 
-from gr2_jax.data import text
+from gr2_jax.semantic_ids import tfidf
 
 TITLES = [
   'Red Nail Lacquer', 'Blue Nail Lacquer', 'Green Nail Polish',
@@ -18,12 +18,12 @@ YEARS = [1990, 1991, 1992, 2010, 2011, 0]
 
 
 def fit(titles=TITLES, categories=CATEGORIES, years=YEARS, dim=4, **kwargs):
-  return text.fit(titles, categories, years, dim=dim, **kwargs)
+  return tfidf.fit(titles, categories, years, dim=dim, **kwargs)
 
 
 def embed(titles=TITLES, categories=CATEGORIES, years=YEARS, dim=4, **kwargs):
   space = fit(titles, categories, years, dim, **kwargs)
-  return text.embed(space, titles, categories, years)
+  return tfidf.embed(space, titles, categories, years)
 
 
 def test_rows_are_unit_float32():
@@ -106,9 +106,9 @@ def test_new_items_move_no_old_one_and_land_where_their_text_does(
   old, new, data
 ):
   space = fit(*zip(*old, strict=True))
-  first = text.embed(space, *zip(*old, strict=True))
+  first = tfidf.embed(space, *zip(*old, strict=True))
   both = data.draw(st.permutations(list(enumerate(old + new))))
-  rows = text.embed(space, *zip(*(item for _, item in both), strict=True))
+  rows = tfidf.embed(space, *zip(*(item for _, item in both), strict=True))
   found = {}
   for (i, item), row in zip(both, rows, strict=True):
     if i < len(old):
@@ -121,20 +121,20 @@ def test_new_items_move_no_old_one_and_land_where_their_text_does(
 
 def test_a_new_item_is_closest_to_those_it_is_like():
   space = fit()
-  new = text.embed(space, ['Purple Nail Lacquer'], [('Makeup', 'Nails')], [0])
-  likeness = (text.embed(space, TITLES, CATEGORIES, YEARS) @ new.T)[:, 0]
+  new = tfidf.embed(space, ['Purple Nail Lacquer'], [('Makeup', 'Nails')], [0])
+  likeness = (tfidf.embed(space, TITLES, CATEGORIES, YEARS) @ new.T)[:, 0]
   assert likeness[:3].min() > likeness[3:].max() + 0.3
 
 
 def test_a_new_item_of_unknown_words_is_zero():
-  assert not text.embed(fit(), ['zzz qqq'], [('Tools',)], [0]).any()
+  assert not tfidf.embed(fit(), ['zzz qqq'], [('Tools',)], [0]).any()
 
 
 def test_a_saved_space_is_the_same(tmp_path):
   path = tmp_path / 'text.npz'
   space = fit()
   space.save(path)
-  found = text.load(path)
+  found = tfidf.load(path)
   assert found.buckets == space.buckets
   assert found.dim == 4
   for name in ('columns', 'idf', 'projection'):
@@ -149,7 +149,7 @@ def test_a_damaged_space_is_named(size, tmp_path):
   fit().save(path)
   path.write_bytes(path.read_bytes()[:size])
   with pytest.raises(ValueError, match='text.npz: not a whole text space'):
-    text.load(path)
+    tfidf.load(path)
 
 
 @pytest.mark.parametrize('dim', [5, 8, 12])
@@ -157,7 +157,7 @@ def test_singular_vectors_match_the_exact_ones(dim):
   rng = np.random.default_rng(1)
   dense = rng.normal(size=(60, 8)) @ rng.normal(size=(8, 40))
   dense = dense.astype(np.float32)
-  got = text.right_singular_vectors(sparse.csr_matrix(dense), dim, seed=0)
+  got = tfidf.right_singular_vectors(sparse.csr_matrix(dense), dim, seed=0)
   _, s, vt = np.linalg.svd(dense, full_matrices=False)
   rank = min(dim, 8)
   np.testing.assert_allclose(
@@ -174,8 +174,8 @@ def test_singular_vectors_match_the_exact_ones(dim):
 
 def test_tfidf_weights_equal_the_formula():
   texts = [('cat', (), 0), ('cat cat dog', (), 0), ('dog', (), 0)]
-  space = text.fit(*zip(*texts, strict=True), dim=2)
-  matrix = text.tfidf(space, texts).toarray()
+  space = tfidf.fit(*zip(*texts, strict=True), dim=2)
+  matrix = tfidf.tfidf(space, texts).toarray()
   # Word block first; 'cat' and 'dog' are in two of three texts each, the pairs
   # in one and dropped. tf of 'cat' in the second is 2.
   words = matrix[:, :2]
@@ -186,7 +186,7 @@ def test_tfidf_weights_equal_the_formula():
   assert sorted(words[0]) == [0.0, 1.0]
   np.testing.assert_allclose(space.idf, 1 + np.log(4 / 3), rtol=1e-6)
   # 'cat' and 'dog' again, in a title that came later: tf of 'dog' is 3.
-  later = text.tfidf(space, [('dog cat dog dog', (), 0)]).toarray()[0, :2]
+  later = tfidf.tfidf(space, [('dog cat dog dog', (), 0)]).toarray()[0, :2]
   want = np.array([1.0, 1 + np.log(3)])
   np.testing.assert_allclose(
     np.sort(later), want / np.linalg.norm(want), rtol=1e-5
@@ -196,9 +196,9 @@ def test_tfidf_weights_equal_the_formula():
 def test_blocks_have_the_length_of_their_weight():
   texts = list(zip(TITLES, CATEGORIES, YEARS, strict=True))
   space = fit()
-  matrix = text.tfidf(space, texts).toarray()
+  matrix = tfidf.tfidf(space, texts).toarray()
   block = space.columns // space.buckets
-  for i, weight in enumerate(text.BLOCK_WEIGHTS.values()):
+  for i, weight in enumerate(tfidf.BLOCK_WEIGHTS.values()):
     norm = np.linalg.norm(matrix[:, block == i], axis=1)
     np.testing.assert_allclose(norm[norm > 0], weight, rtol=1e-5)
     assert (norm > 0).any()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pyarrow import parquet
 
-from gr2_jax.models import semantic_ids
-from gr2_jax.models.semantic_ids import SemanticIds
+from gr2_jax.semantic_ids import ids
+from gr2_jax.semantic_ids.ids import SemanticIds
 
 
 def tuples(size=4, levels=3, most=30):
@@ -133,7 +133,7 @@ def test_a_wrong_extension_is_named(sids, rows, codes, message):
 def test_save_and_load(tmp_path, sids):
   sids = sids.extend([2, -1, 0], [[1, 1, 1]])
   sids.save(tmp_path)
-  again = semantic_ids.load(tmp_path)
+  again = ids.load(tmp_path)
   np.testing.assert_array_equal(again.codes, sids.codes)
   np.testing.assert_array_equal(again.retired, [[0, 1, 3]])
   assert again.codebook_size == 4
@@ -176,10 +176,10 @@ def test_exports_name_what_is_wrong(tmp_path, sids):
 def test_item_ids_come_back_and_fit_the_codes(tmp_path, sids):
   sids.save(tmp_path)
   with pytest.raises(FileNotFoundError, match=r'sids\.jsonl: missing'):
-    semantic_ids.load_item_ids(tmp_path)
+    ids.load_item_ids(tmp_path)
   path = tmp_path / 'sids.jsonl'
   sids.export(path, ('a', 'é', 'c'))
-  assert semantic_ids.load_item_ids(tmp_path) == ('a', 'é', 'c')
+  assert ids.load_item_ids(tmp_path) == ('a', 'é', 'c')
   lines = path.read_text(encoding='utf-8').splitlines()
   for change, message in (
     (lines[:2], '2 lines for 3 items'),
@@ -191,18 +191,18 @@ def test_item_ids_come_back_and_fit_the_codes(tmp_path, sids):
   ):
     path.write_text('\n'.join(change), encoding='utf-8')
     with pytest.raises(ValueError, match=message):
-      semantic_ids.load_item_ids(tmp_path)
+      ids.load_item_ids(tmp_path)
 
 
 def test_damaged_artifacts_are_named(tmp_path, sids):
   with pytest.raises(FileNotFoundError, match=r'sids\.npz: missing'):
-    semantic_ids.load(tmp_path)
+    ids.load(tmp_path)
   sids.save(tmp_path)
   whole = (tmp_path / 'sids.npz').read_bytes()
   for cut in (0, 20, len(whole) - 30):
     (tmp_path / 'sids.npz').write_bytes(whole[:cut])
     with pytest.raises(ValueError, match='damaged'):
-      semantic_ids.load(tmp_path)
+      ids.load(tmp_path)
   (tmp_path / 'sids.npz').write_bytes(whole)
   facts = json.loads((tmp_path / 'sids.json').read_text())
   for change, message in (
@@ -212,11 +212,11 @@ def test_damaged_artifacts_are_named(tmp_path, sids):
   ):
     (tmp_path / 'sids.json').write_text(json.dumps(facts | change))
     with pytest.raises(ValueError, match=message):
-      semantic_ids.load(tmp_path)
+      ids.load(tmp_path)
   del facts['generation']
   (tmp_path / 'sids.json').write_text(json.dumps(facts))
   with pytest.raises(ValueError, match=r'damaged.*generation'):
-    semantic_ids.load(tmp_path)
+    ids.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.models import codebooks
+from gr2_jax.semantic_ids import codebooks
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gr2_jax import text_store
+from gr2_jax.semantic_ids import text_store
 
 
 def vectors_of(texts, width=3):

@@ -1,0 +1,1 @@
+"""Item text to vectors, vectors to codes, codes to one ID per item."""
