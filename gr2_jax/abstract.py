@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from gr2_jax import (
-  adapters,
   grammars,
   learner,
   policy,
@@ -25,7 +24,7 @@ from gr2_jax import (
   topologies,
 )
 from gr2_jax.distributed import sharding
-from gr2_jax.models import transformer
+from gr2_jax.models import lora, transformer
 from gr2_jax.prompts import prompt, vocabulary
 
 
@@ -107,7 +106,7 @@ def make_setup(config, mesh: jax.sharding.Mesh, text_rows: int) -> policy.Setup:
   )
   own = config.model.to_dict()
   del own['source'], own['new_rows']
-  trained = adapters.Adapters(
+  trained = lora.Adapters(
     rank=own.pop('lora_rank'),
     targets=tuple(own.pop('lora_targets')),
     first_row=text_rows,

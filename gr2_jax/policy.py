@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from gr2_jax import adapters, grammars, sampling
+from gr2_jax import grammars, sampling
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
 from gr2_jax.distributed import sharding
-from gr2_jax.models import transformer
+from gr2_jax.models import lora, transformer
 from gr2_jax.pipeline import artifacts, checkpoint, graph
 from gr2_jax.prompts import bins as bins_lib
 from gr2_jax.prompts import chat, compressed, prompt, vocabulary
@@ -40,7 +40,7 @@ class Setup:
   grammar: grammars.Ranking
   model: transformer.TransformerConfig
   mesh: jax.sharding.Mesh
-  adapters: adapters.Adapters
+  adapters: lora.Adapters
   slates: pathlib.Path | None = None  # artifact of that stage
   written: pathlib.Path | None = None  # of `compress`, whose contexts are read
 
@@ -237,7 +237,7 @@ def load(
   own = config.model.to_dict()
   own['num_layers'] = layers or own['num_layers']
   del own['source'], own['new_rows']  # What `backbone` alone reads.
-  trained = adapters.Adapters(
+  trained = lora.Adapters(
     rank=own.pop('lora_rank'),
     targets=tuple(own.pop('lora_targets')),
     first_row=words.first_symbol,

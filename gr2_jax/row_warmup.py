@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gr2_jax import adapters, learner
+from gr2_jax import learner
+from gr2_jax.models import lora
 
 
 class RowsFirst(NamedTuple):
@@ -22,7 +23,7 @@ class RowsFirst(NamedTuple):
 
 
 def make_optimizer(
-  stage, trained: adapters.Adapters, warm: int
+  stage, trained: lora.Adapters, warm: int
 ) -> optax.GradientTransformation:
   """`learner.make_optimizer`; begun anew when the rest joins the new rows.
 
@@ -61,11 +62,11 @@ def make_optimizer(
   return optax.GradientTransformation(init, update)
 
 
-def new_rows(params: Any, trained: adapters.Adapters) -> Any:
+def new_rows(params: Any, trained: lora.Adapters) -> Any:
   """Where the rows of added symbols are: bools that broadcast to the leaves.
 
   Args:
-    params: what trains, of `adapters.Adapters.start`.
+    params: what trains, of `lora.Adapters.start`.
     trained: likewise.
   """
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from gr2_jax import (
-  adapters,
   compressor,
   compressor_judge,
   context_writer,
@@ -15,7 +14,7 @@ from gr2_jax import (
   sampling,
 )
 from gr2_jax.data import dialogue, endpoint, ledger, remote_judge
-from gr2_jax.models import transformer
+from gr2_jax.models import lora, transformer
 from gr2_jax.ops import advantages, compression
 from gr2_jax.stages import compress
 
@@ -47,7 +46,7 @@ def reader(tmp_path_factory):
       d_ff=24,
     ),
     mesh=tiny.one_device(),
-    adapters=adapters.Adapters(),
+    adapters=lora.Adapters(),
   )
 
 

@@ -6,16 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import (
-  adapters,
-  grammars,
-  learner,
-  policy,
-  policy_gradient,
-  sampling,
-)
+from gr2_jax import grammars, learner, policy, policy_gradient, sampling
 from gr2_jax.distributed import sharding
-from gr2_jax.models import transformer
+from gr2_jax.models import lora, transformer
 
 MODEL = transformer.TransformerConfig(
   vocab_size=40,
@@ -49,7 +42,7 @@ def setup(mesh=None, model=MODEL, trained=None):
     grammar=GRAMMAR,
     model=model,
     mesh=mesh or one_device(),
-    adapters=trained or adapters.Adapters(),
+    adapters=trained or lora.Adapters(),
   )
 
 

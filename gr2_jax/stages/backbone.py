@@ -15,7 +15,7 @@ import jax
 from gr2_jax import policy
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import splits, teachers
-from gr2_jax.models import new_rows
+from gr2_jax.models import embedding_init
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.prompts import documents, prompt, vocabulary
 
@@ -70,7 +70,7 @@ def run(
   # Parameters.
   texts = symbol_texts(setup)[backbone.vocab_size - words.first_symbol :]
   rows = {
-    name: new_rows.new_rows(
+    name: embedding_init.new_rows(
       backbone.read(name),
       texts,
       config.model.new_rows,

@@ -7,7 +7,7 @@ import pytest
 from gr2_jax.hf import unigram
 from gr2_jax.prompts import vocabulary
 
-from . import tiny_data
+from .. import tiny_data
 
 tokenizers = pytest.importorskip('tokenizers')
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import adapters, learner
+from gr2_jax import learner
 from gr2_jax.distributed import sharding
+from gr2_jax.models import lora
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.prompts import examples
 from gr2_jax.stages import training
 
-from . import tiny
+from .. import tiny
 
 FIRST = 12
 MODEL = dataclasses.replace(
@@ -38,7 +39,7 @@ def trained(start, seed=1):
 
 def test_a_start_joins_to_what_it_started_from():
   params = tiny.params()
-  own = adapters.Adapters(rank=3, first_row=FIRST)
+  own = lora.Adapters(rank=3, first_row=FIRST)
   start = own.start(params, jax.random.key(0))
   tiny.assert_trees_equal(own.join(start, params), params)
   assert start['rows']['embedding'].shape == (40 - FIRST, 16)
@@ -68,11 +69,11 @@ def joined_by_hand(own, start, params):
 
 
 @pytest.mark.parametrize('tied', [True, False])
-@pytest.mark.parametrize('targets', [tuple(adapters.INPUT_AXES), ('out',)])
+@pytest.mark.parametrize('targets', [tuple(lora.INPUT_AXES), ('out',)])
 def test_a_join_equals_numpy(targets, tied):
   model = dataclasses.replace(tiny.MODEL, tie_embeddings=tied)
   params = tiny.params(model)
-  own = adapters.Adapters(rank=2, targets=targets, first_row=FIRST, alpha=5.0)
+  own = lora.Adapters(rank=2, targets=targets, first_row=FIRST, alpha=5.0)
   start = trained(own.start(params, jax.random.key(0)))
   found = flat(own.join(start, params))
   wanted = joined_by_hand(own, jax.device_get(start), params)
@@ -92,7 +93,7 @@ def test_a_join_equals_numpy(targets, tied):
 def test_an_outputs_adapter_reads_heads():
   """`out` is [L, N, H, D]: its inputs are both of the middle axes."""
   params = tiny.params()
-  own = adapters.Adapters(rank=1, targets=('out',), first_row=FIRST)
+  own = lora.Adapters(rank=1, targets=('out',), first_row=FIRST)
   start = own.start(params, jax.random.key(0))
   (down,), (up,) = start['down'].values(), start['up'].values()
   (out,) = (x for p, x in flat(params).items() if p.endswith('/out'))
@@ -102,7 +103,7 @@ def test_an_outputs_adapter_reads_heads():
 
 def test_without_a_rank_everything_trains():
   params = tiny.params()
-  own = adapters.Adapters()
+  own = lora.Adapters()
   assert own.start(params, jax.random.key(0)) is params
   assert own.join(params, {}) is params
   loss = own.wrap(lambda p, x: p['readout'].sum() * x)
@@ -111,9 +112,9 @@ def test_without_a_rank_everything_trains():
 
 def test_what_cannot_be_says_why():
   with pytest.raises(ValueError, match="lora_targets: no projection 'norm'"):
-    adapters.Adapters(rank=1, targets=('query', 'norm'))
+    lora.Adapters(rank=1, targets=('query', 'norm'))
   with pytest.raises(ValueError, match='lora_rank=-1'):
-    adapters.Adapters(rank=-1)
+    lora.Adapters(rank=-1)
 
 
 def distance(params, batch):
@@ -136,7 +137,7 @@ def render(record, rng):
 
 def fit(workdir, mesh=None, loss_fn=distance, die_at=None, rank=2, **changes):
   own = ConfigDict(SETTINGS | changes)
-  setup = tiny.setup(mesh, MODEL, adapters.Adapters(rank=rank, first_row=FIRST))
+  setup = tiny.setup(mesh, MODEL, lora.Adapters(rank=rank, first_row=FIRST))
   iterator = examples.iterate(examples.dataset(range(16), render, 8, 0))
   optimizer = learner.make_optimizer(own)
   step_ = training.supervised_step(setup, loss_fn, optimizer, iterator)
@@ -183,7 +184,7 @@ def test_a_run_trains_adapters_new_rows_and_the_read_out(whole):
     if path == 'embedding':
       assert leaf[:FIRST].tobytes() == before[path][:FIRST].tobytes()
       assert (leaf[FIRST:] != before[path][FIRST:]).mean() > 0.9
-    elif path == 'readout' or path.split('/')[-1] in adapters.INPUT_AXES:
+    elif path == 'readout' or path.split('/')[-1] in lora.INPUT_AXES:
       assert (leaf != before[path]).mean() > 0.9, path
     else:
       assert leaf.tobytes() == before[path].tobytes(), path
@@ -208,7 +209,7 @@ def test_a_killed_run_ends_like_a_whole_one(whole, start, tmp_path, sizes):
 
 def test_the_gradient_is_that_of_the_whole_by_the_chain_rule():
   params, batch = tiny.params(), tiny.examples()
-  own = adapters.Adapters(rank=2, first_row=FIRST)
+  own = lora.Adapters(rank=2, first_row=FIRST)
   start = trained(own.start(params, jax.random.key(0)))
   run = jax.jit(jax.grad(own.wrap(distance), has_aux=True))
   gradient, _ = run(start, params, batch)

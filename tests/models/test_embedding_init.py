@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gr2_jax.models import new_rows
+from gr2_jax.models import embedding_init
 
 TEXTS = ([3, 5, 5], [], [0])
 
@@ -23,7 +23,7 @@ def oracle(rows, texts):
   [('mean', ([], [], [])), ('text', TEXTS)],
 )
 def test_rows_start_at_a_mean_with_a_little_noise(rows, kind, texts):
-  found = new_rows.new_rows(rows, TEXTS, kind)
+  found = embedding_init.new_rows(rows, TEXTS, kind)
   assert found.dtype == np.float32
   rest = found - np.stack(list(oracle(rows, texts)))
   # Zero mean and a tenth of the rows' spread, within four standard errors.
@@ -34,14 +34,14 @@ def test_rows_start_at_a_mean_with_a_little_noise(rows, kind, texts):
 
 
 def test_noise_has_the_spread_of_the_rows_and_no_mean(rows):
-  found = new_rows.new_rows(rows, TEXTS, 'noise')
+  found = embedding_init.new_rows(rows, TEXTS, 'noise')
   assert np.all(np.abs(found.mean(1)) < 4 * rows.std() / 400**0.5)
   np.testing.assert_allclose(found.std(1), rows.std(), rtol=4 / 800**0.5)
 
 
 def test_the_seed_decides(rows):
   one, again, other = (
-    new_rows.new_rows(rows, TEXTS, 'text', seed) for seed in (0, 0, 1)
+    embedding_init.new_rows(rows, TEXTS, 'text', seed) for seed in (0, 0, 1)
   )
   np.testing.assert_array_equal(one, again)
   assert not np.isclose(one, other).all(axis=1).any()
@@ -49,4 +49,4 @@ def test_the_seed_decides(rows):
 
 def test_an_unknown_start_is_named(rows):
   with pytest.raises(ValueError, match="model.new_rows='zeros': must be one"):
-    new_rows.new_rows(rows, TEXTS, 'zeros')
+    embedding_init.new_rows(rows, TEXTS, 'zeros')
