@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from configs import baselines as baselines_config
+from gr2_jax.baselines import gbdt
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.models import trees
 from gr2_jax.serving import reranker as reranker_lib
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Trees(reranker_lib.Reranker):
 def fit(policy: reranker_lib.Reranker) -> 'lightgbm.Booster':
   """Trains the trees of stage `baselines` on a policy's slates."""
   source = policy.knowledge.source
-  return trees.fit(
+  return gbdt.fit(
     baselines_config.gbdt(test=False),
     slates_lib.read(source, 'train'),
     slates_lib.read(source, 'validation'),
@@ -86,7 +86,7 @@ def beside(
     | {
       'policy': dataclasses.replace(policy.policy, params=None),
       'programs': {
-        'score': {largest_batch: functools.partial(trees.score, booster)}
+        'score': {largest_batch: functools.partial(gbdt.score, booster)}
       },
     }
   )

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from gr2_jax.baselines import click_model, gbdt
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.models import legacy, trees
 from gr2_jax.ops import metrics
 from gr2_jax.pipeline import checkpoint, reporting
 
@@ -182,9 +182,9 @@ def _measure(
 
 def _fit_gbdt(config, train, splits, columns, seed):
   """Trains trees; returns scores by split, and `rounds`."""
-  booster = trees.fit(config, train, splits['validation'], columns, seed)
+  booster = gbdt.fit(config, train, splits['validation'], columns, seed)
   scores = {
-    name: trees.score(booster, slates) for name, slates in splits.items()
+    name: gbdt.score(booster, slates) for name, slates in splits.items()
   }
   return scores | {'rounds': np.int32(booster.best_iteration)}
 
@@ -196,18 +196,18 @@ def _fit_legacy(config, train, splits, items, seed, directory):
   parameters, and `patience` looks without a better one end the training.
   """
   held_out = splits['validation']
-  scaler = legacy.fit_scaler(train)
-  model = legacy.make_model(config, items)
-  optimizer = legacy.make_optimizer(config)
-  update = legacy.make_update(model, optimizer, seed)
-  score = legacy.make_score(model)
+  scaler = click_model.fit_scaler(train)
+  model = click_model.make_model(config, items)
+  optimizer = click_model.make_optimizer(config)
+  update = click_model.make_update(model, optimizer, seed)
+  score = click_model.make_score(model)
 
   def batch_of(step):
-    rows = legacy.batch_rows(len(train), config.batch_size, seed, step)
-    return legacy.make_batch(train, rows, scaler)
+    rows = click_model.batch_rows(len(train), config.batch_size, seed, step)
+    return click_model.make_batch(train, rows, scaler)
 
   saver = checkpoint.Checkpointer(directory / 'checkpoints')
-  state = legacy.init(model, optimizer, batch_of(0), seed)
+  state = click_model.init(model, optimizer, batch_of(0), seed)
   best, chosen = state.params, {'n@5': -1.0, 'step': 0}
   # 1. Own workdir: go on from the last checkpoint.  2. Scratch.
   first = 0

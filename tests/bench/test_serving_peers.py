@@ -12,9 +12,9 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
 from gr2_jax import ranker  # noqa: E402
+from gr2_jax.baselines import gbdt  # noqa: E402
 from gr2_jax.bench import serving_torch, serving_trees  # noqa: E402
 from gr2_jax.data import slates as slates_lib  # noqa: E402
-from gr2_jax.models import trees  # noqa: E402
 from gr2_jax.stages import baselines  # noqa: E402
 
 from .. import tiny  # noqa: E402
@@ -115,12 +115,12 @@ def booster(world):
   config.min_data_in_leaf = 2
   train = slates_lib.read(world['slates'], 'train')
   columns = tuple(slates_lib.read_meta(world['slates'])['evidence'])
-  return trees.fit(config, train, train, columns, 0)
+  return gbdt.fit(config, train, train, columns, 0)
 
 
 def test_trees_order_as_their_scores(world, reranker, slates, booster):  # noqa: F811
   test = slates_lib.read(world['slates'], 'test')
-  scores = trees.score(booster, test)
+  scores = gbdt.score(booster, test)
   wanted = baselines.rankings(scores, test.count)
   found = serving_trees.beside(reranker, booster, 8).rank(slates, 'score')
   assert len(found) == len(test) > 16
@@ -157,5 +157,5 @@ def test_trees_are_those_of_the_baselines(world, reranker):  # noqa: F811
     tuple(slates_lib.read_meta(world['slates'])['evidence']),
     0,
   )
-  scores = trees.score(found, splits['test'])
+  scores = gbdt.score(found, splits['test'])
   np.testing.assert_array_equal(scores, wanted['test'])

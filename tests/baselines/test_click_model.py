@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from gr2_jax.baselines import click_model
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.models import legacy
 
 ITEMS, K, H = 40, 6, 5
 
@@ -59,15 +59,15 @@ def planted(signal: str, n=600, seed=0) -> slates_lib.Slates:
 
 
 def train(config, slates, steps=200, seed=0):
-  model = legacy.make_model(config, ITEMS)
-  optimizer = legacy.make_optimizer(config)
-  update = legacy.make_update(model, optimizer, seed)
-  scaler = legacy.fit_scaler(slates)
-  batch = legacy.make_batch(slates, np.arange(2), scaler)
-  state = legacy.init(model, optimizer, batch, seed)
+  model = click_model.make_model(config, ITEMS)
+  optimizer = click_model.make_optimizer(config)
+  update = click_model.make_update(model, optimizer, seed)
+  scaler = click_model.fit_scaler(slates)
+  batch = click_model.make_batch(slates, np.arange(2), scaler)
+  state = click_model.init(model, optimizer, batch, seed)
   for step in range(steps):
-    rows = legacy.batch_rows(len(slates), config.batch_size, seed, step)
-    batch = legacy.make_batch(slates, rows, scaler)
+    rows = click_model.batch_rows(len(slates), config.batch_size, seed, step)
+    batch = click_model.make_batch(slates, rows, scaler)
     state, metrics = update(state, batch)
   return model, state, scaler, metrics
 
@@ -84,7 +84,7 @@ def pair_accuracy(scores, slates):
 def test_learns_a_planted_signal_for_new_users(signal):
   model, state, scaler, _ = train(settings(), planted(signal))
   held_out = planted(signal, n=300, seed=1)
-  scores = legacy.make_score(model)(state.params, held_out, scaler)
+  scores = click_model.make_score(model)(state.params, held_out, scaler)
   assert pair_accuracy(scores, held_out) > 0.9
 
 
@@ -99,7 +99,7 @@ def test_what_stands_at_padding_changes_nothing():
   first = train(settings(), slates, steps=3)
   second = train(settings(), other, steps=3)
   jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
-  score = legacy.make_score(first[0])
+  score = click_model.make_score(first[0])
   scores = score(first[1].params, slates, first[2])
   np.testing.assert_array_equal(np.isneginf(scores), padding)
   np.testing.assert_array_equal(
@@ -111,7 +111,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_real_candidates():
   slates = planted('item', n=50)
   config = settings(learning_rate=0.0, weight_decay=0.0)
   model, state, scaler, metrics = train(config, slates, steps=1)
-  z = legacy.make_score(model)(state.params, slates, scaler)
+  z = click_model.make_score(model)(state.params, slates, scaler)
   real, click = slates.candidates >= 0, slates.grades > 0
   expected = np.log1p(np.exp(np.where(click, -z, z)[real].astype(np.float64)))
   np.testing.assert_allclose(metrics['loss'], expected.mean(), rtol=1e-5)
@@ -120,7 +120,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_real_candidates():
 def test_a_candidate_is_scored_alone():
   slates = planted('item', n=20)
   model, state, scaler, _ = train(settings(), slates, steps=5)
-  score = legacy.make_score(model)
+  score = click_model.make_score(model)
   turned = slates_lib.Slates(
     **{
       **vars(slates),
@@ -138,9 +138,9 @@ def test_a_candidate_is_scored_alone():
 def test_scores_do_not_depend_on_how_many_are_scored_at_once(monkeypatch):
   slates = planted('item', n=70)
   model, state, scaler, _ = train(settings(), slates, steps=5)
-  whole = legacy.make_score(model)(state.params, slates, scaler)
-  monkeypatch.setattr(legacy, 'SCORED_AT_ONCE', 32)
-  parts = legacy.make_score(model)(state.params, slates, scaler)
+  whole = click_model.make_score(model)(state.params, slates, scaler)
+  monkeypatch.setattr(click_model, 'SCORED_AT_ONCE', 32)
+  parts = click_model.make_score(model)(state.params, slates, scaler)
   np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
 
 
@@ -150,20 +150,20 @@ def test_a_user_without_history_has_a_score():
   bare = slates_lib.Slates(
     **{**vars(slates), 'history': np.full_like(slates.history, -1)}
   )
-  scores = legacy.make_score(model)(state.params, bare, scaler)
+  scores = click_model.make_score(model)(state.params, bare, scaler)
   assert np.isfinite(scores[slates.candidates >= 0]).all()
 
 
 def test_features_are_standardised_and_cut():
   slates = planted('item')
-  scaler = legacy.fit_scaler(slates)
-  batch = legacy.make_batch(slates, np.arange(len(slates)), scaler)
+  scaler = click_model.fit_scaler(slates)
+  batch = click_model.make_batch(slates, np.arange(len(slates)), scaler)
   real = batch.features[slates.candidates >= 0]
   np.testing.assert_allclose(real.mean(axis=0), 0.0, atol=1e-2)
   np.testing.assert_allclose(real.std(axis=0), [1.0, 1.0, 0.0], atol=1e-2)
   far = slates_lib.Slates(**{**vars(slates), 'evidence': slates.evidence * 1e3})
-  batch = legacy.make_batch(far, np.arange(5), scaler)
-  assert np.abs(batch.features).max() == legacy.CLIP
+  batch = click_model.make_batch(far, np.arange(5), scaler)
+  assert np.abs(batch.features).max() == click_model.CLIP
 
 
 def test_dropout_depends_on_seed_and_step_alone():
@@ -178,13 +178,13 @@ def test_dropout_depends_on_seed_and_step_alone():
 
 
 def test_batches_are_a_function_of_seed_and_step():
-  rows = [legacy.batch_rows(10, 3, 0, step) for step in range(6)]
+  rows = [click_model.batch_rows(10, 3, 0, step) for step in range(6)]
   for epoch in (rows[:3], rows[3:]):
     drawn = np.concatenate(epoch)
     assert len(np.unique(drawn)) == 9
     assert drawn.min() >= 0
     assert drawn.max() < 10
   assert [*rows[0]] != [*rows[3]]
-  np.testing.assert_array_equal(rows[4], legacy.batch_rows(10, 3, 0, 4))
-  assert [*rows[4]] != [*legacy.batch_rows(10, 3, 1, 4)]
-  assert sorted(legacy.batch_rows(3, 8, 0, 5)) == [0, 1, 2]
+  np.testing.assert_array_equal(rows[4], click_model.batch_rows(10, 3, 0, 4))
+  assert [*rows[4]] != [*click_model.batch_rows(10, 3, 1, 4)]
+  assert sorted(click_model.batch_rows(3, 8, 0, 5)) == [0, 1, 2]

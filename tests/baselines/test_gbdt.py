@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from gr2_jax.baselines import gbdt
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.models import trees
 
 COLUMNS = ('first', 'second', 'noise')
 
@@ -50,12 +50,12 @@ def planted(n=400, k=6, seed=0, signal=True) -> slates_lib.Slates:
 
 def fit(config, seed=0, **kwargs):
   train, held_out = planted(**kwargs), planted(seed=1, **kwargs)
-  return trees.fit(config, train, held_out, COLUMNS, seed), held_out
+  return gbdt.fit(config, train, held_out, COLUMNS, seed), held_out
 
 
 def test_learns_a_planted_interaction():
   booster, held_out = fit(settings())
-  scores = trees.score(booster, held_out)
+  scores = gbdt.score(booster, held_out)
   clicked = held_out.grades > 0
   other = (held_out.candidates >= 0) & ~clicked
   pair = clicked[:, :, None] & other[:, None, :]
@@ -66,22 +66,22 @@ def test_learns_a_planted_interaction():
 
 def test_padding_has_no_score_and_no_part_in_the_fit():
   booster, held_out = fit(settings(rounds=5))
-  scores = trees.score(booster, held_out)
+  scores = gbdt.score(booster, held_out)
   padding = held_out.candidates < 0
   np.testing.assert_array_equal(np.isneginf(scores), padding)
   train = planted()
   evidence = train.evidence.copy()
   evidence[train.candidates < 0] = 1e6
   other = slates_lib.Slates(**{**vars(train), 'evidence': evidence})
-  again = trees.fit(settings(rounds=5), other, held_out, COLUMNS, 0)
-  np.testing.assert_array_equal(trees.score(again, held_out), scores)
+  again = gbdt.fit(settings(rounds=5), other, held_out, COLUMNS, 0)
+  np.testing.assert_array_equal(gbdt.score(again, held_out), scores)
 
 
 def test_the_seed_and_not_the_threads_decide():
   scores = []
   for seed, threads in ((0, 1), (0, 2), (1, 2)):
     booster, held_out = fit(settings(rounds=10, threads=threads), seed)
-    scores.append(trees.score(booster, held_out))
+    scores.append(gbdt.score(booster, held_out))
   np.testing.assert_array_equal(scores[0], scores[1])
   assert (scores[0] != scores[2]).any()
 
@@ -93,7 +93,7 @@ def test_stops_early_where_validation_gains_nothing():
     held_out.evidence[0, :3], num_iteration=booster.best_iteration
   )
   np.testing.assert_allclose(
-    trees.score(booster, held_out)[0, :3], expected, rtol=1e-6
+    gbdt.score(booster, held_out)[0, :3], expected, rtol=1e-6
   )
 
 

@@ -1,0 +1,1 @@
+"""Rankers that are not language models."""
