@@ -15,16 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gr2_jax import (
-  grammars,
-  learner,
-  policy,
-  policy_gradient,
-  rollouts,
-  topologies,
-)
+from gr2_jax import learner, policy_gradient, rollouts, topologies
 from gr2_jax.distributed import sharding
 from gr2_jax.models import lora, transformer
+from gr2_jax.policy import grammar, policy
 from gr2_jax.prompts import prompt, vocabulary
 
 
@@ -114,7 +108,7 @@ def make_setup(config, mesh: jax.sharding.Mesh, text_rows: int) -> policy.Setup:
   return policy.Setup(
     catalog=None,
     prompter=prompter,
-    grammar=grammars.Ranking(
+    grammar=grammar.Ranking(
       slot_base=words.slot_base,
       num_slots=layout.num_slots,
       num_candidates=config.data.candidates,

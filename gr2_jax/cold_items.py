@@ -17,9 +17,9 @@ from collections.abc import Mapping
 import ml_collections
 import numpy as np
 
-from gr2_jax import policy
 from gr2_jax.data import log as log_lib
 from gr2_jax.pipeline import artifacts
+from gr2_jax.policy import policy
 from gr2_jax.prompts import prompt
 from gr2_jax.semantic_ids import assignment, ids, text_encoders, tfidf
 from gr2_jax.semantic_ids import tokenizer as tokenizer_lib

@@ -23,14 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import (
-  compressor_judge,
-  grammars,
-  policy,
-  policy_gradient,
-  sampling,
-)
+from gr2_jax import compressor_judge, policy_gradient
 from gr2_jax.ops import advantages, compression, losses, masking
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import prompt, vocabulary
 
 _COUNTED = 512  # training contexts of which an average one's tokens are known
@@ -50,7 +46,7 @@ def of(setup: policy.Setup, slack: int) -> policy.Setup:
   return dataclasses.replace(setup, grammar=grammar(setup.prompter, slack))
 
 
-def grammar(prompter: prompt.Prompter, slack: int) -> grammars.Extraction:
+def grammar(prompter: prompt.Prompter, slack: int) -> grammar_lib.Extraction:
   """What may be written of a prompt; see `of`."""
   words = prompter.vocabulary
   if prompter.layout != ('history', 'candidates'):
@@ -58,7 +54,7 @@ def grammar(prompter: prompt.Prompter, slack: int) -> grammars.Extraction:
       f'prompt.layout={prompter.layout}: the compressor reads the history '
       "first: ('history', 'candidates')"
     )
-  return grammars.Extraction(
+  return grammar_lib.Extraction(
     history=words.control['<history>'],
     candidates=words.control['<candidates>'],
     slot_base=words.slot_base,
@@ -169,8 +165,8 @@ def requests(
 
 
 def facts(
-  grammar: grammars.Extraction, rows: dict[str, jax.Array]
-) -> grammars.Source:
+  grammar: grammar_lib.Extraction, rows: dict[str, jax.Array]
+) -> grammar_lib.Source:
   """What may be kept of prompts of `requests`."""
   return grammar.source(
     rows['prompt'], rows['prompt_length'], rows['count'], rows['budget']

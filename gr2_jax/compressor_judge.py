@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import grammars, policy, sampling
 from gr2_jax.data import dialogue as dialogue_lib
 from gr2_jax.data import remote_judge
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression, masking
+from gr2_jax.policy import grammar, policy, sampling
 
 JUDGES = ('ranker', 'remote')
 JUDGED_BY = ('labels', 'order')  # what the ranker's order is held against
@@ -45,7 +45,7 @@ _PREFIX = 'slate/'
 class Drawn(NamedTuple):
   """Compressions that were sampled, and what is verified of them: [P, G]."""
 
-  source: grammars.Source
+  source: grammar.Source
   rollouts: sampling.Rollouts
   verdict: jax.Array  # int32, of `compression.VERDICTS`
   saved: jax.Array  # float32, r_comp

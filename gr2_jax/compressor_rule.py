@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import compressor, compressor_judge, policy
+from gr2_jax import compressor, compressor_judge
 from gr2_jax.data import extracts
 from gr2_jax.distributed import processes, sharding
+from gr2_jax.policy import policy
 from gr2_jax.prompts import examples, prompt
 
 

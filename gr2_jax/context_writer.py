@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import compressor, compressor_judge, policy
+from gr2_jax import compressor, compressor_judge
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.ops import compression
 from gr2_jax.pipeline import reporting
+from gr2_jax.policy import policy
 from gr2_jax.prompts import compressed, examples
 
 

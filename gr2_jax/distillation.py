@@ -28,9 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import grammars, learner, policy, policy_gradient, sampling
+from gr2_jax import learner, policy_gradient
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, masking
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import examples, vocabulary
 
 VIEWS = ('same', 'privileged', 'thinking', 'readout', 'whole')
@@ -153,7 +155,7 @@ def beside(
 
 def make_look(
   teacher: Teacher,
-  grammar: grammars.Grammar,
+  grammar: grammar_lib.Grammar,
   sampler: sampling.SamplingConfig,
   divergence: str,
   readout: bool = False,

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gr2_jax import grammars, sampling
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, losses, masking
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import sampling
 
 
 @flax.struct.dataclass
@@ -159,7 +160,7 @@ def score_tokens(
   params: Any,
   hidden_PxGxTxD: jax.Array,
   tokens_PxGxT: jax.Array,
-  grammar: grammars.Grammar,
+  grammar: grammar_lib.Grammar,
   *,
   temperature: float = 1.0,
   chunk: int = 32,
@@ -256,7 +257,7 @@ def score_tokens(
 
 def supervised_loss(
   model: transformer.TransformerConfig,
-  grammar: grammars.Grammar,
+  grammar: grammar_lib.Grammar,
   *,
   listwise_weight: float,
   ranking_weight: float = 0.0,
@@ -324,7 +325,7 @@ def write_answer(
   answer_at_PxG: jax.Array,
   ranking_PxK: jax.Array,
   count_P: jax.Array,
-  grammar: grammars.Grammar,
+  grammar: grammar_lib.Grammar,
 ) -> jax.Array:
   """Puts the slots of a ranking where each completion's answer stands.
 

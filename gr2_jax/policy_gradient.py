@@ -22,9 +22,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gr2_jax import grammars, learner, policy, sampling
+from gr2_jax import learner
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, losses, masking, parsing
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import policy, sampling
 
 DIVERGENCES = (*kl.KINDS, *kl.EXACT)
 
@@ -59,7 +61,7 @@ def score(
   model: transformer.TransformerConfig,
   params: Any,
   batch: PolicyBatch,
-  grammar: grammars.Grammar,
+  grammar: grammar_lib.Grammar,
   config: sampling.SamplingConfig,
 ) -> learner.TokenScores:
   """Scores rollouts under any parameters, as the sampler would.
@@ -94,7 +96,7 @@ def _score(
   params: Any,
   hidden_PxGxTxD: jax.Array,
   batch: PolicyBatch,
-  grammar: grammars.Grammar,
+  grammar: grammar_lib.Grammar,
   config: sampling.SamplingConfig,
   teacher: learner.TeacherStates | None = None,
   divergence: str = 'reverse',
@@ -113,12 +115,14 @@ def _score(
 
 
 def constraint(
-  batch: PolicyBatch, grammar: grammars.Grammar, config: sampling.SamplingConfig
+  batch: PolicyBatch,
+  grammar: grammar_lib.Grammar,
+  config: sampling.SamplingConfig,
 ) -> tuple[Any, Any] | None:
   """What the sampler's mask followed from; None where it had none."""
   if not config.constrained:
     return None
-  progress = grammars.replay(
+  progress = grammar_lib.replay(
     grammar, batch.facts, batch.tokens, config.thinking
   )
   return progress, batch.facts
@@ -126,7 +130,7 @@ def constraint(
 
 def make_loss(
   model: transformer.TransformerConfig,
-  grammar: grammars.Grammar,
+  grammar: grammar_lib.Grammar,
   config: sampling.SamplingConfig,
   *,
   clip_low: float,
@@ -242,13 +246,13 @@ def _apart(
   scores: learner.TokenScores,
   batch: PolicyBatch,
   written: jax.Array,
-  grammar: grammars.Grammar,
+  grammar: grammar_lib.Grammar,
   config: sampling.SamplingConfig,
   divergence: str,
 ) -> tuple[jax.Array, jax.Array]:
   """Divergence of each token [P, G, Tc], and where it counts."""
   if batch.teacher_scores is not None:
-    progress = grammars.replay(
+    progress = grammar_lib.replay(
       grammar, batch.facts, batch.tokens, config.thinking
     )
     left = parsing.answer_mask(progress.emitted, batch.facts[:, None, None])

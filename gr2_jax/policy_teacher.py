@@ -19,18 +19,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import grammars, policy, sampling
 from gr2_jax.data import teachers
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import artifacts
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import examples, prompt, vocabulary
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _answer(
   model: transformer.TransformerConfig,
-  grammar: grammars.Ranking,
+  grammar: grammar_lib.Ranking,
   config: sampling.SamplingConfig,
   params: Any,
   key: jax.Array,

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gr2_jax import policy, policy_gradient, sampling
+from gr2_jax import policy_gradient
 from gr2_jax.ops import (
   advantages,
   judge,
@@ -22,6 +22,7 @@ from gr2_jax.ops import (
   placement,
   rewards,
 )
+from gr2_jax.policy import policy, sampling
 
 # Fields of rows that are for a teacher's eyes alone.
 _TEACHERS = ('teacher_prompt', 'teacher_prompt_length', 'teacher_slots')

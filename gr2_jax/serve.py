@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from gr2_jax import ranker
 from gr2_jax.pipeline import artifacts, environment
+from gr2_jax.policy import ranking
 
 if TYPE_CHECKING:
   from gr2_jax.serving import reranker as reranker_lib
@@ -29,7 +29,7 @@ _ARTIFACT = flags.DEFINE_string(
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at.')
 _PORT = flags.DEFINE_integer('port', 8080, 'Port; 0 takes a free one.', 0)
 _MODES = flags.DEFINE_list(
-  'modes', list(ranker.MODES), 'Ways to answer; the first is the default.'
+  'modes', list(ranking.MODES), 'Ways to answer; the first is the default.'
 )
 _LARGEST_BATCH = flags.DEFINE_integer(
   'largest_batch', 64, 'Slates answered at a time.', 1

@@ -6,16 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import (
-  compressor,
-  compressor_judge,
-  context_writer,
-  policy,
-  sampling,
-)
+from gr2_jax import compressor, compressor_judge, context_writer
 from gr2_jax.data import dialogue, endpoint, ledger, remote_judge
 from gr2_jax.models import lora, transformer
 from gr2_jax.ops import advantages, compression
+from gr2_jax.policy import policy, sampling
 from gr2_jax.stages import compress
 
 from . import chat_server, tiny, tiny_data, tiny_world

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from gr2_jax import distillation, policy, policy_gradient
+from gr2_jax import distillation, policy_gradient
+from gr2_jax.policy import policy
 
 from . import tiny
 

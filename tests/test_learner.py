@@ -9,9 +9,10 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import grammars, learner, policy_gradient
+from gr2_jax import learner, policy_gradient
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
+from gr2_jax.policy import grammar
 
 from . import tiny
 
@@ -41,7 +42,7 @@ def test_chunks_of_time_change_nothing(constrained):
   batch = tiny.policy_batch(config)
   constraint = None
   if constrained:
-    progress = grammars.replay(G, batch.facts, batch.tokens, True)
+    progress = grammar.replay(G, batch.facts, batch.tokens, True)
     constraint = (progress, batch.facts)
   weight = np.where(np.arange(10) < batch.length[..., None], 1.0, 0.0)
 

@@ -7,9 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from gr2_jax import policy, policy_teacher
+from gr2_jax import policy_teacher
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import artifacts, checkpoint
+from gr2_jax.policy import policy
 from gr2_jax.prompts import examples, prompt, vocabulary
 
 from . import tiny, tiny_world

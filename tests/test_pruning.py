@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import distillation, policy, pruning
+from gr2_jax import distillation, pruning
+from gr2_jax.policy import policy
 
 from . import tiny
 

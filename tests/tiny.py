@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import grammars, learner, policy, policy_gradient, sampling
+from gr2_jax import learner, policy_gradient
 from gr2_jax.distributed import sharding
 from gr2_jax.models import lora, transformer
+from gr2_jax.policy import grammar, policy, sampling
 
 MODEL = transformer.TransformerConfig(
   vocab_size=40,
@@ -19,7 +20,7 @@ MODEL = transformer.TransformerConfig(
   head_dim=4,
   d_ff=24,
 )
-GRAMMAR = grammars.Ranking(
+GRAMMAR = grammar.Ranking(
   slot_base=10, num_slots=7, num_candidates=5, think_end=4, eos=2, pad=0
 )
 

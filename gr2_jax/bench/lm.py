@@ -29,10 +29,11 @@ import torch
 import transformers
 from absl import app, flags
 
-from gr2_jax import hf, sampling
+from gr2_jax import hf
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import reporting
+from gr2_jax.policy import sampling
 
 _TINY = flags.DEFINE_bool('tiny', False, 'A small random decoder.')
 _BATCHES = flags.DEFINE_list('batches', ['1', '8'], 'Prompts at a time.')

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gr2_jax import grammars, learner, policy_gradient, sampling
+from gr2_jax import learner, policy_gradient
 from gr2_jax.models import transformer
 from gr2_jax.ops import advantages
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import sampling
 
 PHASES = ('rollout', 'reference', 'reward', 'update')
 CLIP = 0.2
@@ -112,7 +114,7 @@ def make_step(
   Returns:
     The step, and the reference's score of completions.
   """
-  grammar = grammars.Ranking(
+  grammar = grammar_lib.Ranking(
     slot_base=0,
     num_slots=1,
     num_candidates=1,

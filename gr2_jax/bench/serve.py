@@ -25,16 +25,16 @@ from typing import Any
 
 from absl import app, flags
 
-from gr2_jax import ranker
 from gr2_jax.bench import serving_load, serving_table
 from gr2_jax.pipeline import environment, reporting
+from gr2_jax.policy import ranking
 
 _ARTIFACT = flags.DEFINE_string(
   'artifact', None, 'Folder of a trained policy.', required=True
 )
 _SECONDS = flags.DEFINE_float('seconds', 60.0, 'Of each row.', 0.1)
 _CLIENTS = flags.DEFINE_list('clients', ['1', '8', '64'], 'At a time.')
-_MODES = flags.DEFINE_list('modes', list(ranker.MODES), 'Ways to answer.')
+_MODES = flags.DEFINE_list('modes', list(ranking.MODES), 'Ways to answer.')
 _PEERS = flags.DEFINE_list(
   'peers', list(serving_load.PEERS), 'Who else is asked; may be empty.'
 )

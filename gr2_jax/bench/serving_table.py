@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import ranker
 from gr2_jax.pipeline import reporting
+from gr2_jax.policy import ranking as ranking_lib
 
 LOAD = (
   'mode', 'clients', 'p50', 'p95', 'p99', 'slates/s', 'errors', 'late', 'batch',
@@ -95,7 +95,7 @@ def ndcg(orders: Orders, grades_nxK: np.ndarray, count_n: np.ndarray) -> float:
   )
   for row, order in enumerate(orders):
     ranking[row, : len(order)] = order
-  return float(ranker.watch(ranking, grades_nxK, count_n)['n@5'].mean())
+  return float(ranking_lib.watch(ranking, grades_nxK, count_n)['n@5'].mean())
 
 
 def _rounded(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 It shares with the policy the slates' checks, the data, the evidence and the
 prompts. Weights come by way of an exported checkpoint. Prompts are encoded and
 completions written by `generate`, which keeps keys and values, greedily, under
-the mask of `grammars.Ranking`. Scores are the read-out vector's, which is ours:
+the mask of `grammar.Ranking`. Scores are the read-out vector's, which is ours:
 times the hidden states at the slots.
 
 To its advantage batches are not padded to a few sizes, for nothing is compiled,
@@ -23,17 +23,18 @@ import numpy as np
 import torch
 import transformers
 
-from gr2_jax import grammars, hf
-from gr2_jax import policy as policy_lib
+from gr2_jax import hf
 from gr2_jax.hf import unigram
 from gr2_jax.pipeline import artifacts
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import policy as policy_lib
 from gr2_jax.prompts import vocabulary
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.stages import export
 
 
 class PermutationMask(transformers.LogitsProcessor):
-  """What a completion may go on with, as `grammars.Ranking.allowed` has it.
+  """What a completion may go on with, as `grammar.Ranking.allowed` has it.
 
   Args:
     grammar: token ids.
@@ -45,7 +46,7 @@ class PermutationMask(transformers.LogitsProcessor):
 
   def __init__(
     self,
-    grammar: grammars.Ranking,
+    grammar: grammar_lib.Ranking,
     count_B: torch.Tensor,
     begin: int,
     budget: int,

@@ -26,11 +26,12 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from gr2_jax import cold_items, policy, ranker
+from gr2_jax import cold_items
 from gr2_jax.data import knowledge as knowledge_lib
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import artifacts
+from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples
 from gr2_jax.serving import memories as memories_lib
 from gr2_jax.serving import partial
@@ -80,7 +81,7 @@ class Reranker:
     cls,
     path: str | pathlib.Path,
     *,
-    modes: Sequence[str] = ranker.MODES,
+    modes: Sequence[str] = ranking.MODES,
     largest_batch: int = 64,
     tensor: int = 1,
     memory_cache_bytes: int = MEMORY_CACHE_BYTES,
@@ -91,7 +92,7 @@ class Reranker:
     Args:
       path: a finished artifact of `policy.TRAINERS`; what it was made
         from lies beside it, its data where its config says.
-      modes: of `ranker.MODES`.
+      modes: of `ranking.MODES`.
       largest_batch: slates at a time; programs are made for it and for smaller
         powers of two.
       tensor: devices that split heads and feed-forward; the rest split batches.
@@ -107,8 +108,8 @@ class Reranker:
     """
     path = pathlib.Path(path).resolve()
     for mode in modes:
-      if mode not in ranker.MODES:
-        raise ValueError(f'mode {mode!r}: known: {", ".join(ranker.MODES)}')
+      if mode not in ranking.MODES:
+        raise ValueError(f'mode {mode!r}: known: {", ".join(ranking.MODES)}')
     policy.form_of(path, own=False)
     run = artifacts.read_run(path)
     mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=tensor))
@@ -128,14 +129,15 @@ class Reranker:
     programs = {
       mode: {
         size: made.get(mode, {}).get(size)
-        or ranker.compiled(restored.setup, mode, size)
+        or ranking.compiled(restored.setup, mode, size)
         for size in sizes
       }
       for mode in modes
     }
     if restored.setup.prompter.context.memory:
       encoders = {
-        size: encoders.get(size) or ranker.compiled_memory(restored.setup, size)
+        size: encoders.get(size)
+        or ranking.compiled_memory(restored.setup, size)
         for size in sizes
       }
     reader, unreadable = cold_items.load(
@@ -198,7 +200,7 @@ class Reranker:
 
     Args:
       slates: objects with the fields of `data/requests.py`.
-      mode: of `ranker.MODES`.
+      mode: of `ranking.MODES`.
 
     Returns:
       For each the fields that stage `rerank` writes, and:
@@ -250,7 +252,7 @@ class Reranker:
         self.policy.setup,
         part,
         # Reasoning names candidates by their rank in the whole slate.
-        ranker.Ranked(
+        ranking.Ranked(
           **{
             field.name: getattr(ranked, field.name)[i : i + 1]
             for field in dataclasses.fields(ranked)
@@ -270,7 +272,7 @@ class Reranker:
 
   def _run(
     self, asked: Sequence[tuple[requests_lib.Request, int]], mode: str
-  ) -> tuple[ranker.Ranked, int]:
+  ) -> tuple[ranking.Ranked, int]:
     """Ranks requests whose candidates are all known or described.
 
     Returns:
@@ -300,7 +302,7 @@ class Reranker:
     memorized = 0
     if self.encoders:
       rows, memorized = self._behind_memory(rows)
-    return ranker.Ranked(**self._call(self.programs[mode], rows)), memorized
+    return ranking.Ranked(**self._call(self.programs[mode], rows)), memorized
 
   def _behind_memory(
     self, rows: Sequence[dict[str, np.ndarray]]

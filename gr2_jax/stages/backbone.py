@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from gr2_jax import policy
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import splits, teachers
 from gr2_jax.models import embedding_init
 from gr2_jax.pipeline import checkpoint
+from gr2_jax.policy import policy
 from gr2_jax.prompts import documents, prompt, vocabulary
 
 

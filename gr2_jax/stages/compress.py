@@ -29,13 +29,12 @@ from gr2_jax import (
   context_writer,
   distillation,
   learner,
-  policy,
-  ranker,
 )
 from gr2_jax.data import dialogue, endpoint, extracts, records, remote_judge
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import artifacts
+from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import compressed, examples, prompt
 from gr2_jax.stages import on_policy, remote, training
 
@@ -215,7 +214,7 @@ def _imitate(
   source = setup.source('train')
   few = np.random.default_rng(0).permutation(len(source))[: stage.rule_slates]
   ranked = compressor_rule.most_telling(
-    setup, ranks, stage, config.prompt.order, ranker.Chosen(source, few)
+    setup, ranks, stage, config.prompt.order, ranking.Chosen(source, few)
   )
   data = training.dataset(
     setup,
@@ -306,7 +305,7 @@ def validator(stage, setup: policy.Setup, write):
   """
   source = setup.source('validation')
   chosen = np.random.default_rng(0).permutation(len(source))
-  few = ranker.Chosen(source, chosen[: stage.eval_slates])
+  few = ranking.Chosen(source, chosen[: stage.eval_slates])
 
   def validate(params) -> dict[str, float]:
     judged = _joined([part.judged for part in write(params, few, 0)])
@@ -344,7 +343,7 @@ def _write(
     return json.loads(noted.read_text())
   slates, most = reader.source(split), config.compress.train_slates
   if split == 'train' and most:
-    slates = ranker.Chosen(slates, np.arange(min(most, len(slates))))
+    slates = ranking.Chosen(slates, np.arange(min(most, len(slates))))
   judged: list[compressor_judge.Judgement] = []
 
   def noting():
@@ -378,7 +377,7 @@ def _honesty(config, workdir, reader: policy.Setup, ranks, longest: int):
   labels = slates_lib.read(reader.slates, JUDGED)
 
   def ranked(setup: policy.Setup) -> np.ndarray:
-    found = ranker.rank(
+    found = ranking.rank(
       setup,
       ranks,
       setup.source(JUDGED),
@@ -388,7 +387,7 @@ def _honesty(config, workdir, reader: policy.Setup, ranks, longest: int):
       seed=0,
       desc='judge',
     )
-    return ranker.watch(found.generated, labels.grades, labels.count)['n@5']
+    return ranking.watch(found.generated, labels.grades, labels.count)['n@5']
 
   whole = ranked(reader)
   written = ranked(reader.reading_written(workdir, longest))

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import policy, ranker
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics, parsing, statistics
 from gr2_jax.pipeline import reporting
-from gr2_jax.stages import answers, baselines
+from gr2_jax.policy import answers, policy
+from gr2_jax.policy import ranking as ranking_lib
+from gr2_jax.stages import baselines
 
 # Rows of the table, in order; of what a run does not have there is no row.
 RANKERS = (
@@ -109,7 +110,7 @@ def run(
     ranking = ranking.reshape(-1, *ranking.shape[-2:])
     grades = np.broadcast_to(slates.grades, ranking.shape)
     count = np.broadcast_to(slates.count, ranking.shape[:-1])
-    per_slate[name] = ranker.watch(ranking, grades, count)
+    per_slate[name] = ranking_lib.watch(ranking, grades, count)
   means = {
     name: {m: float(per_slate[name][m].mean()) for m in metrics.RANKING_METRICS}
     for name in RANKERS

@@ -30,12 +30,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import ebnf, hf, policy, sampling
+from gr2_jax import hf
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.hf import unigram
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import artifacts
+from gr2_jax.policy import ebnf, policy, sampling
 from gr2_jax.prompts import examples, vocabulary
 
 CHECKPOINT = 'checkpoint'

@@ -33,10 +33,11 @@ import grain
 import jax
 import numpy as np
 
-from gr2_jax import learner, policy, retrieval, row_warmup
+from gr2_jax import learner, row_warmup
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
+from gr2_jax.policy import policy, retrieval
 from gr2_jax.prompts import documents, examples, packing, prompt
 from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.stages import training

@@ -21,17 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import (
-  distillation,
-  learner,
-  policy,
-  policy_gradient,
-  ranker,
-  rollouts,
-  sampling,
-)
+from gr2_jax import distillation, learner, policy_gradient, rollouts
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import advantages, gates, kl, losses, masking, rewards
+from gr2_jax.policy import policy, ranking, sampling
 from gr2_jax.prompts import examples
 from gr2_jax.stages import training
 
@@ -85,7 +78,7 @@ def train(
     render=render,
     sampler=sampler,
     act=rollouts.make_act(setup, sampler, stage),
-    validate=ranker.validator(config, setup, inputs['slates'], stage),
+    validate=ranking.validator(config, setup, inputs['slates'], stage),
     start=inputs[stage.start],
     teacher=teacher,
   )

@@ -11,17 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import (
-  distillation,
-  policy,
-  policy_gradient,
-  pruning,
-  ranker,
-  rollouts,
-)
+from gr2_jax import distillation, policy_gradient, pruning, rollouts
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import kl
 from gr2_jax.pipeline import checkpoint
+from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples
 from gr2_jax.stages import on_policy
 
@@ -134,7 +128,7 @@ def _rollouts(
   drawn = np.random.default_rng(0).permutation(len(source))
   size = stage.batch_size
   most = max(size, min(len(drawn), stage.measured) // size * size)
-  chosen = ranker.Chosen(source, drawn[:most])
+  chosen = ranking.Chosen(source, drawn[:most])
   found = []
   for i, (_, rows) in enumerate(examples.in_order(chosen, render, size, 0)):
     rows = sharding.shard_batch(rows, whole.mesh)

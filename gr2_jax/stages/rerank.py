@@ -30,12 +30,13 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import cold_items, policy, ranker
+from gr2_jax import cold_items
 from gr2_jax.data import knowledge
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import reporting
+from gr2_jax.policy import policy, ranking
 
 REQUESTS = 'requests.jsonl'
 OUTPUT = 'output.jsonl'
@@ -114,7 +115,7 @@ def _rank(
       if len(items):
         prompter = reader.prompts_of(items)
         shown = dataclasses.replace(setup, prompter=prompter)
-      ranked = ranker.rank(
+      ranked = ranking.rank(
         shown,
         params,
         records(slates),
@@ -171,7 +172,7 @@ def _keep_whole_chunks(path: pathlib.Path, chunk: int) -> int:
 def answer(
   setup: policy.Setup,
   request: requests_lib.Request,
-  ranked: ranker.Ranked,
+  ranked: ranking.Ranked,
   row: int,
 ) -> dict[str, Any]:
   """One line of the output."""

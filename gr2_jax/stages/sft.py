@@ -13,9 +13,10 @@ from typing import Any
 
 import grain
 
-from gr2_jax import learner, policy, ranker
+from gr2_jax import learner
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples, prompt
 from gr2_jax.stages import traces, training
 
@@ -91,7 +92,7 @@ def run(
     optimizer=optimizer,
     take_step=training.supervised_step(setup, loss_fn, optimizer, iterator),
     iterator=iterator,
-    validate=ranker.validator(
+    validate=ranking.validator(
       config, setup.reading(stage.contexts[-1]), inputs['slates'], stage
     ),
     choose='n@5',

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import ml_collections
 import numpy as np
 
-from gr2_jax import policy, ranker
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import statistics
 from gr2_jax.pipeline import artifacts, reporting
-from gr2_jax.stages import answers
+from gr2_jax.policy import answers, policy
+from gr2_jax.policy import ranking as ranking_lib
 
 Name = TypeVar('Name', bound=Hashable)
 
@@ -45,13 +45,13 @@ class Tested:
 
   @functools.cached_property
   def incoming(self) -> dict[str, np.ndarray]:
-    """`ranker.watch` of the incoming order."""
+    """`ranking.watch` of the incoming order."""
     shape = self.slates.grades.shape
     return self.watch(np.broadcast_to(np.arange(shape[1]), shape))
 
   def watch(self, ranking: np.ndarray) -> dict[str, np.ndarray]:
-    """`ranker.watch` of a ranking of the slates, int32 [n, K]."""
-    return ranker.watch(ranking, self.slates.grades, self.slates.count)
+    """`ranking.watch` of a ranking of the slates, int32 [n, K]."""
+    return ranking_lib.watch(ranking, self.slates.grades, self.slates.count)
 
 
 def rank_test(
@@ -88,10 +88,10 @@ def rank_test(
   rng = np.random.default_rng(0)
   chosen = np.sort(rng.permutation(len(records))[:slates])
 
-  def load() -> tuple[policy.Setup, Any, ranker.Chosen]:
+  def load() -> tuple[policy.Setup, Any, ranking_lib.Chosen]:
     setup = policy.load(config, inputs, *policy.form_of(source))
     params = setup.load_params(source)
-    return setup, params, ranker.Chosen(records, chosen)
+    return setup, params, ranking_lib.Chosen(records, chosen)
 
   found = answers.ranked(
     workdir / f'{source.name}{"" if thinking else "-direct"}.npz',

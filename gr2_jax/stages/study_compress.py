@@ -20,10 +20,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import compressor, context_writer, policy, ranker
+from gr2_jax import compressor, context_writer
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import statistics
 from gr2_jax.pipeline import artifacts, reporting
+from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import compressed
 
 TABLE, FIGURE = 'compress.md', 'compress.png'
@@ -72,7 +73,7 @@ def run(
       order, metric = measure.split()
       found[measure] = np.stack(
         [
-          ranker.watch(getattr(r, order), slates.grades, slates.count)[metric]
+          ranking.watch(getattr(r, order), slates.grades, slates.count)[metric]
           for r in answers[name]
         ]
       )
@@ -150,12 +151,12 @@ def _forms(
   read = functools.partial(_read, config, workdir, whole)
 
   def plain(form: str):
-    return whole.reading(form), ranker.Chosen(whole.source('test'), chosen)
+    return whole.reading(form), ranking.Chosen(whole.source('test'), chosen)
 
   def written():
     longest = artifacts.read_results(home)['longest']
     setup = whole.reading_written(home, longest)
-    return setup, ranker.Chosen(setup.source('test'), chosen)
+    return setup, ranking.Chosen(setup.source('test'), chosen)
 
   found = {
     form: functools.partial(
@@ -244,7 +245,7 @@ def _read(
   kept = workdir / f'{source.name}-{label}.npz'
   if not kept.exists():
     setup, slates = form()
-    ranked = ranker.rank(
+    ranked = ranking.rank(
       setup,
       whole.load_params(source),
       slates,

@@ -16,10 +16,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from gr2_jax import policy
-from gr2_jax.data import claims
 from gr2_jax.ops import statistics
 from gr2_jax.pipeline import artifacts, reporting
+from gr2_jax.policy import claims, policy
 from gr2_jax.stages import studies
 
 TABLE = 'distill.md'

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import policy, policy_teacher
+from gr2_jax import policy_teacher
 from gr2_jax.data import (
   dialogue,
   endpoint,
@@ -32,6 +32,7 @@ from gr2_jax.data import (
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
 from gr2_jax.pipeline import reporting
+from gr2_jax.policy import policy
 from gr2_jax.prompts import prompt
 from gr2_jax.stages import remote
 

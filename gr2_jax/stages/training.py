@@ -17,9 +17,10 @@ import jax
 import numpy as np
 import optax
 
-from gr2_jax import learner, policy
+from gr2_jax import learner
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import checkpoint, reporting
+from gr2_jax.policy import policy
 from gr2_jax.prompts import examples
 
 # (state, frozen parameters, step) -> (state, metrics). Draws its own batches.

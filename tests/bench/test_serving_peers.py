@@ -11,10 +11,10 @@ pytest.importorskip('lightgbm', reason='needs the extra: gr2_jax[report]')
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
-from gr2_jax import ranker  # noqa: E402
 from gr2_jax.baselines import gbdt  # noqa: E402
 from gr2_jax.bench import serving_torch, serving_trees  # noqa: E402
 from gr2_jax.data import slates as slates_lib  # noqa: E402
+from gr2_jax.policy import ranking  # noqa: E402
 from gr2_jax.stages import baselines  # noqa: E402
 
 from .. import tiny  # noqa: E402
@@ -26,7 +26,7 @@ VOCABULARY = tiny.MODEL.vocab_size
 
 @pytest.fixture(scope='module')
 def theirs(reranker):  # noqa: F811
-  return serving_torch.beside(reranker, ranker.MODES, 8)
+  return serving_torch.beside(reranker, ranking.MODES, 8)
 
 
 def of_several_sizes(slates):  # noqa: F811
@@ -45,7 +45,7 @@ def of_several_sizes(slates):  # noqa: F811
   return found
 
 
-@pytest.mark.parametrize('mode', ranker.MODES)
+@pytest.mark.parametrize('mode', ranking.MODES)
 def test_transformers_answers_as_the_policy(reranker, theirs, slates, mode):  # noqa: F811
   rows = of_several_sizes(slates[:16])
   assert len({len(slate['candidates']) for slate in rows}) > 3

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import compressor, grammars
+from gr2_jax import compressor
 from gr2_jax.data import extracts
+from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.prompts import prompt as prompt_lib
 
 from .. import tiny_data
@@ -26,7 +27,7 @@ def test_every_rule_writes_what_the_grammar_allows(prompter):
   def chances(prompt, length, count, budget, tokens):
     """Whether each token is allowed where it stands."""
     facts = grammar.source(prompt, length, count, budget)
-    progress = grammars.replay(grammar, facts, tokens, False)
+    progress = grammar_lib.replay(grammar, facts, tokens, False)
     left = budget[:, None] - jnp.arange(T)
     menu = grammar.menu(facts)
     allowed = grammar.allowed(facts, progress, left, menu.shape[1])

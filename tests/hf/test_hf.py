@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import hf, sampling
+from gr2_jax import hf
 from gr2_jax.distributed import sharding
 from gr2_jax.hf import gguf_file
 from gr2_jax.models import transformer
+from gr2_jax.policy import sampling
 
 gguf = pytest.importorskip('gguf')
 tokenizers = pytest.importorskip('tokenizers')

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gr2_jax import policy, ranker
 from gr2_jax.data import requests as requests_lib
 from gr2_jax.pipeline import checkpoint
+from gr2_jax.policy import policy, ranking
 from gr2_jax.serving import memories as memories_lib
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.serving import service as service_lib
@@ -78,7 +78,7 @@ def in_one_pass(own, asked, mode):
     own.candidates,
     own.history,
   )
-  return ranker.rank(
+  return ranking.rank(
     own.policy.setup,
     own.policy.params,
     rerank.records(slates),
@@ -101,14 +101,14 @@ def scores(own, *rows):
   return np.array([a['scores'] for a in own.answer(asked, 'score').lines])
 
 
-@pytest.mark.parametrize('mode', ranker.MODES)
+@pytest.mark.parametrize('mode', ranking.MODES)
 def test_answers_are_those_of_one_pass(own, slates, mode):
   asked = checked(own, slates[:7])
   wanted = in_one_pass(own, asked, mode)
   for new in (7, 0):  # Read now, and known already.
     found, memorized = own._run(asked, mode)
     assert memorized == new
-    for field in dataclasses.fields(ranker.Ranked):
+    for field in dataclasses.fields(ranking.Ranked):
       a, b = getattr(found, field.name), getattr(wanted, field.name)
       if field.name == 'scores':
         assert np.ptp(b) > 0.1

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import policy
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import artifacts
+from gr2_jax.policy import policy
 from gr2_jax.serving import examples
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.stages import rerank

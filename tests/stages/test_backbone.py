@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from configs import common
-from gr2_jax import hf, policy
+from gr2_jax import hf
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
 from gr2_jax.pipeline import artifacts, checkpoint
+from gr2_jax.policy import policy
 from gr2_jax.prompts import examples, vocabulary
 from gr2_jax.stages import backbone, baselines, evaluate, midtrain, sft, traces
 

@@ -5,20 +5,14 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import (
-  compressor,
-  compressor_judge,
-  context_writer,
-  policy,
-  ranker,
-  sampling,
-)
+from gr2_jax import compressor, compressor_judge, context_writer
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression
 from gr2_jax.pipeline import artifacts, reporting
+from gr2_jax.policy import policy, ranking, sampling
 from gr2_jax.prompts import compressed
 from gr2_jax.prompts import examples as examples_lib
 from gr2_jax.stages import compress, study_compress
@@ -362,7 +356,7 @@ def test_what_cannot_be_compressed_stays_whole_and_is_counted(
   write = context_writer.make_write(
     own, params, config, config.compress, budgets
   )
-  slates = ranker.Chosen(setup.source('train'), np.arange(9))
+  slates = ranking.Chosen(setup.source('train'), np.arange(9))
   stored = list(context_writer.store(setup, slates, write(params, slates, 0)))
   report = compressed.report(stored)
   assert report['unchanged'] == report['slates'] == 9

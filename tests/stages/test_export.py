@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import grammars, hf, ranker
+from gr2_jax import hf
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import artifacts
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import ranking
 from gr2_jax.stages import backbone, export, midtrain
 
 from .. import tiny_pretrained, tiny_world
@@ -160,7 +162,7 @@ def test_their_tokenizer_reads_and_shows_the_example(exported):
 def test_the_example_has_the_answer_that_reranking_gives(exported):
   setup, example = exported.setup, exported.example
   slates = slates_lib.source(exported.found['slates'], 'test')
-  ranked = ranker.rank(
+  ranked = ranking.rank(
     setup,
     exported.params,
     [slates[0]],
@@ -220,7 +222,7 @@ def test_xgrammar_masks_every_token_as_the_policys_sampler(exported, count):
   facts = jnp.array([count])
   ours = grammar.allowed(
     facts,
-    grammars.replay(grammar, facts, tokens, thinking=True),
+    grammar_lib.replay(grammar, facts, tokens, thinking=True),
     budget - jnp.arange(budget)[None],
     len(exported.setup.vocabulary),
   )

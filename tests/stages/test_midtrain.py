@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import policy
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import artifacts, checkpoint, reporting
+from gr2_jax.policy import policy
 from gr2_jax.prompts import packing, prompt
 from gr2_jax.stages import midtrain, rl, sft, training
 

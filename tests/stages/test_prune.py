@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import policy
 from gr2_jax.pipeline import artifacts, checkpoint, reporting
+from gr2_jax.policy import policy
 from gr2_jax.serving import Reranker
 from gr2_jax.stages import prune, study_prune
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from configs import common
-from gr2_jax import policy, ranker
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import artifacts, checkpoint
+from gr2_jax.policy import policy, ranking
 from gr2_jax.semantic_ids import ids
 from gr2_jax.stages import rerank
 from gr2_jax.stages import slates as slates_stage
@@ -98,9 +98,9 @@ def finished(config, inputs, asked, tmp_path_factory):
   """Config, workdir and results of a whole run, and its traces."""
   workdir = tmp_path_factory.mktemp('rerank')
   config = with_input(config, workdir / 'slates.jsonl', asked)
-  before = ranker._answer._cache_size()
+  before = ranking._answer._cache_size()
   results = rerank.run(config, inputs, workdir)
-  return config, workdir, results, ranker._answer._cache_size() - before
+  return config, workdir, results, ranking._answer._cache_size() - before
 
 
 def output(workdir):
@@ -160,7 +160,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
   finished, inputs, tmp_path, monkeypatch, torn
 ):
   config, workdir, _, _ = finished
-  rank, ranked = ranker.rank, []
+  rank, ranked = ranking.rank, []
 
   def die_at_the_second(*args, **kwargs):
     if kwargs['first'] == CHUNK:
@@ -171,13 +171,13 @@ def test_a_killed_run_ends_in_the_same_bytes(
     ranked.append(kwargs['first'])
     return rank(*args, **kwargs)
 
-  monkeypatch.setattr(ranker, 'rank', die_at_the_second)
+  monkeypatch.setattr(ranking, 'rank', die_at_the_second)
   with pytest.raises(Killed):
     rerank.run(config, inputs, tmp_path)
   assert not (tmp_path / rerank.OUTPUT).exists()
   with (tmp_path / rerank.PARTIAL).open('ab') as file:
     file.write(torn)
-  monkeypatch.setattr(ranker, 'rank', watch)
+  monkeypatch.setattr(ranking, 'rank', watch)
   rerank.run(config, inputs, tmp_path)
   assert ranked == [CHUNK, 2 * CHUNK]
   whole = (workdir / rerank.OUTPUT).read_bytes()
@@ -229,7 +229,7 @@ def test_without_input_the_test_slates_are_ranked(config, inputs, tmp_path):
   answers = output(tmp_path)
   assert results['slates'] == len(stored) == len(answers)
   setup = policy.load(config, inputs)
-  direct = ranker.rank(
+  direct = ranking.rank(
     setup,
     setup.load_params(inputs['rl']),
     slates_lib.source(inputs['slates'], 'test'),

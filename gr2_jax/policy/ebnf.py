@@ -10,7 +10,8 @@ Axes: K candidates.
 import itertools
 from collections.abc import Iterator
 
-from gr2_jax import grammars, sampling
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import sampling
 
 # Candidates of the longest slate whose permutations are written out: there is a
 # rule for every set of slots that may be left, so 2^K of them, and K 2^(K-1)
@@ -19,12 +20,12 @@ MOST = 10
 
 
 def ranking(
-  grammar: grammars.Ranking, count: int, sampler: sampling.SamplingConfig
+  grammar: grammar_lib.Ranking, count: int, sampler: sampling.SamplingConfig
 ) -> str:
   """The rankings of a slate that a constrained sampler can write.
 
   Rule `root` is the completion without the <eos> that a server adds itself. Of
-  up to MOST candidates it lets through what `grammars.Ranking.allowed` does; of
+  up to MOST candidates it lets through what `grammar.Ranking.allowed` does; of
   more, any of the slate's slots at each of `count` places, so repeats too. With
   reasoning it starts with any tokens but </think>, <eos> and padding, so few of
   them that the ranking has room.

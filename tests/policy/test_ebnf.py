@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import ebnf, grammars, sampling
+from gr2_jax.policy import ebnf, sampling
+from gr2_jax.policy import grammar as grammar_lib
 
 PAD, EOS, END, WORD, OTHER = range(5)
 BASE, SLOTS = 5, 6
-GRAMMAR = grammars.Ranking(
+GRAMMAR = grammar_lib.Ranking(
   slot_base=BASE,
   num_slots=SLOTS,
   num_candidates=SLOTS,
@@ -116,7 +117,7 @@ def masks(sampler, count, found):
   for row, prefix in zip(tokens, found, strict=True):
     row[: len(prefix)] = prefix
   facts = jnp.full(len(found), count)
-  progress = grammars.replay(GRAMMAR, facts, tokens, sampler.thinking)
+  progress = grammar_lib.replay(GRAMMAR, facts, tokens, sampler.thinking)
   here = jax.tree.map(lambda x: x[np.arange(len(found)), length], progress)
   left = jnp.asarray(sampler.max_tokens - length)
   return np.asarray(GRAMMAR.allowed(facts, here, left, len(VOCABULARY)))
@@ -137,7 +138,7 @@ def test_it_lets_through_what_the_mask_does(count, reasoning):
 
 def test_more_candidates_than_have_rules_may_repeat_and_are_of_the_slate():
   count = ebnf.MOST + 1
-  wide = grammars.Ranking(BASE, 20, 20, END, EOS, PAD)
+  wide = grammar_lib.Ranking(BASE, 20, 20, END, EOS, PAD)
   most, _ = written(ebnf.MOST, grammar=wide)
   text, _ = written(count, 3, grammar=wide)
   assert len(most.splitlines()) == 2**ebnf.MOST + 1

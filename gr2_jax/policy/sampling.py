@@ -13,9 +13,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from gr2_jax import grammars
 from gr2_jax.models import transformer
 from gr2_jax.ops import parsing
+from gr2_jax.policy import grammar as grammar_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def sample(
   prompt_length_P: jax.Array,
   facts: Any,
   key: jax.Array,
-  grammar: grammars.Grammar,
+  grammar: grammar_lib.Grammar,
   config: SamplingConfig,
   encoded: tuple[jax.Array, transformer.Prefix] | None = None,
 ) -> Rollouts:
@@ -204,7 +204,7 @@ def sample(
 
 
 def parse(
-  grammar: grammars.Ranking,
+  grammar: grammar_lib.Ranking,
   config: SamplingConfig,
   tokens: jax.Array,
   length: jax.Array,
@@ -270,7 +270,7 @@ def generate(
     prompt_length_P,
     jnp.zeros_like(prompt_length_P),
     jax.random.key(0),
-    grammars.Ranking(
+    grammar_lib.Ranking(
       slot_base=0,
       num_slots=0,
       num_candidates=0,

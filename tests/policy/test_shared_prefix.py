@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import policy_gradient, sampling
+from gr2_jax import policy_gradient
 from gr2_jax.models import transformer
+from gr2_jax.policy import sampling
 
-from . import tiny
+from .. import tiny
 
 MODELS = {
   'grouped queries': tiny.MODEL,

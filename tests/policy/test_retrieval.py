@@ -5,11 +5,11 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import retrieval
+from gr2_jax.policy import retrieval
 from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.semantic_ids import trie
 
-from . import tiny, tiny_data
+from .. import tiny, tiny_data
 
 C, L, BASE = 4, 3, 20  # ids 20..31 of the forty
 P, H = 5, 6
@@ -173,7 +173,7 @@ def test_a_retriever_goes_through_all_questions_in_equal_batches(
 ):
   from gr2_jax.data import slates as slates_lib
 
-  from . import tiny_world
+  from .. import tiny_world
 
   monkeypatch.setattr(retrieval, 'search', counted := Counting())
   setup = tiny_world.setup(world)

@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import ranker
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import parsing
+from gr2_jax.policy import ranking as ranking_lib
 from gr2_jax.prompts import examples
 
-from . import tiny_world
+from .. import tiny_world
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,7 @@ def slates(world):
 @pytest.fixture(scope='module')
 def rank(setup, params):
   settings = dict(thinking=False, order='shuffled', batch_size=8, seed=0)
-  return lambda slates, **kwargs: ranker.rank(
+  return lambda slates, **kwargs: ranking_lib.rank(
     setup, params, slates, **(settings | kwargs)
   )
 
@@ -119,7 +119,7 @@ def test_short_slates_rank_their_own_candidates(rank, slates):
 
 
 def test_watches_of_a_known_slate():
-  found = ranker.watch(
+  found = ranking_lib.watch(
     np.int32([[0, 1, 2], [2, 0, 1], [1, 0, 2]]),
     np.int8([[0, 0, 1], [0, 0, 1], [1, 0, 0]]),
     np.int32([3, 3, 2]),
@@ -136,15 +136,15 @@ def test_validation_reads_a_fixed_draw_of_held_out_slates(
 ):
   config = tiny_world.config()
   asked = []
-  rank = ranker.rank
+  rank = ranking_lib.rank
 
   def spy(setup, params, slates, **kwargs):
     asked.append([slates[i] for i in range(len(slates))])
     return rank(setup, params, slates, **kwargs)
 
-  monkeypatch.setattr(ranker, 'rank', spy)
+  monkeypatch.setattr(ranking_lib, 'rank', spy)
   stage = tiny_world.config(rl__eval_slates=5, rl__thinking=False).rl
-  validate = ranker.validator(config, setup, world['slates'], stage)
+  validate = ranking_lib.validator(config, setup, world['slates'], stage)
   with sharding.activate(setup.mesh):
     one, two = validate(params), validate(params)
   assert one == two

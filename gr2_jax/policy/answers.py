@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import policy, ranker
-from gr2_jax.data import claims
 from gr2_jax.ops import metrics
+from gr2_jax.policy import claims, policy, ranking
 
 CLAIMS = 'claims/'  # Before the names of what is found in the reasoning.
 
@@ -41,7 +40,7 @@ def ranked(
     desc: of a progress bar; empty for none.
 
   Returns:
-    generated, readout, verdict and length, as `ranker.Ranked` has them. Where
+    generated, readout, verdict and length, as `ranking.Ranked` has them. Where
     they are asked for: `order_sensitivity` float32 [n], how much an answer
     changes with a shuffled presentation; `free_verdict` int32 [n], without the
     permutation mask; what `claims.judge` finds in the reasoning, float64 [n]
@@ -50,8 +49,8 @@ def ranked(
   if not path.exists():
     setup, params, slates = load()
 
-    def answer(order: str, seed: int, constrained: bool) -> ranker.Ranked:
-      return ranker.rank(
+    def answer(order: str, seed: int, constrained: bool) -> ranking.Ranked:
+      return ranking.rank(
         setup,
         params,
         slates,

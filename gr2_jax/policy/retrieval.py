@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import policy
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
+from gr2_jax.policy import policy
 from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.semantic_ids import trie as trie_lib
 

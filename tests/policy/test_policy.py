@@ -5,10 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import policy
 from gr2_jax.distributed import sharding
+from gr2_jax.policy import policy
 
-from . import tiny_world
+from .. import tiny_world
 
 
 @pytest.fixture(scope='module')

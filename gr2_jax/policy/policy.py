@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from gr2_jax import grammars, sampling
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
 from gr2_jax.distributed import sharding
 from gr2_jax.models import lora, transformer
 from gr2_jax.pipeline import artifacts, checkpoint, graph
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import sampling
 from gr2_jax.prompts import bins as bins_lib
 from gr2_jax.prompts import chat, compressed, prompt, vocabulary
 from gr2_jax.prompts import context as context_lib
@@ -37,7 +38,7 @@ class Setup:
 
   catalog: Catalog
   prompter: prompt.Prompter
-  grammar: grammars.Ranking
+  grammar: grammar_lib.Ranking
   model: transformer.TransformerConfig
   mesh: jax.sharding.Mesh
   adapters: lora.Adapters
@@ -245,7 +246,7 @@ def load(
   whole = Setup(
     catalog=catalog,
     prompter=prompter,
-    grammar=grammars.Ranking(
+    grammar=grammar_lib.Ranking(
       slot_base=words.slot_base,
       num_slots=words.layout.num_slots,
       num_candidates=prompter.num_candidates,

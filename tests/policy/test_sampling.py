@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax import grammars, sampling
 from gr2_jax.ops import parsing
+from gr2_jax.policy import grammar, sampling
 
-from . import tiny
+from .. import tiny
 
 K = tiny.GRAMMAR.num_candidates
 V = tiny.MODEL.vocab_size
@@ -90,7 +90,7 @@ allowed = jax.jit(
   lambda progress, count, left: tiny.GRAMMAR.allowed(count, progress, left, V)
 )
 replay = jax.jit(
-  functools.partial(grammars.replay, tiny.GRAMMAR, None), static_argnums=1
+  functools.partial(grammar.replay, tiny.GRAMMAR, None), static_argnums=1
 )
 
 

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax import grammars, learner, policy_gradient, sampling
+from gr2_jax import learner, policy_gradient
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression
+from gr2_jax.policy import grammar as grammar_lib
+from gr2_jax.policy import sampling
 
-from . import tiny
+from .. import tiny
 
 V = tiny.MODEL.vocab_size
 P, G, S, T, K = 4, 3, 60, 24, 4
@@ -22,7 +24,7 @@ WORDS = (20, 26)  # Few, so that tokens are there again and again.
 
 
 def extraction(slack=1):
-  return grammars.Extraction(
+  return grammar_lib.Extraction(
     history=HISTORY,
     candidates=CANDIDATES,
     slot_base=SLOT,
@@ -289,7 +291,7 @@ def test_padding_behind_a_prompt_is_never_read():
 @pytest.mark.parametrize('slack', [0, 1])
 def test_replay_equals_one_step_after_another(slack):
   _, facts, tokens, _, progress = drawn(3, slack, 0.0)
-  found = grammars.replay(extraction(slack), facts, tokens, False)
+  found = grammar_lib.replay(extraction(slack), facts, tokens, False)
   # Past <eos> nothing is read.
   real = np.cumsum(tokens == EOS, -1) - (tokens == EOS) == 0
   for name in ('place', 'used', 'line', 'first', 'done'):
@@ -331,7 +333,7 @@ def test_sampler_and_learner_agree():
       chunk=chunk, constraint=constraint,
     )  # fmt: skip
 
-  progress = grammars.replay(grammar, facts, found.tokens, False)
+  progress = grammar_lib.replay(grammar, facts, found.tokens, False)
   real = np.arange(T) < np.asarray(found.length)[..., None]
   for chunk in (32, 7):
     scores = score(chunk, (progress, facts))

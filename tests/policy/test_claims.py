@@ -3,8 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gr2_jax.data import claims, log, teachers
+from gr2_jax.data import log, teachers
 from gr2_jax.ops import parsing
+from gr2_jax.policy import claims
 
 from .. import tiny_data
 

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import policy, sampling
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import masking, metrics
 from gr2_jax.pipeline import reporting
+from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import examples
 
 # What an answer is made of: the read-out at the slots, in one prefill; a

@@ -1,0 +1,1 @@
+"""A language model that ranks: its spec, grammar, sampler and ranker."""
