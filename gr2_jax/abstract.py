@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gr2_jax import learner, policy_gradient, rollouts, topologies
+from gr2_jax import topologies
 from gr2_jax.distributed import sharding
 from gr2_jax.models import lora, transformer
 from gr2_jax.policy import grammar, policy
 from gr2_jax.prompts import prompt, vocabulary
+from gr2_jax.train import learner, policy_gradient, rollouts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import compressor_judge, policy_gradient
+from gr2_jax import compressor_judge
 from gr2_jax.ops import advantages, compression, losses, masking
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import prompt, vocabulary
+from gr2_jax.train import policy_gradient
 
 _COUNTED = 512  # training contexts of which an average one's tokens are known
 

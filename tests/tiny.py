@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import learner, policy_gradient
 from gr2_jax.distributed import sharding
 from gr2_jax.models import lora, transformer
 from gr2_jax.policy import grammar, policy, sampling
+from gr2_jax.train import learner, policy_gradient
 
 MODEL = transformer.TransformerConfig(
   vocab_size=40,

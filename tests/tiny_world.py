@@ -5,10 +5,10 @@ import pathlib
 import jax
 
 from configs import common
-from gr2_jax import learner
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import artifacts, checkpoint
 from gr2_jax.policy import policy
+from gr2_jax.train import learner
 
 from . import tiny
 

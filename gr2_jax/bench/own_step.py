@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gr2_jax import learner, policy_gradient
 from gr2_jax.models import transformer
 from gr2_jax.ops import advantages
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import sampling
+from gr2_jax.train import learner, policy_gradient
 
 PHASES = ('rollout', 'reference', 'reward', 'update')
 CLIP = 0.2

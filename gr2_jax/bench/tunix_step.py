@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import learner
 from gr2_jax.bench import own_step
 from gr2_jax.models import transformer
+from gr2_jax.train import learner
 
 
 def make_step(

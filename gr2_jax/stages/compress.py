@@ -27,8 +27,6 @@ from gr2_jax import (
   compressor_judge,
   compressor_rule,
   context_writer,
-  distillation,
-  learner,
 )
 from gr2_jax.data import dialogue, endpoint, extracts, records, remote_judge
 from gr2_jax.data import slates as slates_lib
@@ -36,7 +34,8 @@ from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import artifacts
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import compressed, examples, prompt
-from gr2_jax.stages import on_policy, remote, training
+from gr2_jax.stages import remote
+from gr2_jax.train import distillation, learner, loop, on_policy
 
 IMITATION = 'imitation'
 JUDGED, MARKS = 'validation', 'judged.npz'  # the split whose marks are kept
@@ -216,7 +215,7 @@ def _imitate(
   ranked = compressor_rule.most_telling(
     setup, ranks, stage, config.prompt.order, ranking.Chosen(source, few)
   )
-  data = training.dataset(
+  data = loop.dataset(
     setup,
     source,
     imitation_renderer(setup, config, budgets, ranked),
@@ -238,7 +237,7 @@ def _imitate(
     rows = sharding.shard_share(next(iterator), setup.mesh)
     return update(state, frozen, ranks, rows)
 
-  found = training.fit(
+  found = loop.fit(
     stage.imitate,
     setup=setup,
     workdir=workdir,

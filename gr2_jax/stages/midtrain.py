@@ -33,14 +33,13 @@ import grain
 import jax
 import numpy as np
 
-from gr2_jax import learner, row_warmup
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.policy import policy, retrieval
 from gr2_jax.prompts import documents, examples, packing, prompt
 from gr2_jax.semantic_ids import ids as ids_lib
-from gr2_jax.stages import training
+from gr2_jax.train import embedding_warmup, learner, loop
 
 
 def run(
@@ -97,7 +96,7 @@ def run(
       sharding.own_rows(setup.mesh, stage.rows),
     )
   if 'pointing' in used:
-    pipelines['pointing'] = training.dataset(
+    pipelines['pointing'] = loop.dataset(
       setup, train['pointing'], pointing, stage.batch_size, config.seed
     )
 
@@ -148,14 +147,14 @@ def run(
 
   # Training.
   warm = warm_steps(stage, pretrained)
-  optimizer = row_warmup.make_optimizer(stage, setup.adapters, warm)
-  result = training.fit(
+  optimizer = embedding_warmup.make_optimizer(stage, setup.adapters, warm)
+  result = loop.fit(
     stage,
     setup=setup,
     workdir=workdir,
     seed=config.seed,
     optimizer=optimizer,
-    take_step=training.supervised_step(setup, loss_fn, optimizer, iterator),
+    take_step=loop.supervised_step(setup, loss_fn, optimizer, iterator),
     iterator=iterator,
     validate=validate,
     choose='score',

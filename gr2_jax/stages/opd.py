@@ -9,10 +9,9 @@ student has.
 import pathlib
 from typing import Any
 
-from gr2_jax import distillation
 from gr2_jax.ops import kl
 from gr2_jax.policy import policy
-from gr2_jax.stages import on_policy
+from gr2_jax.train import distillation, on_policy
 
 
 def run(

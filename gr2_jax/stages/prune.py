@@ -11,13 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import distillation, policy_gradient, pruning, rollouts
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import kl
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples
-from gr2_jax.stages import on_policy
+from gr2_jax.train import (
+  distillation,
+  on_policy,
+  policy_gradient,
+  pruning,
+  rollouts,
+)
 
 # What is kept in the workdir, so that a run that goes on is the same run.
 CHOSEN = 'chosen'

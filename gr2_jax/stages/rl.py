@@ -6,9 +6,8 @@ With `kl_weight` the policy is held to its start.
 import pathlib
 from typing import Any
 
-from gr2_jax import distillation
 from gr2_jax.policy import policy
-from gr2_jax.stages import on_policy
+from gr2_jax.train import distillation, on_policy
 
 
 def run(

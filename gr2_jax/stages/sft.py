@@ -13,12 +13,12 @@ from typing import Any
 
 import grain
 
-from gr2_jax import learner
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples, prompt
-from gr2_jax.stages import traces, training
+from gr2_jax.stages import traces
+from gr2_jax.train import learner, loop
 
 RANK_BY = ('readout', 'trace')
 
@@ -64,7 +64,7 @@ def run(
   # Each form of the context has batches of its own, and so of its own length.
   forms = collections.Counter(stage.contexts)
   pipelines = [
-    training.dataset(
+    loop.dataset(
       setup,
       source,
       renderer(setup.reading(form), config),
@@ -84,13 +84,13 @@ def run(
     ranking_weight=stage.ranking_weight if stage.rank_by == 'readout' else 0.0,
     sharpness=stage.sharpness,
   )
-  return training.fit(
+  return loop.fit(
     stage,
     setup=setup,
     workdir=workdir,
     seed=config.seed,
     optimizer=optimizer,
-    take_step=training.supervised_step(setup, loss_fn, optimizer, iterator),
+    take_step=loop.supervised_step(setup, loss_fn, optimizer, iterator),
     iterator=iterator,
     validate=ranking.validator(
       config, setup.reading(stage.contexts[-1]), inputs['slates'], stage

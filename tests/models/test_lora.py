@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import learner
 from gr2_jax.distributed import sharding
 from gr2_jax.models import lora
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.prompts import examples
-from gr2_jax.stages import training
+from gr2_jax.train import learner, loop
 
 from .. import tiny
 
@@ -140,14 +139,14 @@ def fit(workdir, mesh=None, loss_fn=distance, die_at=None, rank=2, **changes):
   setup = tiny.setup(mesh, MODEL, lora.Adapters(rank=rank, first_row=FIRST))
   iterator = examples.iterate(examples.dataset(range(16), render, 8, 0))
   optimizer = learner.make_optimizer(own)
-  step_ = training.supervised_step(setup, loss_fn, optimizer, iterator)
+  step_ = loop.supervised_step(setup, loss_fn, optimizer, iterator)
 
   def take_step(state, frozen, step):
     if step == die_at:
       raise KeyboardInterrupt
     return step_(state, frozen, step)
 
-  result = training.fit(
+  result = loop.fit(
     own,
     setup=setup,
     workdir=workdir,

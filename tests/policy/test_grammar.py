@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax import learner, policy_gradient
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import sampling
+from gr2_jax.train import learner, policy_gradient
 
 from .. import tiny
 

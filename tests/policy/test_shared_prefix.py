@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import policy_gradient
 from gr2_jax.models import transformer
 from gr2_jax.policy import sampling
+from gr2_jax.train import policy_gradient
 
 from .. import tiny
 

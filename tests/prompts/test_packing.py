@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import learner
 from gr2_jax.data import records
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.prompts import examples, packing
+from gr2_jax.train import learner
 
 from .. import tiny, tiny_data
 

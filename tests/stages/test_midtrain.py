@@ -9,7 +9,8 @@ from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import artifacts, checkpoint, reporting
 from gr2_jax.policy import policy
 from gr2_jax.prompts import packing, prompt
-from gr2_jax.stages import midtrain, rl, sft, training
+from gr2_jax.stages import midtrain, rl, sft
+from gr2_jax.train import loop
 
 from .. import tiny, tiny_world
 
@@ -41,14 +42,14 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
       run(config, tiny_world.inputs(world, stage), tmp_path)
   assert lines(tmp_path)[-1]['step'] == 4
   begun = []
-  start = training._start
+  start = loop._start
 
   def watching(*arguments):
     found = start(*arguments)
     begun.append(found[2])
     return found
 
-  monkeypatch.setattr(training, '_start', watching)
+  monkeypatch.setattr(loop, '_start', watching)
   result = run(config, tiny_world.inputs(world, stage), tmp_path)
   assert begun == [4]
   found, step, meta = tiny_world.left(world, stage, tmp_path)

@@ -5,13 +5,13 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import learner, policy_gradient, rollouts
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import parsing, rewards
 from gr2_jax.pipeline import reporting
 from gr2_jax.prompts import examples
-from gr2_jax.stages import on_policy, rl
+from gr2_jax.stages import rl
+from gr2_jax.train import learner, on_policy, policy_gradient, rollouts
 
 from .. import tiny, tiny_world
 

@@ -4,7 +4,8 @@ import pytest
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import checkpoint, reporting
-from gr2_jax.stages import sft, traces, training
+from gr2_jax.stages import sft, traces
+from gr2_jax.train import loop
 
 from .. import tiny, tiny_world
 
@@ -77,7 +78,7 @@ def test_the_best_step_on_validation_is_what_is_left(world):
   assert set(found) == {2, 4, 6}
   assert meta['best']['step'] == max(found, key=found.get)
   assert meta['best']['metrics']['n@5'] == max(found.values())
-  assert meta['stopped'] == training.NOT_STOPPED
+  assert meta['stopped'] == loop.NOT_STOPPED
 
 
 def test_training_starts_from_the_stage_before(world, tmp_path):
@@ -100,14 +101,14 @@ def test_resume_goes_on_from_another_run_and_leaves_parameters(
   world, tmp_path, monkeypatch
 ):
   begun = []
-  start = training._start
+  start = loop._start
 
   def watching(*arguments):
     found = start(*arguments)
     begun.append(found[2])
     return found
 
-  monkeypatch.setattr(training, '_start', watching)
+  monkeypatch.setattr(loop, '_start', watching)
   config = tiny_world.config(
     sft__steps=8, sft__resume=str(world['sft'] / 'checkpoints')
   )

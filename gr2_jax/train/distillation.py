@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import learner, policy_gradient
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, masking
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import examples, vocabulary
+from gr2_jax.train import learner, policy_gradient
 
 VIEWS = ('same', 'privileged', 'thinking', 'readout', 'whole')
 

@@ -3,11 +3,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import learner
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import checkpoint, reporting
 from gr2_jax.prompts import examples
-from gr2_jax.stages import training
+from gr2_jax.train import learner, loop
 
 from .. import tiny
 
@@ -59,7 +58,7 @@ def fit(setup):
         metrics['reward'] = rewards[step - 1]
       return state, metrics
 
-    result = training.fit(
+    result = loop.fit(
       own,
       setup=setup,
       workdir=workdir,
@@ -78,9 +77,9 @@ def fit(setup):
 
 def test_a_data_set_is_made_of_the_rows_of_this_process(setup, monkeypatch):
   whole = examples.dataset(range(12), render, 4, seed=3)
-  own = training.dataset(setup, range(12), render, 4, seed=3)
+  own = loop.dataset(setup, range(12), render, 4, seed=3)
   monkeypatch.setattr(sharding, 'own_rows', lambda *_: np.array([1, 3]))
-  half = training.dataset(setup, range(12), render, 4, seed=3)
+  half = loop.dataset(setup, range(12), render, 4, seed=3)
   for i in range(6):
     for name, rows in whole[i].items():
       np.testing.assert_array_equal(own[i][name], rows)
@@ -138,7 +137,7 @@ def history(held_out, rewards=None):
   ],
 )
 def test_when_to_stop(held_out, rewards, patience, divergence, wanted):
-  found = training.stop_reason(history(held_out, rewards), patience, divergence)
+  found = loop.stop_reason(history(held_out, rewards), patience, divergence)
   assert found == wanted
 
 

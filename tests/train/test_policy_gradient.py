@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax import policy_gradient
+from gr2_jax.train import policy_gradient
 
-from . import tiny
+from .. import tiny
 
 G = tiny.GRAMMAR
 

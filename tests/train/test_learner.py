@@ -9,12 +9,12 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from gr2_jax import learner, policy_gradient
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.policy import grammar
+from gr2_jax.train import learner, policy_gradient
 
-from . import tiny
+from .. import tiny
 
 G = tiny.GRAMMAR
 K = G.num_candidates

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gr2_jax import policy_gradient
 from gr2_jax.policy import policy, sampling
+from gr2_jax.train import policy_gradient
 
 
 class Chosen(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gr2_jax import policy_gradient
 from gr2_jax.ops import (
   advantages,
   judge,
@@ -23,6 +22,7 @@ from gr2_jax.ops import (
   rewards,
 )
 from gr2_jax.policy import policy, sampling
+from gr2_jax.train import policy_gradient
 
 # Fields of rows that are for a teacher's eyes alone.
 _TEACHERS = ('teacher_prompt', 'teacher_prompt_length', 'teacher_slots')

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 import optax
 
-from gr2_jax import learner
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import checkpoint, reporting
 from gr2_jax.policy import policy
 from gr2_jax.prompts import examples
+from gr2_jax.train import learner
 
 # (state, frozen parameters, step) -> (state, metrics). Draws its own batches.
 TakeStep = Callable[

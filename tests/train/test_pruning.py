@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import distillation, pruning
 from gr2_jax.policy import policy
+from gr2_jax.train import distillation, pruning
 
-from . import tiny
+from .. import tiny
 
 DEEP = dataclasses.replace(tiny.MODEL, num_layers=4)
 SETUP = tiny.setup(model=DEEP)

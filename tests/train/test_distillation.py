@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from gr2_jax import distillation, policy_gradient
 from gr2_jax.policy import policy
+from gr2_jax.train import distillation, policy_gradient
 
-from . import tiny
+from .. import tiny
 
 G = tiny.GRAMMAR
 WIDER = dataclasses.replace(tiny.MODEL, d_model=24, vocab_size=44)

@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import distillation, learner, policy_gradient, rollouts
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import advantages, gates, kl, losses, masking, rewards
 from gr2_jax.policy import policy, ranking, sampling
 from gr2_jax.prompts import examples
-from gr2_jax.stages import training
+from gr2_jax.train import distillation, learner, loop, policy_gradient, rollouts
 
 # Fields of a section that are one of a few names.
 CHOICES = {
@@ -121,7 +120,7 @@ def learn(
   # is watched, in two.
   render = examples.several(render, views(stage))
   drawn = stage.refill_size
-  data = training.dataset(
+  data = loop.dataset(
     setup, setup.source('train'), render, drawn // views(stage), config.seed
   )
   iterator = examples.iterate(data)
@@ -174,7 +173,7 @@ def learn(
     # After the first update the policy is no longer the one that sampled.
     return state, found | {'sampler_gap': gap} | watches
 
-  return training.fit(
+  return loop.fit(
     stage,
     setup=setup,
     workdir=workdir,

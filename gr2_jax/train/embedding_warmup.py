@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gr2_jax import learner
 from gr2_jax.models import lora
+from gr2_jax.train import learner
 
 
 class RowsFirst(NamedTuple):

@@ -5,10 +5,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from gr2_jax import learner, row_warmup
 from gr2_jax.models import lora
+from gr2_jax.train import embedding_warmup, learner
 
-from . import tiny
+from .. import tiny
 
 FIRST = 30  # the tiny model's rows from here on are new
 STAGE = ConfigDict(
@@ -60,7 +60,7 @@ def changed(before, after):
 
 def test_new_rows_train_alone_until_the_border():
   trained = lora.Adapters(first_row=FIRST)
-  optimizer = row_warmup.make_optimizer(STAGE, trained, 4)
+  optimizer = embedding_warmup.make_optimizer(STAGE, trained, 4)
   seen, _ = train(optimizer, tiny.params(UNTIED), 7)
   moved = changed(seen[0], seen[4])
   for name in ("['embedding']", "['unembedding']"):
@@ -80,7 +80,7 @@ def test_new_rows_train_alone_until_the_border():
 def test_after_the_border_it_is_a_run_of_its_own():
   """Rows have no moments, and the schedule no steps, from before."""
   trained = lora.Adapters(first_row=FIRST)
-  optimizer = row_warmup.make_optimizer(STAGE, trained, 4)
+  optimizer = embedding_warmup.make_optimizer(STAGE, trained, 4)
   seen, state = train(optimizer, tiny.params(UNTIED), 9)
   plain = learner.make_optimizer(ConfigDict(STAGE.to_dict() | {'steps': 8}))
   wanted, other = train(plain, seen[4], 5, first=4)
@@ -91,7 +91,7 @@ def test_after_the_border_it_is_a_run_of_its_own():
 def test_with_adapters_rows_alone_too():
   trained = lora.Adapters(rank=2, first_row=FIRST)
   start = trained.start(tiny.params(UNTIED), jax.random.key(0))
-  optimizer = row_warmup.make_optimizer(STAGE, trained, 3)
+  optimizer = embedding_warmup.make_optimizer(STAGE, trained, 3)
   seen, _ = train(optimizer, start, 6)
   moved = changed(seen[0], seen[3])
   rows = [name for name in moved if name.startswith("['rows']")]
@@ -105,5 +105,7 @@ def test_with_adapters_rows_alone_too():
 def test_without_steps_it_is_the_plain_optimizer():
   params = tiny.params(UNTIED)
   plain = learner.make_optimizer(STAGE).init(params)
-  found = row_warmup.make_optimizer(STAGE, lora.Adapters(), 0).init(params)
+  found = embedding_warmup.make_optimizer(STAGE, lora.Adapters(), 0).init(
+    params
+  )
   tiny.assert_trees_equal(found, plain)

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gr2_jax import learner
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, losses, masking, parsing
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy, sampling
+from gr2_jax.train import learner
 
 DIVERGENCES = (*kl.KINDS, *kl.EXACT)
 
