@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax.data import dialogue as dialogue_lib
-from gr2_jax.data import remote_judge
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression, masking
 from gr2_jax.policy import grammar, policy, sampling
+from gr2_jax.teachers import dialogue as dialogue_lib
+from gr2_jax.teachers import judge as judge_lib
 
 JUDGES = ('ranker', 'remote')
 JUDGED_BY = ('labels', 'order')  # what the ranker's order is held against
@@ -243,7 +243,7 @@ class Remote:
   Args:
     dialogue: of the ranker's prompts.
     mesh: of the policy.
-    ask: texts to marks [n, 3], a `remote_judge.Judge` of COMPRESSION; only the
+    ask: texts to marks [n, 3], a `judge.Judge` of COMPRESSION; only the
       first process calls it, others may have None.
   """
 
@@ -287,10 +287,10 @@ class Remote:
     )
     return marks
 
-  def _case(self, host, p: int, g: int) -> remote_judge.Compression:
+  def _case(self, host, p: int, g: int) -> judge_lib.Compression:
     slate = {name: host[_PREFIX + name][p] for name in _TOLD}
     count = host['count'][p]
-    return remote_judge.Compression(
+    return judge_lib.Compression(
       slate=slate | {'count': count},
       order=host['incoming'][p, :count],
       tokens=host['tokens'][p, g, : host['length'][p, g]],

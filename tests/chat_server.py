@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 
-from gr2_jax.data import endpoint
+from gr2_jax.teachers import endpoint
 
 KEY = 'sk-not-to-be-seen-0123456789'
 VARIABLE = 'GR2_TEST_KEY'

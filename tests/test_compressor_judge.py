@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from gr2_jax import compressor, compressor_judge, context_writer
-from gr2_jax.data import dialogue, endpoint, ledger, remote_judge
 from gr2_jax.models import lora, transformer
 from gr2_jax.ops import advantages, compression
 from gr2_jax.policy import policy, sampling
 from gr2_jax.stages import compress
+from gr2_jax.teachers import dialogue, endpoint, ledger
+from gr2_jax.teachers import judge as judge_lib
 
 from . import chat_server, tiny, tiny_data, tiny_world
 from .chat_server import Answer, completion
@@ -81,7 +82,7 @@ def answer(body, number=0):
   found = marks(body['messages'][1]['content'])
   if found is None:
     return Answer(completion('I cannot say.'))
-  axes = remote_judge.COMPRESSION.axes
+  axes = judge_lib.COMPRESSION.axes
   said = [f'{axis}: {mark}' for axis, mark in zip(axes, found, strict=True)]
   return Answer(completion('\n'.join(said)))
 
@@ -105,7 +106,7 @@ def texts(setup, rows, rollouts):
     order = np.asarray(rows['incoming'][p, :count])
     ends = np.asarray(rollouts.length[p])
     ids = [np.asarray(rollouts.tokens[p, g, : ends[g]]) for g in range(G)]
-    cases = [remote_judge.Compression(slate, order, own) for own in ids]
+    cases = [judge_lib.Compression(slate, order, own) for own in ids]
     found.append([case.shown(words) for case in cases])
   return found
 

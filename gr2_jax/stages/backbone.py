@@ -13,11 +13,12 @@ from typing import Any
 import jax
 
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.data import splits, teachers
+from gr2_jax.data import splits
 from gr2_jax.models import embedding_init
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.policy import policy
 from gr2_jax.prompts import documents, prompt, vocabulary
+from gr2_jax.teachers import heuristic
 
 
 def run(
@@ -52,7 +53,7 @@ def run(
       inputs['slates'],
       inputs['tokenizer'],
       workdir,
-      (*teachers.PHRASES, *documents.PHRASES),
+      (*heuristic.PHRASES, *documents.PHRASES),
       backbone,
     )
   setup = policy.load(config, inputs | {'backbone': workdir})

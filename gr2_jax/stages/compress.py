@@ -28,13 +28,14 @@ from gr2_jax import (
   compressor_rule,
   context_writer,
 )
-from gr2_jax.data import dialogue, endpoint, extracts, records, remote_judge
+from gr2_jax.data import extracts, records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import artifacts
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import compressed, examples, prompt
-from gr2_jax.stages import remote
+from gr2_jax.teachers import dialogue, endpoint, remote
+from gr2_jax.teachers import judge as judge_lib
 from gr2_jax.train import distillation, learner, loop, on_policy
 
 IMITATION = 'imitation'
@@ -103,7 +104,7 @@ def judge_in_words(config, reader: policy.Setup, workdir: pathlib.Path):
     remote.book('compress', stage, workdir, who) as book,
     endpoint.Endpoint(settings, book) as model,
   ):
-    ask = remote_judge.Judge(remote_judge.COMPRESSION, model)
+    ask = judge_lib.Judge(judge_lib.COMPRESSION, model)
     yield (
       compressor_judge.Remote(words, reader.mesh, ask),
       lambda: {'asked': remote.spent(stage, book.usage())},

@@ -20,21 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import policy_teacher
-from gr2_jax.data import (
-  dialogue,
-  endpoint,
-  records,
-  remote_judge,
-  remote_teacher,
-  teachers,
-)
+from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
 from gr2_jax.pipeline import reporting
 from gr2_jax.policy import policy
 from gr2_jax.prompts import prompt
-from gr2_jax.stages import remote
+from gr2_jax.teachers import dialogue, endpoint, heuristic, http, remote
+from gr2_jax.teachers import judge as judge_lib
+from gr2_jax.teachers import policy as policy_lib
 
 ACCEPTED = 'traces.array_record'
 REJECTED = 'rejected.array_record'
@@ -100,12 +94,12 @@ def run(
           remote.settings('traces', stage, stage.temperature), kept_answers
         )
       )
-      teacher = remote_teacher.Remote(words, asked, config.prompt.order)
+      teacher = http.Remote(words, asked, config.prompt.order)
     elif stage.teacher == 'policy':
       teacher = _policy(config, setup, inputs)
     else:
       names = slates_lib.read_meta(inputs['slates'])['evidence']
-      teacher = teachers.Heuristic(
+      teacher = heuristic.Heuristic(
         prompter=setup.prompter,
         catalog=setup.catalog,
         columns=tuple(names.index(c) for c in stage.believes),
@@ -137,8 +131,8 @@ def run(
         endpoint.Endpoint(_judge_settings(stage), kept_answers)
       )
       sample = _sample(kept, slates, config)
-      results['judge'] = remote_judge.summary(
-        remote_judge.judge(sample, words, judge)
+      results['judge'] = judge_lib.summary(
+        judge_lib.judge(sample, words, judge)
       )
   records.write(workdir / REJECTED, lost)
   records.write(workdir / ACCEPTED, kept)
@@ -146,9 +140,7 @@ def run(
   return results
 
 
-def _policy(
-  config, setup: policy.Setup, inputs
-) -> policy_teacher.PolicyTeacher:
+def _policy(config, setup: policy.Setup, inputs) -> policy_lib.PolicyTeacher:
   """The policy that `traces.policy` names, as a teacher of this one."""
   stage = config.traces
   if not stage.policy:
@@ -156,7 +148,7 @@ def _policy(
       "traces.teacher='policy' needs traces.policy: the folder of a finished "
       f'run of {", ".join(policy.TRAINERS)}'
     )
-  return policy_teacher.restore(
+  return policy_lib.restore(
     stage.policy,
     config.mesh,
     setup.prompter,
@@ -168,7 +160,7 @@ def _policy(
 
 
 def _ask(
-  teacher: teachers.Teacher,
+  teacher: heuristic.Teacher,
   slates,
   indices: list[int],
   stage,
@@ -199,7 +191,7 @@ def _ask(
           'reasoning': np.array(trace.reasoning, np.int32),
           'ranking': trace.ranking,
           'tries': np.int32(trace.tries),
-          'verdict': np.int32(teachers.VERDICTS.index(trace.verdict)),
+          'verdict': np.int32(heuristic.VERDICTS.index(trace.verdict)),
           'unknown': np.int32(trace.unknown),
           'clipped': np.int32(trace.clipped),
         }
@@ -210,8 +202,8 @@ def _ask(
           new = []
   kept, lost = [], []
   for index in indices:
-    verdict = teachers.VERDICTS[found[index]['verdict']]
-    (kept if verdict in teachers.KEPT else lost).append(found[index])
+    verdict = heuristic.VERDICTS[found[index]['verdict']]
+    (kept if verdict in heuristic.KEPT else lost).append(found[index])
   return kept, lost
 
 
@@ -291,7 +283,7 @@ def _asked(config) -> list[object]:
   return [config.seed, *(config.traces[name] for name in names)]
 
 
-def _sample(kept, slates, config) -> list[remote_judge.Case]:
+def _sample(kept, slates, config) -> list[judge_lib.Case]:
   """A draw of the traces, each as one reader of the policy's prompts saw it."""
   rng = np.random.default_rng(config.seed)
   cases = []
@@ -300,7 +292,7 @@ def _sample(kept, slates, config) -> list[remote_judge.Case]:
     slate = slates[int(record['slate'])]
     own = np.random.default_rng((config.seed, int(record['slate'])))
     cases.append(
-      remote_judge.Case(
+      judge_lib.Case(
         slate=slate,
         order=prompt.presentation(
           int(slate['count']), config.prompt.order, own

@@ -3,9 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gr2_jax.data import log, teachers
+from gr2_jax.data import log
 from gr2_jax.ops import parsing
 from gr2_jax.policy import claims
+from gr2_jax.teachers import heuristic
 
 from .. import tiny_data
 
@@ -215,7 +216,7 @@ def ranked(reader, traces, slates):
 @pytest.fixture(scope='module')
 def told(reader):
   """Slates and what the heuristic teacher says of them."""
-  teacher = teachers.Heuristic(reader.prompter, reader.catalog, (0, 1), 1.0)
+  teacher = heuristic.Heuristic(reader.prompter, reader.catalog, (0, 1), 1.0)
   slates = [tiny_data.slate(s, 2 + s % 5, s % 6) for s in range(200)]
   traces = [
     teacher.rejection(slate, np.random.default_rng(s), 1)

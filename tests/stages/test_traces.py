@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from gr2_jax import policy_teacher
-from gr2_jax.data import endpoint, ledger, records, teachers
+from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import artifacts
 from gr2_jax.stages import traces
+from gr2_jax.teachers import endpoint, heuristic, ledger, policy
 
 from .. import chat_server, tiny_world
 
@@ -35,7 +35,7 @@ def test_every_slate_is_kept_or_rejected_and_counted(world, tmp_path):
   for record in kept:
     grades = slates[int(record['slate'])]['grades']
     assert grades[record['ranking'][0]] > 0
-    assert record['verdict'] == teachers.VERDICTS.index('accepted')
+    assert record['verdict'] == heuristic.VERDICTS.index('accepted')
   for record in lost:
     assert not slates[int(record['slate'])]['grades'][record['ranking'][0]] > 0
     assert record['tries'] == 2
@@ -85,13 +85,13 @@ def test_where_nothing_is_lost_there_is_nothing_to_report(world, tmp_path):
 def test_a_teacher_that_is_never_right_is_an_error(
   world, tmp_path, monkeypatch
 ):
-  plain = teachers.Heuristic.rejection
+  plain = heuristic.Heuristic.rejection
 
   def wrong(self, slate, rng, tries):
     trace = plain(self, slate, rng, tries)
     return dataclasses.replace(trace, verdict='rejected')
 
-  monkeypatch.setattr(teachers.Heuristic, 'rejection', wrong)
+  monkeypatch.setattr(heuristic.Heuristic, 'rejection', wrong)
   with pytest.raises(ValueError, match='in 2 tries .*none of 5 slates'):
     run(world, tmp_path, tries=2, slates=5)
   assert not (tmp_path / traces.ACCEPTED).exists()
@@ -115,7 +115,7 @@ def test_a_policy_is_a_teacher(world, tmp_path):
     slate = slates[int(record['slate'])]
     right = slate['grades'][record['ranking'][0]] > 0
     verdict = 'accepted' if right else 'rejected'
-    assert teachers.VERDICTS[record['verdict']] == verdict
+    assert heuristic.VERDICTS[record['verdict']] == verdict
     assert sorted(record['ranking']) == list(range(slate['count']))
     assert len(record['reasoning']) <= setup.prompter.reasoning
   unknown = sum(int(record['unknown']) for record in kept)
@@ -129,7 +129,7 @@ def test_a_killed_run_of_a_policy_asks_only_for_what_is_missing(
 ):
   monkeypatch.setattr(traces, '_PART', 6)
   whole, *_ = ask_policy(world, tmp_path / 'whole')
-  plain = policy_teacher.PolicyTeacher._ask
+  plain = policy.PolicyTeacher._ask
   asked = []
 
   def dies(self, rows, labels, seed):
@@ -139,7 +139,7 @@ def test_a_killed_run_of_a_policy_asks_only_for_what_is_missing(
     return plain(self, rows, labels, seed)
 
   with monkeypatch.context() as patch:
-    patch.setattr(policy_teacher.PolicyTeacher, '_ask', dies)
+    patch.setattr(policy.PolicyTeacher, '_ask', dies)
     with pytest.raises(KeyboardInterrupt):
       ask_policy(world, tmp_path / 'killed')
   parts = list((tmp_path / 'killed' / traces.PARTS).iterdir())
@@ -154,7 +154,7 @@ def test_a_killed_run_of_a_policy_asks_only_for_what_is_missing(
     asked.update(index for index, _ in labels)
     return plain(self, rows, labels, seed)
 
-  monkeypatch.setattr(policy_teacher.PolicyTeacher, '_ask', spy)
+  monkeypatch.setattr(policy.PolicyTeacher, '_ask', spy)
   resumed, *_ = ask_policy(world, tmp_path / 'killed')
   assert resumed == whole
   assert len(asked) == 40 - len(known)
@@ -275,7 +275,7 @@ def test_what_is_no_permutation_is_kept_apart_with_its_reason(world, tmp_path):
   assert (len(kept), len(lost)) == (5, 5)
   assert results['rejected'] == 5
   assert results['verdicts'] == {'targeted': 5, 'repetition': 5}
-  assert {teachers.VERDICTS[r['verdict']] for r in lost} == {'repetition'}
+  assert {heuristic.VERDICTS[r['verdict']] for r in lost} == {'repetition'}
 
 
 @pytest.mark.usefixtures('_key')

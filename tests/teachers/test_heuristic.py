@@ -3,14 +3,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gr2_jax.data import teachers
+from gr2_jax.teachers import heuristic
 
 from .. import tiny_data
 
 
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory):
-  return teachers.Heuristic(
+  return heuristic.Heuristic(
     prompter=tiny_data.prompter(
       tmp_path_factory.mktemp('teachers'), reasoning=60
     ),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gr2_jax.data import dialogue, endpoint, ledger, remote_judge
+from gr2_jax.teachers import dialogue, endpoint, judge, ledger
 
 from .. import chat_server, tiny_data
 from ..chat_server import Answer, completion
@@ -20,7 +20,7 @@ MARKS = 'grounding: 0.5\nconsistency: 1\n**flow**: 0.75\n"identifiers": 0'
   ],
 )
 def test_marks_are_read_or_there_are_none(text, marks):
-  assert remote_judge.read(text) == marks
+  assert judge.read(text) == marks
 
 
 def test_each_case_gets_its_marks_or_none(tmp_path, monkeypatch):
@@ -30,7 +30,7 @@ def test_each_case_gets_its_marks_or_none(tmp_path, monkeypatch):
   order = np.array([1, 0, 2])
   slot = prompter.vocabulary.slot_base
   cases = [
-    remote_judge.Case(
+    judge.Case(
       slate=tiny_data.slate(seed, 3),
       order=order,
       reasoning=np.array([slot + seed % 3]),
@@ -55,13 +55,13 @@ def test_each_case_gets_its_marks_or_none(tmp_path, monkeypatch):
     ledger.Ledger(tmp_path / 'a.jsonl', None) as book,
     endpoint.Endpoint(chat_server.settings(server), book) as model,
   ):
-    marks = remote_judge.judge(cases, words, model)
+    marks = judge.judge(cases, words, model)
   assert marks[:, 0].tolist()[:2] == [0.5, 0.25]
   assert np.isnan(marks[2]).all()
   np.testing.assert_array_equal(marks[:3], marks[3:])
   assert len(server.requests) == 4 + 2 * 2
-  told = remote_judge.summary(marks)
+  told = judge.summary(marks)
   assert (told['judged'], told['unjudged']) == (4, 2)
   assert told['grounding'] == pytest.approx(0.375)
   assert told['total'] == pytest.approx((0.375 + 1 + 0.75 + 0) / 4)
-  assert remote_judge.summary(marks[2:3])['total'] is None
+  assert judge.summary(marks[2:3])['total'] is None

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from gr2_jax.data import dialogue, endpoint, ledger, remote_judge
+from gr2_jax.teachers import dialogue, endpoint, ledger
+from gr2_jax.teachers import judge as judge_lib
 
 from .. import chat_server, tiny_data
 from ..chat_server import Answer, completion
@@ -37,7 +38,7 @@ def whole(words, own):
 
 
 def shown(words, own, ids):
-  case = remote_judge.Compression(own, ORDER, np.array(ids, np.int32))
+  case = judge_lib.Compression(own, ORDER, np.array(ids, np.int32))
   full, _, short = case.shown(words).partition('# The short form\n\n')
   return full, short
 
@@ -58,7 +59,7 @@ def shown(words, own, ids):
   ],
 )
 def test_marks_are_read_or_there_are_none(text, marks):
-  assert remote_judge.read(text, remote_judge.COMPRESSION) == marks
+  assert judge_lib.read(text, judge_lib.COMPRESSION) == marks
 
 
 def test_the_full_text_has_words_and_symbols_of_every_item(words):
@@ -144,7 +145,7 @@ def judge(words, tmp_path, answer, cases, **changes):
       pause=lambda _: None,
     ) as model,
   ):
-    ask = remote_judge.Judge(remote_judge.COMPRESSION, model)
+    ask = judge_lib.Judge(judge_lib.COMPRESSION, model)
     marks = ask(case.shown(words) for case in cases)
     return marks, server.requests, book.usage()
 
@@ -156,7 +157,7 @@ def _key(monkeypatch):
 
 def cases(words, seeds):
   return [
-    remote_judge.Compression(
+    judge_lib.Compression(
       slate(seed), ORDER, np.array(whole(words, slate(seed)))
     )
     for seed in seeds
@@ -189,7 +190,7 @@ def test_equal_compressions_are_asked_about_once(words, tmp_path):
     'prompt_tokens': 4 * 30,
     'completion_tokens': 4 * 20,
   }
-  told = remote_judge.summary(marks, remote_judge.COMPRESSION)
+  told = judge_lib.summary(marks, judge_lib.COMPRESSION)
   assert (told['judged'], told['unjudged'], told['ranking']) == (4, 2, 0.75)
 
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax.data import dialogue as dialogue_lib
-from gr2_jax.data import endpoint as endpoint_lib
-from gr2_jax.data import ledger, teachers
 from gr2_jax.ops import parsing
 from gr2_jax.prompts import prompt
+from gr2_jax.teachers import dialogue as dialogue_lib
+from gr2_jax.teachers import endpoint as endpoint_lib
+from gr2_jax.teachers import heuristic, ledger
 
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
   """Every answer about one slate, the last of which counts."""
 
-  trace: teachers.Trace
+  trace: heuristic.Trace
   span: dialogue_lib.Span | None
   verdicts: list[str]
   replies: list[ledger.Reply]
@@ -48,8 +48,8 @@ class Remote:
 
   def traces(
     self, slates: Any, indices: Iterable[int], kind: str, tries: int, seed: int
-  ) -> Iterator[tuple[int, teachers.Trace]]:
-    """See `teachers.Teacher`. In the order in which answers come.
+  ) -> Iterator[tuple[int, heuristic.Trace]]:
+    """See `heuristic.Teacher`. In the order in which answers come.
 
     A slate without an answer is asked about once more at the end. If many fail
     in a row, the endpoint is down: better to stop than to lose them all.
@@ -125,9 +125,9 @@ class Remote:
       answer = self._dialogue.read(reply.text, order)
       replies.append(reply)
       verdicts.append(_verdict(reply, answer, grades, target))
-      if verdicts[-1] in teachers.KEPT:
+      if verdicts[-1] in heuristic.KEPT:
         span = self._dialogue.span(answer, slate, order)
-        trace = teachers.Trace(span.ids, answer.ranking, attempt, verdicts[-1])
+        trace = heuristic.Trace(span.ids, answer.ranking, attempt, verdicts[-1])
         return _Asked(trace, span, verdicts, replies)
     trace = _nothing(tries, verdicts[-1])
     if verdicts[-1] == 'rejected':
@@ -149,7 +149,7 @@ class Remote:
 def _verdict(
   reply: ledger.Reply, answer: dialogue_lib.Answer, grades, target: int | None
 ) -> str:
-  """Of `teachers.VERDICTS`."""
+  """Of `heuristic.VERDICTS`."""
   if reply.finish in ('refusal', 'content_filter'):
     return 'refused'
   if not reply.text.strip():
@@ -166,6 +166,6 @@ def _verdict(
   return 'accepted' if grades[first] > 0 else 'rejected'
 
 
-def _nothing(tries: int, verdict: str) -> teachers.Trace:
+def _nothing(tries: int, verdict: str) -> heuristic.Trace:
   """A trace without an answer."""
-  return teachers.Trace([], np.zeros(0, np.int32), tries, verdict)
+  return heuristic.Trace([], np.zeros(0, np.int32), tries, verdict)

@@ -21,7 +21,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from gr2_jax.data import ledger as ledger_lib
+from gr2_jax.teachers import ledger as ledger_lib
 
 Message = dict[str, str]  # role and content
 T = TypeVar('T')

@@ -9,7 +9,7 @@ import traceback
 
 import pytest
 
-from gr2_jax.data import endpoint, ledger
+from gr2_jax.teachers import endpoint, ledger
 
 from .. import chat_server
 from ..chat_server import Answer, completion

@@ -7,13 +7,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from gr2_jax import policy_teacher
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import artifacts, checkpoint
 from gr2_jax.policy import policy
 from gr2_jax.prompts import examples, prompt, vocabulary
+from gr2_jax.teachers import policy as policy_lib
 
-from . import tiny, tiny_world
+from .. import tiny, tiny_world
 
 SEED = 3
 
@@ -61,7 +61,7 @@ def restore(path, world, student, kind='rejection', mesh=None):
   with pytest.MonkeyPatch.context() as patch:
     if mesh is None:
       tiny_world.on_one_device(patch)
-    return policy_teacher.restore(
+    return policy_lib.restore(
       path,
       mesh or common.mesh(),
       student,
@@ -185,13 +185,13 @@ def test_only_those_that_are_wrong_are_asked_again(
   teacher, source, monkeypatch
 ):
   asked = []
-  plain = policy_teacher.PolicyTeacher._ask
+  plain = policy_lib.PolicyTeacher._ask
 
   def spy(self, rows, labels, seed):
     asked.append(list(labels))
     return plain(self, rows, labels, seed)
 
-  monkeypatch.setattr(policy_teacher.PolicyTeacher, '_ask', spy)
+  monkeypatch.setattr(policy_lib.PolicyTeacher, '_ask', spy)
   found = ask(teacher, source, range(40), tries=4)
   every = [label for batch in asked for label in batch]
   assert sorted(every) == [
@@ -335,6 +335,6 @@ def test_a_policy_without_sft_was_told_nothing(told, world, student):
 
 def test_the_sampler_is_traced_once_for_all_batches(teacher, source):
   ask(teacher, source, range(3))
-  size = policy_teacher._answer._cache_size()
+  size = policy_lib._answer._cache_size()
   ask(teacher, source, range(3, 40), tries=2)
-  assert policy_teacher._answer._cache_size() == size
+  assert policy_lib._answer._cache_size() == size

@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax.data import teachers
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import artifacts
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import examples, prompt, vocabulary
+from gr2_jax.teachers import heuristic
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -86,8 +86,8 @@ class PolicyTeacher:
 
   def traces(
     self, slates: Any, indices: Iterable[int], kind: str, tries: int, seed: int
-  ) -> Iterator[tuple[int, teachers.Trace]]:
-    """See `teachers.Teacher`. In the order in which slates are settled.
+  ) -> Iterator[tuple[int, heuristic.Trace]]:
+    """See `heuristic.Teacher`. In the order in which slates are settled.
 
     With `targeted` the prompt names a positive, and an answer that puts
     another candidate first, even another positive, is no answer to it.
@@ -120,7 +120,7 @@ class PolicyTeacher:
         ids, unknown = self._span(completion, row)
         yield (
           index,
-          teachers.Trace(
+          heuristic.Trace(
             reasoning=ids[: self.student.reasoning],
             ranking=row['incoming'][ranking[: row['count']]],
             tries=attempt,

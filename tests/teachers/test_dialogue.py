@@ -3,9 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gr2_jax.data import dialogue
 from gr2_jax.ops import parsing
 from gr2_jax.prompts import chat
+from gr2_jax.teachers import dialogue
 
 from .. import tiny_data
 

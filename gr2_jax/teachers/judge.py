@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax.data import dialogue as dialogue_lib
-from gr2_jax.data import endpoint as endpoint_lib
+from gr2_jax.teachers import dialogue as dialogue_lib
+from gr2_jax.teachers import endpoint as endpoint_lib
 
 _TRIES = 2  # answers per request
 

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from gr2_jax.data import log as log_lib
-from gr2_jax.data.endpoint import Message
 from gr2_jax.ops import parsing
 from gr2_jax.prompts import chat, context, prompt
+from gr2_jax.teachers.endpoint import Message
 
 _FORMAT = """\
 You are given a user's history, oldest item first, and numbered candidates in \

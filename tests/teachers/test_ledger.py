@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from gr2_jax.data import ledger
+from gr2_jax.teachers import ledger
 
 REPLY = ledger.Reply('yes', 'stop', 3, 4)
 

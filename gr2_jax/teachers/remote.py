@@ -9,8 +9,8 @@ import json
 import pathlib
 from typing import Any
 
-from gr2_jax.data import endpoint, ledger
 from gr2_jax.pipeline import artifacts
+from gr2_jax.teachers import endpoint, ledger
 
 ANSWERS = 'answers'  # a folder beside the stages'
 

@@ -1,6 +1,6 @@
 import pytest
 
-from gr2_jax.data import dialogue, endpoint, ledger, remote_teacher
+from gr2_jax.teachers import dialogue, endpoint, http, ledger
 
 from .. import chat_server, tiny_data
 from ..chat_server import Answer, completion
@@ -40,7 +40,7 @@ def ask(tmp_path, words, answer, kind='targeted', tries=3, own=None, **changes):
       chat_server.settings(server, **changes), book, lambda _: None
     ) as model,
   ):
-    teacher = remote_teacher.Remote(words, model, 'shuffled')
+    teacher = http.Remote(words, model, 'shuffled')
     traces = list(teacher.traces(own, range(len(own)), kind, tries, 0))
     assert sorted(i for i, _ in traces) == list(range(len(own)))
   return dict(traces), teacher.report(), server
