@@ -22,13 +22,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from gr2_jax import (
-  compressor,
-  compressor_judge,
-  compressor_rule,
-  context_writer,
-)
-from gr2_jax.data import extracts, records
+from gr2_jax.compressor import extracts, rollouts, rule, writer
+from gr2_jax.compressor import judge as compressor_judge
+from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import artifacts
@@ -120,12 +116,12 @@ def _run(
 ) -> dict[str, Any]:
   """See `run`."""
   stage = config.compress
-  setup = compressor.of(reader, stage.slack)
+  setup = rollouts.of(reader, stage.slack)
   ranks = reader.load_params(inputs[stage.start])
-  known = compressor.budgets(setup, (*stage.keeps, stage.keep))
+  known = rollouts.budgets(setup, (*stage.keeps, stage.keep))
   budgets = {keep: known[keep] for keep in stage.keeps}
   asked = {stage.keep: known[stage.keep]}
-  write = context_writer.make_write(setup, ranks, config, stage, asked, judge)
+  write = writer.make_write(setup, ranks, config, stage, asked, judge)
   validate = validator(stage, setup, write)
 
   # Imitation.
@@ -137,7 +133,7 @@ def _run(
       (imitation / 'done.json').write_text(json.dumps(found))
 
   # RL.
-  sample = compressor.sampler(
+  sample = rollouts.sampler(
     setup,
     budgets,
     group=stage.group_size,
@@ -150,14 +146,14 @@ def _run(
     config,
     workdir,
     setup,
-    render=compressor.requests(
+    render=rollouts.requests(
       setup.prompter,
       budgets,
       config.prompt.order,
       remote=judge is not None,
     ),
     sampler=sample,
-    act=compressor.make_act(setup, sample, stage, ranks, judge),
+    act=rollouts.make_act(setup, sample, stage, ranks, judge),
     validate=validate,
     start=imitation,
     teacher=distillation.itself(setup, start) if stage.kl_weight else None,
@@ -165,7 +161,7 @@ def _run(
 
   # Write. What is written is judged where `_honesty` reads it.
   params = setup.load_params(workdir)
-  unjudged = context_writer.make_write(setup, None, config, stage, asked)
+  unjudged = writer.make_write(setup, None, config, stage, asked)
   splits = {}
   for split in ('train', JUDGED, 'test'):
     own = write if split == JUDGED else unjudged
@@ -213,7 +209,7 @@ def _imitate(
   stage = config.compress
   source = setup.source('train')
   few = np.random.default_rng(0).permutation(len(source))[: stage.rule_slates]
-  ranked = compressor_rule.most_telling(
+  ranked = rule.most_telling(
     setup, ranks, stage, config.prompt.order, ranking.Chosen(source, few)
   )
   data = loop.dataset(
@@ -225,11 +221,11 @@ def _imitate(
   )
   iterator = examples.iterate(data)
   optimizer = learner.make_optimizer(stage.imitate)
-  sample = compressor.sampler(
+  sample = rollouts.sampler(
     setup, budgets, temperature=1.0, constrained=stage.constrained
   )
   update = learner.make_update(
-    setup.adapters.wrap(compressor.imitation_loss(setup, sample, stage)),
+    setup.adapters.wrap(rollouts.imitation_loss(setup, sample, stage)),
     optimizer,
   )
 
@@ -260,21 +256,21 @@ def imitation_renderer(
   budgets: Mapping[float, int],
   ranked: Sequence[extracts.Unit],
 ):
-  """`(slate, rng) -> row` of `compressor.requests`, with answers by rule.
+  """`(slate, rng) -> row` of `rollouts.requests`, with answers by rule.
 
   Args:
-    setup: of `compressor.of`.
+    setup: of `rollouts.of`.
     config: sections prompt and compress.
-    budgets: of `compressor.budgets`.
-    ranked: of `compressor_rule.most_telling`.
+    budgets: of `rollouts.budgets`.
+    ranked: of `rule.most_telling`.
 
   Returns:
     The rendering; `tokens` int32 [G, T] and `length` int32 [G] are answers, of
     which the best is to be imitated. The first has nothing that is drawn.
   """
   stage, prompter = config.compress, setup.prompter
-  ask = compressor.requests(prompter, budgets, config.prompt.order)
-  room = compressor.sampler(setup, budgets).max_tokens
+  ask = rollouts.requests(prompter, budgets, config.prompt.order)
+  room = rollouts.sampler(setup, budgets).max_tokens
 
   def render(slate, rng):
     row = ask(slate, rng)
@@ -297,8 +293,8 @@ def validator(stage, setup: policy.Setup, write):
 
   Args:
     stage: section `compress`.
-    setup: of `compressor.of`.
-    write: of `context_writer.make_write`.
+    setup: of `rollouts.of`.
+    write: of `writer.make_write`.
 
   Returns:
     `params -> {name: mean}` of `compressor_judge.watch`.
@@ -351,7 +347,7 @@ def _write(
       judged.append(part.judged)
       yield part
 
-  stored = list(context_writer.store(reader, slates, noting()))
+  stored = list(writer.store(reader, slates, noting()))
   found = compressed.report(stored)
   if processes.leads():
     records.write(path, stored)

@@ -20,7 +20,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gr2_jax import compressor, context_writer
+from gr2_jax.compressor import rollouts
+from gr2_jax.compressor import writer as writer_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import statistics
 from gr2_jax.pipeline import artifacts, reporting
@@ -278,7 +279,7 @@ def _tokens(
   order, words = np.arange(int(slate['count'])), whole.vocabulary
   rng = np.random.default_rng(seed)
   ids = setup.prompter.prompt(slate, order, rng)['prompt']
-  own = compressor.context_tokens(setup.prompter, ids)
+  own = rollouts.context_tokens(setup.prompter, ids)
   memory = setup.prompter.context.memory
   if memory:  # What stands before it is read once for a user, and not again.
     own -= int(np.argmax(ids == words.memory_base)) - len(
@@ -287,20 +288,20 @@ def _tokens(
   ids = whole.prompter.prompt(slate, order)['prompt']
   return {
     'tokens': own,
-    'whole': compressor.context_tokens(whole.prompter, ids),
+    'whole': rollouts.context_tokens(whole.prompter, ids),
   }
 
 
 def _write(config, whole, home, keep, slates):
   """The slates with contexts by the compressor, at a share of the tokens."""
   stage = config.compress
-  writer = compressor.of(whole, stage.slack)
-  budgets = compressor.budgets(writer, (keep,))
-  write = context_writer.make_write(writer, None, config, stage, budgets)
+  writer = rollouts.of(whole, stage.slack)
+  budgets = rollouts.budgets(writer, (keep,))
+  write = writer_lib.make_write(writer, None, config, stage, budgets)
   parts = write(
     whole.load_params(home), slates, config.seeds[0], f'compress to {keep:.0%}'
   )
-  stored = list(context_writer.store(whole, slates, parts))
+  stored = list(writer_lib.store(whole, slates, parts))
   longest = compressed.report(stored)['longest']
   setup = whole.reading_written(home, longest)
   return setup, compressed.Joined(slates, stored)

@@ -5,7 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import compressor, compressor_judge, context_writer
+from gr2_jax.compressor import judge as judge_lib
+from gr2_jax.compressor import rollouts as rollouts_lib
+from gr2_jax.compressor import writer
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
@@ -196,8 +198,8 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
 def judged(setup, tokens_of, budget=None):
   """The judgement of completions made from the rows by hand."""
   stage = tiny_world.config(compress__judge_by='labels').compress
-  own = compressor.of(setup, stage.slack)
-  render = compressor.requests(own.prompter, {0.9: 10**6}, 'shuffled')
+  own = rollouts_lib.of(setup, stage.slack)
+  render = rollouts_lib.requests(own.prompter, {0.9: 10**6}, 'shuffled')
   slates = own.source('train')
   rows = [render(slates[i], np.random.default_rng(i)) for i in range(4)]
   T = own.prompter.prompt_tokens + 4
@@ -211,15 +213,15 @@ def judged(setup, tokens_of, budget=None):
     stacked['budget'][:] = budget
   zeros = np.zeros(tokens.shape, np.float32)
   rollouts = sampling.Rollouts(tokens, length, zeros, zeros)
-  verify = compressor.make_verify(own, stage)
-  marks = compressor.symbols(own.vocabulary)
-  read = compressor_judge.make_ranker(own, marks, stage)
+  verify = rollouts_lib.make_verify(own, stage)
+  marks = rollouts_lib.symbols(own.vocabulary)
+  read = judge_lib.make_ranker(own, marks, stage)
 
   @jax.jit
   def judge(params, rows, rollouts):
-    drawn = verify(rows, compressor.facts(own.grammar, rows), rollouts)
+    drawn = verify(rows, rollouts_lib.facts(own.grammar, rows), rollouts)
     found = read(params, rows, rollouts, drawn.preservation)
-    return compressor_judge.pay(drawn, found, stage.compression_weight)
+    return judge_lib.pay(drawn, found, stage.compression_weight)
 
   with sharding.activate(setup.mesh):
     found = judge(tiny.params(setup.model), stacked, rollouts)
@@ -227,19 +229,19 @@ def judged(setup, tokens_of, budget=None):
 
 
 def test_a_budget_is_a_share_of_an_average_context_and_below_the_whole(setup):
-  own = compressor.of(setup, 1)
+  own = rollouts_lib.of(setup, 1)
   slates, p = own.source('train'), own.prompter
   whole = [
-    compressor.context_tokens(
+    rollouts_lib.context_tokens(
       p, p.prompt(slates[i], np.arange(slates[i]['count']))['prompt']
     )
     for i in range(len(slates))
   ]
-  found = compressor.budgets(own, (0.3, 0.5, 0.95))
+  found = rollouts_lib.budgets(own, (0.3, 0.5, 0.95))
   assert list(found) == [0.3, 0.5, 0.95]
   for keep, tokens in found.items():
     assert abs(tokens - keep * np.mean(whole)) < 1 + 0.05 * np.std(whole)
-    render = compressor.requests(p, {keep: tokens}, 'shuffled')
+    render = rollouts_lib.requests(p, {keep: tokens}, 'shuffled')
     for i in range(8):
       row = render(slates[i], np.random.default_rng(i))
       assert row['budget'] == min(tokens, whole[i] - 1)
@@ -350,14 +352,12 @@ def test_what_cannot_be_compressed_stays_whole_and_is_counted(
   world, setup, written, keep, constrained, fault
 ):
   config = tiny_world.config(compress__constrained=constrained)
-  own = compressor.of(setup, config.compress.slack)
+  own = rollouts_lib.of(setup, config.compress.slack)
   params = setup.load_params(world['sft'])
-  budgets = compressor.budgets(own, (keep,))
-  write = context_writer.make_write(
-    own, params, config, config.compress, budgets
-  )
+  budgets = rollouts_lib.budgets(own, (keep,))
+  write = writer.make_write(own, params, config, config.compress, budgets)
   slates = ranking.Chosen(setup.source('train'), np.arange(9))
-  stored = list(context_writer.store(setup, slates, write(params, slates, 0)))
+  stored = list(writer.store(setup, slates, write(params, slates, 0)))
   report = compressed.report(stored)
   assert report['unchanged'] == report['slates'] == 9
   assert report['kept'] == 1

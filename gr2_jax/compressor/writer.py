@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import compressor, compressor_judge
+from gr2_jax.compressor import judge
+from gr2_jax.compressor import rollouts as rollouts_lib
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.ops import compression
 from gr2_jax.pipeline import reporting
@@ -38,7 +39,7 @@ class Written:
   length: np.ndarray
   presented: np.ndarray
   count: np.ndarray
-  judged: compressor_judge.Judgement
+  judged: judge.Judgement
 
 
 def make_write(
@@ -47,30 +48,28 @@ def make_write(
   config,
   stage,
   budgets: Mapping[float, int],
-  remote: compressor_judge.Remote | None = None,
+  remote: judge.Remote | None = None,
 ) -> Callable[..., Iterator[Written]]:
   """How slates are compressed greedily, a batch after another.
 
   Args:
-    setup: of `compressor.of`.
+    setup: of `rollouts.of`.
     ranker: parameters of the ranker that judges; None where nobody does.
     config: section prompt.
     stage: section `compress`.
-    budgets: of `compressor.budgets`, of the one share that is asked for.
+    budgets: of `rollouts.budgets`, of the one share that is asked for.
     remote: who judges in the ranker's place, if any.
 
   Returns:
     `(params, slates, seed, desc) -> iterator of Written`; the presentation is a
     function of (seed, index), and an empty `desc` shows no progress.
   """
-  render = compressor.requests(
+  render = rollouts_lib.requests(
     setup.prompter, budgets, config.prompt.order, remote is not None
   )
-  greedy = compressor.sampler(setup, budgets, constrained=stage.constrained)
+  greedy = rollouts_lib.sampler(setup, budgets, constrained=stage.constrained)
 
-  def tell(
-    rows, drawn: compressor_judge.Drawn, judged: compressor_judge.Judgement
-  ):
+  def tell(rows, drawn: judge.Drawn, judged: judge.Judgement):
     del rows
     rollouts = drawn.rollouts
     return {
@@ -79,7 +78,7 @@ def make_write(
       **judged._asdict(),
     }
 
-  answer = compressor.make_judged(setup, greedy, stage, ranker, remote, tell)
+  answer = rollouts_lib.make_judged(setup, greedy, stage, ranker, remote, tell)
 
   def write(params, slates, seed: int, desc: str = '') -> Iterator[Written]:
     key = jax.random.key(0)  # The greedy draw nothing.
@@ -101,7 +100,7 @@ def make_write(
           length=found.pop('length'),
           presented=batch['incoming'][:n],
           count=batch['count'][:n],
-          judged=compressor_judge.Judgement(**found),
+          judged=judge.Judgement(**found),
         )
 
   return write

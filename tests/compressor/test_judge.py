@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import compressor, compressor_judge, context_writer
+from gr2_jax.compressor import judge as compressor_judge
+from gr2_jax.compressor import rollouts as rollouts_lib
+from gr2_jax.compressor import writer
 from gr2_jax.models import lora, transformer
 from gr2_jax.ops import advantages, compression
 from gr2_jax.policy import policy, sampling
@@ -14,8 +16,8 @@ from gr2_jax.stages import compress
 from gr2_jax.teachers import dialogue, endpoint, ledger
 from gr2_jax.teachers import judge as judge_lib
 
-from . import chat_server, tiny, tiny_data, tiny_world
-from .chat_server import Answer, completion
+from .. import chat_server, tiny, tiny_data, tiny_world
+from ..chat_server import Answer, completion
 
 P, G = 4, 3
 BUDGETS = {0.4: 16, 0.5: 20}  # tokens, of contexts of some forty
@@ -57,9 +59,9 @@ def config(**changes):
 def world_(reader):
   """Setup, parameters of ranker and policy, sampler, rows."""
   stage = config().compress
-  setup = compressor.of(reader, stage.slack)
-  sampler = compressor.sampler(setup, BUDGETS, group=G, temperature=1.0)
-  render = compressor.requests(setup.prompter, BUDGETS, 'shuffled', True)
+  setup = rollouts_lib.of(reader, stage.slack)
+  sampler = rollouts_lib.sampler(setup, BUDGETS, group=G, temperature=1.0)
+  render = rollouts_lib.requests(setup.prompter, BUDGETS, 'shuffled', True)
   made = [
     render(tiny_data.slate(seed, 3 + seed % 3), np.random.default_rng(seed))
     for seed in range(P)
@@ -141,7 +143,7 @@ def test_rewards_are_those_of_the_marks(reader, world_, tmp_path):
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
     with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, spent):
-      act = compressor.make_judged(
+      act = rollouts_lib.make_judged(
         setup, sampler, own.compress, ranker, judge, everything
       )
       drawn, judged = act(params, rows, jax.random.key(0))
@@ -169,13 +171,13 @@ def test_what_is_learned_is_the_advantage_of_the_marks(
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
     with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
-      act = compressor.make_act(setup, sampler, own.compress, ranker, judge)
+      act = rollouts_lib.make_act(setup, sampler, own.compress, ranker, judge)
       batch, watches = act(params, rows, key)
       before = len(server.requests)
       again, _ = act(params, rows, key)
   assert len(server.requests) == before  # It has said so.
   tiny.assert_trees_equal(again, batch)
-  drawn = jax.jit(compressor.make_draw(setup, sampler, own.compress))(
+  drawn = jax.jit(rollouts_lib.make_draw(setup, sampler, own.compress))(
     params, rows, key
   )
   rewards, failed, _ = wanted(setup, own.compress, rows, drawn)
@@ -191,13 +193,13 @@ def test_what_is_learned_is_the_advantage_of_the_marks(
 
 def test_of_what_earns_nothing_nobody_is_asked(reader, world_, tmp_path):
   setup, ranker, params, _, rows = world_
-  free = compressor.sampler(
+  free = rollouts_lib.sampler(
     setup, BUDGETS, group=G, temperature=1.0, constrained=False
   )
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
     with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
-      act = compressor.make_judged(
+      act = rollouts_lib.make_judged(
         setup, free, own.compress, ranker, judge, everything
       )
       drawn, judged = act(params, rows, jax.random.key(0))
@@ -215,9 +217,9 @@ def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
     with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
       parts, plain = (
         list(
-          context_writer.make_write(
-            setup, ranker, own, own.compress, {0.5: 20}, who
-          )(params, slates, 0)
+          writer.make_write(setup, ranker, own, own.compress, {0.5: 20}, who)(
+            params, slates, 0
+          )
         )
         for who in (judge, None)
       )
@@ -236,7 +238,7 @@ def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
 def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
   setup, ranker, params, sampler, rows = world_
   stage, key = config(judge_by=judge_by).compress, jax.random.key(0)
-  act = compressor.make_act(setup, sampler, stage, ranker)
+  act = rollouts_lib.make_act(setup, sampler, stage, ranker)
   batch, watches = act(params, rows, key)
   text = act.func.lower(*act.args, params, rows, key).as_text()
   assert 'callback' not in text
@@ -245,7 +247,7 @@ def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
   # The same, step by step.
   rollouts = jax.jit(sampling.sample, static_argnums=(0, 6, 7))(
     setup.model, params, rows['prompt'], rows['prompt_length'],
-    jax.jit(lambda rows: compressor.facts(setup.grammar, rows))(rows), key,
+    jax.jit(lambda rows: rollouts_lib.facts(setup.grammar, rows))(rows), key,
     setup.grammar, sampler,
   )  # fmt: skip
   np.testing.assert_array_equal(batch.tokens, rollouts.tokens)
@@ -273,7 +275,7 @@ def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
 
 def _rewards(setup, stage, rows, rollouts, scores):
   """Eq. 10 of a ranker's scores, and what is judged by them."""
-  marks_ = compressor.symbols(setup.vocabulary)
+  marks_ = rollouts_lib.symbols(setup.vocabulary)
   tokens, length = rollouts.tokens, rollouts.length
   shown = rows['prompt'], rows['prompt_length']
   judged = compression.judge(
@@ -404,7 +406,7 @@ def test_the_limit_on_tokens_is_that_of_the_section(reader, world_, tmp_path):
       pytest.raises(ledger.OverLimit, match=r'compress\.token_limit=100, 0 '),
       compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _),
     ):
-      compressor.make_act(setup, sampler, own.compress, ranker, judge)(
+      rollouts_lib.make_act(setup, sampler, own.compress, ranker, judge)(
         params, rows, jax.random.key(0)
       )
   assert not server.requests

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gr2_jax import compressor, compressor_judge
-from gr2_jax.data import extracts
+from gr2_jax.compressor import extracts, judge, rollouts
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.policy import policy
 from gr2_jax.prompts import examples, prompt
@@ -26,7 +25,7 @@ def most_telling(
   """Places of a candidate's line in the order in which they are worth keeping.
 
   Args:
-    setup: of `compressor.of`.
+    setup: of `rollouts.of`.
     ranker: its parameters.
     stage: section `compress`: judge_by, eval_batch_size.
     order: in which candidates are shown, of `prompt.ORDERS`.
@@ -40,11 +39,9 @@ def most_telling(
   place = {unit: i for i, unit in enumerate(units)}
   target, likeness = map(
     jax.jit,
-    compressor_judge.make_likeness(
-      setup, compressor.symbols(setup.vocabulary), stage
-    ),
+    judge.make_likeness(setup, rollouts.symbols(setup.vocabulary), stage),
   )
-  whole = compressor.requests(prompter, {1.0: prompter.prompt_tokens}, order)
+  whole = rollouts.requests(prompter, {1.0: prompter.prompt_tokens}, order)
 
   def render(slate, rng):
     row = whole(slate, rng)
@@ -94,7 +91,7 @@ def _written(
   """Compressions that keep these tokens and the marks alone.
 
   Args:
-    setup: of `compressor.of`.
+    setup: of `rollouts.of`.
     kept: int32 [P, K, A, u], of every candidate's line.
     count: int32 [P].
     most: U, what a line may have.

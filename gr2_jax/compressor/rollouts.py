@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gr2_jax import compressor_judge
+from gr2_jax.compressor import judge
 from gr2_jax.ops import advantages, compression, losses, masking
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy, sampling
@@ -159,7 +159,7 @@ def requests(
       'prompt_length': np.int32(len(ids)),
       'budget': np.int32(min(budgets[keep], whole - 1)),
       'whole': np.int32(whole),
-      **(compressor_judge.told(slate) if remote else {}),
+      **(judge.told(slate) if remote else {}),
     }
 
   return render
@@ -178,7 +178,7 @@ def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
   """Cross entropy of given compressions, under the sampler's own mask.
 
   Of several of a slate only the one counts that the ranker finds most like
-  what it is held to, see `compressor_judge.make_likeness`.
+  what it is held to, see `judge.make_likeness`.
 
   Args:
     setup: of `of`.
@@ -189,7 +189,7 @@ def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
     `(params, ranker, rows) -> (loss, metrics)`; rows have `tokens` int32
     [P, G, T] and `length` int32 [P, G] beside the fields of `requests`.
   """
-  target, likeness = compressor_judge.make_likeness(
+  target, likeness = judge.make_likeness(
     setup, symbols(setup.vocabulary), stage
   )
 
@@ -224,7 +224,7 @@ def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
 
 def make_draw(
   setup: policy.Setup, config: sampling.SamplingConfig, stage
-) -> Callable[..., compressor_judge.Drawn]:
+) -> Callable[..., judge.Drawn]:
   """How compressions are sampled and verified.
 
   Args:
@@ -237,7 +237,7 @@ def make_draw(
   """
   verify = make_verify(setup, stage)
 
-  def draw(params, rows, key) -> compressor_judge.Drawn:
+  def draw(params, rows, key) -> judge.Drawn:
     source = facts(setup.grammar, rows)
     rollouts = sampling.sample(
       setup.model,
@@ -254,9 +254,7 @@ def make_draw(
   return draw
 
 
-def make_verify(
-  setup: policy.Setup, stage
-) -> Callable[..., compressor_judge.Drawn]:
+def make_verify(setup: policy.Setup, stage) -> Callable[..., judge.Drawn]:
   """What can be said of compressions without a judge.
 
   Args:
@@ -268,10 +266,10 @@ def make_verify(
   """
   marks = symbols(setup.vocabulary)
 
-  def verify(rows, source, rollouts) -> compressor_judge.Drawn:
+  def verify(rows, source, rollouts) -> judge.Drawn:
     tokens, length = rollouts.tokens, rollouts.length
     shown = rows['prompt'], rows['prompt_length']
-    return compressor_judge.Drawn(
+    return judge.Drawn(
       source=source,
       rollouts=rollouts,
       verdict=compression.verify(
@@ -298,7 +296,7 @@ def make_judged(
   config: sampling.SamplingConfig,
   stage,
   ranker: Any,
-  remote: compressor_judge.Remote | None,
+  remote: judge.Remote | None,
   use: Callable[..., Any],
 ) -> Callable[..., Any]:
   """Compiles sampling, judging, and what is to become of it.
@@ -319,17 +317,13 @@ def make_judged(
   """
   draw = make_draw(setup, config, stage)
 
-  def finish(rows, drawn: compressor_judge.Drawn, judged: compression.Judged):
-    return use(
-      rows, drawn, compressor_judge.pay(drawn, judged, stage.compression_weight)
-    )
+  def finish(rows, drawn: judge.Drawn, judged: compression.Judged):
+    return use(rows, drawn, judge.pay(drawn, judged, stage.compression_weight))
 
   if remote is None:
-    read = compressor_judge.nobody
+    read = judge.nobody
     if ranker is not None:
-      read = compressor_judge.make_ranker(
-        setup, symbols(setup.vocabulary), stage
-      )
+      read = judge.make_ranker(setup, symbols(setup.vocabulary), stage)
 
     @jax.jit
     def whole(ranker, params, rows, key):
@@ -361,7 +355,7 @@ def make_act(
   config: sampling.SamplingConfig,
   stage,
   ranker: Any,
-  remote: compressor_judge.Remote | None = None,
+  remote: judge.Remote | None = None,
 ) -> Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, jax.Array]]]:
   """Compiles rollouts and what they teach.
 
@@ -376,9 +370,7 @@ def make_act(
     `(params, rows, key) -> (PolicyBatch, watches)`.
   """
 
-  def learn(
-    rows, drawn: compressor_judge.Drawn, judged: compressor_judge.Judgement
-  ):
+  def learn(rows, drawn: judge.Drawn, judged: judge.Judgement):
     rollouts = drawn.rollouts
     flat = advantages.zero_variance(judged.reward)
     batch = policy_gradient.PolicyBatch(
@@ -392,7 +384,7 @@ def make_act(
       use=~flat,
     )
     written = masking.length_mask(rollouts.length, config.max_tokens)
-    watches = compressor_judge.watch(judged) | {
+    watches = judge.watch(judged) | {
       'flat_groups': flat.mean(),
       'length': rollouts.length.mean(),
       'sampler_entropy': masking.masked_mean(rollouts.entropy, written),

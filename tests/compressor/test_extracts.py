@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gr2_jax import compressor
-from gr2_jax.data import extracts
+from gr2_jax.compressor import extracts, rollouts
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.prompts import prompt as prompt_lib
 
@@ -21,7 +20,7 @@ def prompter(tmp_path_factory):
 
 
 def test_every_rule_writes_what_the_grammar_allows(prompter):
-  grammar, T = compressor.grammar(prompter, 1), prompter.prompt_tokens
+  grammar, T = rollouts.grammar(prompter, 1), prompter.prompt_tokens
 
   @jax.jit
   def chances(prompt, length, count, budget, tokens):

@@ -4,11 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from gr2_jax import compressor, compressor_judge, compressor_rule
-from gr2_jax.data import extracts
+from gr2_jax.compressor import extracts, judge, rollouts, rule
 from gr2_jax.prompts import examples, prompt
 
-from . import tiny_world
+from .. import tiny_world
 
 N = 5  # slates
 
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.usefixtures('one_device')
 
 @pytest.fixture(scope='module')
 def setup(world, one_device):
-  return compressor.of(tiny_world.setup(world), 1)
+  return rollouts.of(tiny_world.setup(world), 1)
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +39,7 @@ class Few:
 
 
 def rows_of(setup):
-  ask = compressor.requests(
+  ask = rollouts.requests(
     setup.prompter, {1.0: setup.prompter.prompt_tokens}, 'shuffled'
   )
   source = Few(setup.source('train'))
@@ -68,7 +67,7 @@ def test_what_is_read_is_what_the_rule_writes(setup):
   units = extracts.units(setup.prompter.lines(source[0]).candidates[0])
   lines = np.stack(
     [
-      compressor_rule._lines(
+      rule._lines(
         setup.prompter, source[i], batch['incoming'][i, : batch['count'][i]],
         units,
       )
@@ -77,7 +76,7 @@ def test_what_is_read_is_what_the_rule_writes(setup):
   )  # fmt: skip
   for kept in (range(1), range(1, 3), range(len(units))):
     one = np.array([list(kept)])
-    tokens, length = compressor_rule._written(
+    tokens, length = rule._written(
       setup, lines[:, :, one], batch['count'], len(units)
     )
     wanted, long = by_hand(setup, batch, [units[k] for k in kept])
@@ -93,16 +92,14 @@ def test_the_first_to_go_is_what_is_missed_least(setup, params, judge_by):
   stage = tiny_world.config(
     compress__judge_by=judge_by, compress__eval_batch_size=4
   ).compress
-  found = compressor_rule.most_telling(
+  found = rule.most_telling(
     setup, params, stage, 'shuffled', Few(setup.source('train'))
   )
   batch, source = rows_of(setup), setup.source('train')
   units = extracts.units(setup.prompter.lines(source[0]).candidates[0])
   assert sorted(found) == sorted(units)
-  scores = np.asarray(compressor_judge.read_whole(setup, params, batch))
-  read = compressor_judge.make_reader(
-    setup, compressor.symbols(setup.vocabulary)
-  )
+  scores = np.asarray(judge.read_whole(setup, params, batch))
+  read = judge.make_reader(setup, rollouts.symbols(setup.vocabulary))
   without = []
   for unit in units:
     tokens, length = by_hand(setup, batch, [u for u in units if u != unit])

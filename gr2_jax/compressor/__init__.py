@@ -1,0 +1,1 @@
+"""Contexts in fewer tokens: a policy that rewrites them."""
