@@ -17,7 +17,8 @@ from gr2_jax.pipeline import artifacts, reporting
 from gr2_jax.policy import policy, ranking, sampling
 from gr2_jax.prompts import compressed
 from gr2_jax.prompts import examples as examples_lib
-from gr2_jax.stages import compress, study_compress
+from gr2_jax.stages import compress
+from gr2_jax.studies import compress as compress_lib
 
 from .. import chat_server, tiny, tiny_world
 
@@ -423,7 +424,7 @@ def test_the_study_compares_every_form_with_the_whole(study):
   for name, row in rows.items():
     whole = rows['full, RL' if name.endswith(', RL') else 'full']
     assert row is whole or row['tokens'] < whole['tokens']
-    for measure in study_compress.MEASURES:
+    for measure in compress_lib.MEASURES:
       lost, test = row[measure]['lost'], row[measure]['test']
       assert lost['low'] <= lost['estimate'] <= lost['high']
       apart = whole[measure]['mean'] - row[measure]['mean']
@@ -433,10 +434,10 @@ def test_the_study_compares_every_form_with_the_whole(study):
   asked, written = rows['compressor, 60%'], rows['compressor, 60%, distilled']
   assert rows['compressor, 30%']['kept'] < asked['kept'] <= 0.6
   assert written['tokens'] == asked['tokens']
-  table = (directory / study_compress.TABLE).read_text()
-  assert table.strip() == study_compress.summary(results)
+  table = (directory / compress_lib.TABLE).read_text()
+  assert table.strip() == compress_lib.summary(results)
   assert all(name in table for name in rows)
-  assert (directory / study_compress.FIGURE).stat().st_size > 1000
+  assert (directory / compress_lib.FIGURE).stat().st_size > 1000
 
 
 def test_who_reads_a_form_of_its_own_is_taught_by_the_whole_context(study):

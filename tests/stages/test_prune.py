@@ -9,7 +9,8 @@ import pytest
 from gr2_jax.pipeline import artifacts, checkpoint, reporting
 from gr2_jax.policy import policy
 from gr2_jax.serving import Reranker
-from gr2_jax.stages import prune, study_prune
+from gr2_jax.stages import prune
+from gr2_jax.studies import prune as prune_lib
 
 from .. import tiny, tiny_world
 
@@ -123,7 +124,7 @@ def test_the_study_compares_with_the_whole_policy(study):
   whole, cut, distilled = results['rows']
   assert [row['layers'] for row in results['rows']] == [2, 1, 1]
   assert (cut['policy'], distilled['policy']) == ('cut', 'distilled')
-  for measure in study_prune.MEASURES:
+  for measure in prune_lib.MEASURES:
     assert whole[f'{measure}_lost']['estimate'] == 0
     for row in (cut, distilled):
       lost = row[f'{measure}_lost']
@@ -132,8 +133,8 @@ def test_the_study_compares_with_the_whole_policy(study):
         lost['estimate'], whole[measure] - row[measure], atol=1e-6
       )
   assert cut['kept'] == distilled['kept']  # The same layers were measured.
-  table = (home / study_prune.TABLE).read_text()
-  assert table.strip() == study_prune.summary(results)
+  table = (home / prune_lib.TABLE).read_text()
+  assert table.strip() == prune_lib.summary(results)
 
 
 def test_a_pruned_policy_is_restored_and_served(study):

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from gr2_jax.pipeline import artifacts, reporting
-from gr2_jax.stages import studies
+from gr2_jax.studies import study
 
 TABLE = 'prune.md'
 WHOLE = 'whole'
 SHOWN = {'n@5': 'N@5', 'r@1': 'R@1', 'one pass n@5': 'one pass N@5'}
 MEASURES = tuple(SHOWN)
-COLUMNS = ('policy', 'layers', *studies.columns(SHOWN), 'kept')
+COLUMNS = ('policy', 'layers', *study.columns(SHOWN), 'kept')
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
   }
   # On the test slates, only now.
   tested = {
-    key: studies.rank_tests(
+    key: study.rank_tests(
       own,
       source,
       workdir,
@@ -66,7 +66,7 @@ def run(
   }
   whole = WHOLE, total
   slates = tested[whole][0].slates
-  compared = studies.compare(
+  compared = study.compare(
     {key: _scores(found) for key, found in tested.items()},
     whole,
     slates.user,
@@ -78,12 +78,12 @@ def run(
     if key != whole:
       row['kept'] = [artifacts.read_results(run)['kept'] for run in runs[key]]
     rows.append(row)
-  results = {'rows': rows} | studies.size(slates, config.seeds)
+  results = {'rows': rows} | study.size(slates, config.seeds)
   (workdir / TABLE).write_text(summary(results) + '\n', encoding='utf-8')
   return results
 
 
-def _scores(tested: list[studies.Tested]) -> dict[str, np.ndarray]:
+def _scores(tested: list[study.Tested]) -> dict[str, np.ndarray]:
   """Of each of MEASURES float32 [S, n]: S seeds, n slates."""
   found = []
   for answers in tested:
@@ -104,6 +104,6 @@ def summary(results: dict[str, Any]) -> str:
         ' '.join(map(str, layers)) for layers in row.get('kept', ())
       ),
     }
-    lines.append(line | studies.cells(row, SHOWN, row['policy'] == WHOLE))
+    lines.append(line | study.cells(row, SHOWN, row['policy'] == WHOLE))
   table = reporting.table(lines, COLUMNS)
-  return f'{table}\n\n{studies.size_in_words(results)}'
+  return f'{table}\n\n{study.size_in_words(results)}'

@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 from configs import study_tokenizer as recipe
 from configs import tokenizer as tokenizer_config
 from gr2_jax.pipeline import artifacts
-from gr2_jax.stages import study_tokenizer
 from gr2_jax.stages import tokenizer as tokenizer_stage
+from gr2_jax.studies import tokenizer
 
 from .. import tiny_world
 
@@ -33,7 +33,7 @@ def section(techniques=tuple(FIELDS), others=None, ranked=()):
 
 def test_recipes_are_alone_pairs_all_and_all_but_one():
   techniques = ('kmeans', 'ema', 'random', 'diversity', 'reset', 'contrastive')
-  recipes = study_tokenizer.make_recipes(section(techniques))
+  recipes = tokenizer.make_recipes(section(techniques))
   sizes = [0 if name == 'plain' else len(name.split('+')) for name in recipes]
   assert [sizes.count(n) for n in range(7)] == [1, 6, 15, 0, 0, 6, 1]
   assert list(recipes)[0] == 'plain'
@@ -49,7 +49,7 @@ def test_recipes_are_alone_pairs_all_and_all_but_one():
 
 def test_few_techniques_make_no_recipe_twice():
   names = [
-    list(study_tokenizer.make_recipes(section(tuple(FIELDS)[:count])))
+    list(tokenizer.make_recipes(section(tuple(FIELDS)[:count])))
     for count in range(4)
   ]
   assert names == [
@@ -66,7 +66,7 @@ def test_few_techniques_make_no_recipe_twice():
 def test_others_stand_on_the_plain_recipe_and_ranked_ones_are_added():
   others = {'a k-means': {'codebook': 'kmeans', 'init_items': 9}}
   stage = section(('ema',), others, ('plain', 'kmeans+random', 'nonsense'))
-  recipes = study_tokenizer.make_recipes(stage)
+  recipes = tokenizer.make_recipes(stage)
   assert list(recipes) == ['plain', 'ema', 'a k-means', 'kmeans+random']
   assert recipes['a k-means'] == recipe.PLAIN | others['a k-means']
   assert recipes['kmeans+random'] == recipe.PLAIN | {
@@ -80,7 +80,7 @@ def test_a_ranked_name_without_recipe_is_named_before_any_run(
   monkeypatch.setattr(artifacts, 'run_stage', lambda *_: pytest.fail('runs'))
   config = ConfigDict({'study_tokenizer': section(ranked=('plain', 'emma'))})
   with pytest.raises(ValueError, match=r"ranked: 'emma' is no recipe.*plain"):
-    study_tokenizer.run(config, {}, tmp_path)
+    tokenizer.run(config, {}, tmp_path)
 
 
 def test_the_published_recipes_change_fields_that_exist():
@@ -88,14 +88,14 @@ def test_the_published_recipes_change_fields_that_exist():
   assert config.stage == 'study_tokenizer'
   assert list(config.seeds) == [0, 1, 2]
   known = tokenizer_config.section()
-  recipes = study_tokenizer.make_recipes(config.study_tokenizer)
+  recipes = tokenizer.make_recipes(config.study_tokenizer)
   assert len(recipes) >= 16
   for name, fields in recipes.items():
     for field, value in fields.items():
       assert isinstance(value, type(known[field])), (name, field)
     tokenizer_stage.check(ConfigDict(known.to_dict() | fields))
   assert set(config.study_tokenizer.ranked) <= set(recipes)
-  assert set(study_tokenizer.PUBLISHED) <= set(recipe.TECHNIQUES)
+  assert set(tokenizer.PUBLISHED) <= set(recipe.TECHNIQUES)
   by_hand = tokenizer_config.get_config('sweep,dataset=world,seeds=3')
   assert by_hand.to_json() == config.to_json()
 
@@ -116,7 +116,7 @@ def test_effects_by_hand():
     'a k-means': row(0.9, 0.9),
     'kmeans+ema+random': row(0.0, 0.0),  # of another technique: no pair
   }
-  found = study_tokenizer.effects(rows, ('ema', 'random'))
+  found = tokenizer.effects(rows, ('ema', 'random'))
   want = {
     # (.5 - .1, 1 - .3), (.4 - .05, .45 - .1)
     'ema': {'alone': 40, 'mean': 55, 'before_last': 35, 'pairs': 2},
@@ -137,7 +137,7 @@ def test_a_row_is_the_mean_over_seeds():
     }
     for u, n in ((0.2, 4), (0.6, 7))
   ]  # fmt: skip
-  found = study_tokenizer._row(runs)
+  found = tokenizer._row(runs)
   assert found == {
     'uniqueness': pytest.approx(0.4),
     'uniqueness_deviation': pytest.approx(0.2),
@@ -205,7 +205,7 @@ def test_every_recipe_is_run_with_every_seed_once(grid):
   directory, results = grid
   assert tuple(results['rows']) == tuple(sorted(RECIPES))
   config = tiny_world.config(**CONFIG)
-  recipes = study_tokenizer.make_recipes(config.study_tokenizer)
+  recipes = tokenizer.make_recipes(config.study_tokenizer)
   assert tuple(recipes) == RECIPES
   runs = tokenizers(directory)
   assert len(runs) == 2 * len(RECIPES)
@@ -215,7 +215,7 @@ def test_every_recipe_is_run_with_every_seed_once(grid):
       if {k: section_[k] for k in fields} == fields
     ]  # fmt: skip
     assert len(own) == 2
-    want = study_tokenizer._row(own)
+    want = tokenizer._row(own)
     found = dict(results['rows'][name])
     assert found.pop('usage') == pytest.approx(want.pop('usage'))
     assert found == pytest.approx(want)
@@ -226,7 +226,7 @@ def test_every_recipe_is_run_with_every_seed_once(grid):
 
 def test_effects_are_of_the_rows(grid):
   _, results = grid
-  assert results['effects'] == study_tokenizer.effects(
+  assert results['effects'] == tokenizer.effects(
     results['rows'], ('ema', 'random')
   )
 
@@ -261,7 +261,7 @@ def test_policies_of_two_recipes_are_compared(study):
 
 def test_table_and_figure_are_written(study):
   directory, results = study
-  table = (directory / study_tokenizer.TABLE).read_text()
+  table = (directory / tokenizer.TABLE).read_text()
   lines = [line for line in table.splitlines() if line.strip()]
   for name in RECIPES:
     value = 100 * results['rows'][name]['uniqueness']
@@ -270,19 +270,19 @@ def test_table_and_figure_are_written(study):
   assert len(published) == 1
   assert f'{results["effects"]["ema"]["mean"]:+.1f}' in published[0]
   assert table.count('\n\n') == 2  # three tables
-  picture = (directory / study_tokenizer.FIGURE).read_bytes()
+  picture = (directory / tokenizer.FIGURE).read_bytes()
   assert picture[:4] == b'\x89PNG'
 
 
 def test_a_study_that_was_killed_makes_nothing_twice(study, monkeypatch):
   directory, results = study
-  text = (directory / study_tokenizer.TABLE).read_text()
+  text = (directory / tokenizer.TABLE).read_text()
   (directory / 'results.json').unlink()
   monkeypatch.setattr(
     tokenizer_stage, 'run', lambda *_: pytest.fail('a run is made again')
   )
   monkeypatch.setattr(
-    study_tokenizer.studies.ranker, 'rank',
+    tokenizer.studies.ranker, 'rank',
     lambda *_, **__: pytest.fail('slates are ranked again'),
   )  # fmt: skip
   with artifacts.lock(directory.parent):
@@ -292,12 +292,12 @@ def test_a_study_that_was_killed_makes_nothing_twice(study, monkeypatch):
     )  # fmt: skip
   assert again == directory
   assert artifacts.read_results(directory) == results
-  assert (directory / study_tokenizer.TABLE).read_text() == text
+  assert (directory / tokenizer.TABLE).read_text() == text
 
 
 def test_nothing_ranked_needs_no_policy(grid):
   directory, results = grid
   assert results['ranking'] == {}
   assert not list(directory.glob('*.npz'))
-  table = (directory / study_tokenizer.TABLE).read_text()
+  table = (directory / tokenizer.TABLE).read_text()
   assert table.count('\n\n') == 1  # two tables

@@ -18,7 +18,7 @@ import numpy as np
 
 from gr2_jax.ops import statistics
 from gr2_jax.pipeline import artifacts, reporting
-from gr2_jax.stages import studies
+from gr2_jax.studies import study
 
 TABLE = 'ablation.md'
 FIGURE = 'ablation.png'
@@ -192,7 +192,7 @@ def _rank(
     for seed in config.seeds:
       own = _with(config, recipes[name], seed)
       artifacts.run_stage(own, 'sft', workdir.parent, seed)
-      tested = studies.rank_test(
+      tested = study.rank_test(
         own,
         'sft',
         seed,

@@ -19,7 +19,7 @@ import numpy as np
 from gr2_jax.ops import statistics
 from gr2_jax.pipeline import artifacts, reporting
 from gr2_jax.policy import claims, policy
-from gr2_jax.stages import studies
+from gr2_jax.studies import study
 
 TABLE = 'distill.md'
 FIGURE = 'distill.png'
@@ -164,7 +164,7 @@ def _study(
   }
 
 
-def _marks(tests: list[studies.Tested]) -> dict[str, np.ndarray]:
+def _marks(tests: list[study.Tested]) -> dict[str, np.ndarray]:
   """What the reasoning of all seeds was found to be; empty without any."""
   if not tests or not tests[0].claims:
     return {}
@@ -182,10 +182,10 @@ def _with(
 
 def _rank(
   config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path
-) -> list[studies.Tested]:
+) -> list[study.Tested]:
   """The answers of a row, one for each seed."""
   thinking = config[stage].thinking
-  return studies.rank_tests(
+  return study.rank_tests(
     config,
     stage,
     workdir,

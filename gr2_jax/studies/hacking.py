@@ -17,7 +17,7 @@ import numpy as np
 
 from gr2_jax.ops import statistics
 from gr2_jax.pipeline import artifacts, reporting
-from gr2_jax.stages import studies
+from gr2_jax.studies import study
 
 TABLE = 'hacking.md'
 FIGURE = 'hacking.png'
@@ -96,7 +96,7 @@ def _measure(
 ) -> dict[str, Any]:
   """What became of the policies of a stage, one for each seed."""
   own = config.study_hacking
-  tests = studies.rank_tests(
+  tests = study.rank_tests(
     config,
     stage,
     workdir,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gr2_jax.pipeline import artifacts, reporting
-from gr2_jax.stages import studies
+from gr2_jax.studies import study
 
 TABLE = 'internalize.md'
 BASE = 'with reasoning'
@@ -28,8 +28,8 @@ SHOWN = {
 COLUMNS = (
   'answers',
   'tokens',
-  *studies.columns(SHOWN['all']),
-  *studies.columns(SHOWN['hard']),
+  *study.columns(SHOWN['all']),
+  *study.columns(SHOWN['hard']),
 )
 
 
@@ -55,8 +55,8 @@ def run(
   for seed in config.seeds:
     artifacts.run_stage(config, 'internalize', workdir.parent, seed)
 
-  def ask(source: str, thinking: bool) -> list[studies.Tested]:
-    return studies.rank_tests(
+  def ask(source: str, thinking: bool) -> list[study.Tested]:
+    return study.rank_tests(
       config,
       source,
       workdir,
@@ -95,7 +95,7 @@ def run(
       }
       for name, watches in scores.items()
     }
-    return studies.compare(few, BASE, slates.user[chosen], stage.resamples)
+    return study.compare(few, BASE, slates.user[chosen], stage.resamples)
 
   everywhere, where_hard = compared(np.full(len(slates), True)), compared(hard)
   rows = [
@@ -110,7 +110,7 @@ def run(
   results = {
     'rows': rows,
     'hard': float(hard.mean()),
-  } | studies.size(slates, config.seeds)
+  } | study.size(slates, config.seeds)
   (workdir / TABLE).write_text(summary(results) + '\n', encoding='utf-8')
   return results
 
@@ -122,10 +122,10 @@ def summary(results: dict[str, Any]) -> str:
     line = {'answers': row['answers'], 'tokens': f'{row["tokens"]:.1f}'}
     for kind, shown in SHOWN.items():
       if row[kind]:
-        line |= studies.cells(row[kind], shown, row['answers'] == BASE)
+        line |= study.cells(row[kind], shown, row['answers'] == BASE)
     lines.append(line)
   counted = (
-    f'{studies.size_in_words(results)}; reasoning changed the first pick of '
+    f'{study.size_in_words(results)}; reasoning changed the first pick of '
     f'{results["hard"]:.1%}'
   )
   return f'{reporting.table(lines, COLUMNS)}\n\n{counted}'

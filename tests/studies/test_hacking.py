@@ -5,7 +5,7 @@ import pytest
 
 from configs import study_hacking as recipe
 from gr2_jax.pipeline import artifacts
-from gr2_jax.stages import study_hacking
+from gr2_jax.studies import hacking
 
 from .. import tiny_world
 
@@ -54,12 +54,12 @@ def test_the_study_says_what_became_of_each_policy(study):
 
 def test_the_table_has_a_row_for_each_and_the_figure_is_a_picture(study):
   directory, results, _ = study
-  table = (directory / study_hacking.TABLE).read_text()
-  assert table.strip() == study_hacking.summary(results)
+  table = (directory / hacking.TABLE).read_text()
+  assert table.strip() == hacking.summary(results)
   rows = [line for line in table.splitlines() if 'shuffled' in line]
   assert len(rows) == 3
   assert '(start)' in rows[0]
-  picture = (directory / study_hacking.FIGURE).read_bytes()
+  picture = (directory / hacking.FIGURE).read_bytes()
   assert picture[:4] == b'\x89PNG'
 
 
@@ -67,10 +67,10 @@ def test_curves_average_steps_and_keep_seeds_apart():
   rows = [{'step': s, 'reward': float(s)} for s in range(1, 42)]
   other = [{'step': s, 'reward': 2.0 * s} for s in range(1, 42)]
   rows.append({'step': 42, 'validation/n@5': 0.5})
-  steps, values = study_hacking._curve([rows, other], 'reward')
+  steps, values = hacking._curve([rows, other], 'reward')
   np.testing.assert_allclose(steps, np.arange(1.5, 41, 2))
   np.testing.assert_allclose(values, [steps, 2 * steps])
-  assert study_hacking._rise([rows, other]) == np.mean([33, 66])
+  assert hacking._rise([rows, other]) == np.mean([33, 66])
 
 
 def test_the_recipe_names_fields_that_exist():

@@ -6,7 +6,7 @@ import pytest
 
 from configs import study_distill as recipe
 from gr2_jax.pipeline import artifacts
-from gr2_jax.stages import study_distill
+from gr2_jax.studies import distill
 
 from .. import tiny_world
 
@@ -77,12 +77,12 @@ def test_the_rows_say_what_is_kept_of_the_teacher(study):
 
 def test_the_table_has_every_row_and_the_figure_is_a_picture(study):
   directory, results = study
-  table = (directory / study_distill.TABLE).read_text()
-  assert table.strip() == study_distill.summary(results)
+  table = (directory / distill.TABLE).read_text()
+  assert table.strip() == distill.summary(results)
   for name in ('incoming', 'teacher', *ROWS):
     assert name in table
   assert 'times fewer' in table
-  picture = (directory / study_distill.FIGURE).read_bytes()
+  picture = (directory / distill.FIGURE).read_bytes()
   assert picture[:8] == b'\x89PNG\r\n\x1a\n'
 
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from gr2_jax.pipeline import artifacts
-from gr2_jax.stages import internalize, study_internalize
+from gr2_jax.stages import internalize
+from gr2_jax.studies import internalize as internalize_lib
 
 from .. import tiny_world
 
@@ -42,11 +43,11 @@ def test_the_second_pass_starts_from_the_policy_that_reasons(world, study):
 def test_rows_are_compared_with_the_answers_that_have_reasoning(study):
   _, results = study
   rows = {row['answers']: row for row in results['rows']}
-  base = rows[study_internalize.BASE]
+  base = rows[internalize_lib.BASE]
   assert base['all']['n@5_lost']['estimate'] == 0
   for row in rows.values():
     for kind in ('all', 'hard'):
-      for metric in study_internalize.METRICS if row[kind] else ():
+      for metric in internalize_lib.METRICS if row[kind] else ():
         lost = row[kind][f'{metric}_lost']
         assert lost['low'] <= lost['estimate'] <= lost['high']
         np.testing.assert_allclose(
@@ -58,8 +59,8 @@ def test_what_is_decoded_is_counted(study):
   _, results = study
   tokens = {row['answers']: row['tokens'] for row in results['rows']}
   # Candidates and <eos>; before them at least </think>.
-  assert tokens['internalised'] == tokens[study_internalize.DROPPED]
-  assert tokens[study_internalize.BASE] >= tokens['internalised'] + 1
+  assert tokens['internalised'] == tokens[internalize_lib.DROPPED]
+  assert tokens[internalize_lib.BASE] >= tokens['internalised'] + 1
   assert tokens['one pass'] == 0
 
 
@@ -74,8 +75,8 @@ def test_hard_slates_are_those_whose_first_pick_reasoning_changed(world, study):
 
 def test_the_table_has_a_row_for_each(study):
   directory, results = study
-  table = (directory / study_internalize.TABLE).read_text()
-  assert table.strip() == study_internalize.summary(results)
+  table = (directory / internalize_lib.TABLE).read_text()
+  assert table.strip() == internalize_lib.summary(results)
   for row in results['rows']:
     assert f'| {row["answers"]}' in table
 
