@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.pipeline import artifacts
+from gr2_jax.serving import request as requests_lib
 
 PEERS = ('lightgbm', 'transformers')
 _AT_A_TIME = 16  # slates of a request, where answers are looked at

@@ -10,8 +10,8 @@ import functools
 
 from absl import app, flags
 
-from gr2_jax import serve
 from gr2_jax.bench import serving_load
+from gr2_jax.serving import __main__
 
 _PEER = flags.DEFINE_enum(
   'peer', None, serving_load.PEERS, 'Who answers.', required=True
@@ -48,4 +48,4 @@ def _load():
 
 
 if __name__ == '__main__':
-  app.run(functools.partial(serve.main, load=_load))
+  app.run(functools.partial(__main__.main, load=_load))

@@ -13,8 +13,8 @@ import numpy as np
 
 from configs import baselines as baselines_config
 from gr2_jax.baselines import gbdt
-from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
 
 MOST = 256  # items of one look-up

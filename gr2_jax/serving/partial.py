@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from gr2_jax.data import requests as requests_lib
+from gr2_jax.serving import request as requests_lib
 
 
 def known_part(request: requests_lib.Request) -> requests_lib.Request:

@@ -26,15 +26,14 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from gr2_jax import cold_items
-from gr2_jax.data import knowledge as knowledge_lib
-from gr2_jax.data import requests as requests_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import artifacts
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples
+from gr2_jax.serving import cold_items, partial
+from gr2_jax.serving import knowledge as knowledge_lib
 from gr2_jax.serving import memories as memories_lib
-from gr2_jax.serving import partial
+from gr2_jax.serving import request as requests_lib
 from gr2_jax.stages import rerank
 
 Program = Callable[[Any, Any], dict[str, jax.Array]]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import requests as requests_lib
 from gr2_jax.serving import batching, metrics
+from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
 
 

@@ -30,13 +30,12 @@ from typing import Any
 
 import numpy as np
 
-from gr2_jax import cold_items
-from gr2_jax.data import knowledge
-from gr2_jax.data import requests as requests_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import reporting
 from gr2_jax.policy import policy, ranking
+from gr2_jax.serving import cold_items, knowledge
+from gr2_jax.serving import request as requests_lib
 
 REQUESTS = 'requests.jsonl'
 OUTPUT = 'output.jsonl'

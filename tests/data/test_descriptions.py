@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from gr2_jax.data import descriptions, requests
+from gr2_jax.data import descriptions
 from gr2_jax.data import log as log_lib
+from gr2_jax.serving import request
 
 INDEX = {'a': 0, 'b': 1}
 SLATE = {'history': ['a', 'h9', 'gone'], 'candidates': ['x9', 'b', 'y9', 7]}
@@ -16,7 +17,7 @@ SLATE = {'history': ['a', 'h9', 'gone'], 'candidates': ['x9', 'b', 'y9', 7]}
 
 def parse(*items, most=4, **more):
   row = SLATE | ({'items': list(items)} if items else {})
-  return requests.parse(row, 'slates[0]', 1, INDEX, most, strict=False, **more)
+  return request.parse(row, 'slates[0]', 1, INDEX, most, strict=False, **more)
 
 
 def described(name='x9', **fields):
@@ -65,17 +66,17 @@ def test_a_file_of_slates_takes_descriptions_and_names_what_is_missing(
   path = tmp_path / 'slates.jsonl'
   row = {'history': [], 'candidates': ['x9'], 'items': [described()]}
   path.write_text(json.dumps(row))
-  (found,) = requests.read(path, catalog, 4)
+  (found,) = request.read(path, catalog, 4)
   assert found.candidates == (2,)
   cure = r'items \(not here: it is old\), or train'
   with pytest.raises(log_lib.DataError, match=f"'x9' is not in.*{cure}"):
-    list(requests.read(path, catalog, 4, 'it is old'))
+    list(request.read(path, catalog, 4, 'it is old'))
 
 
 def test_slates_of_a_batch_share_no_description():
   first = parse(described('x9', title='One'))
   second = parse(described('h9', title='Two'), described('x9', title='Three'))
-  both = requests.described([first, parse(), second])
+  both = request.described([first, parse(), second])
   assert both.titles == ('One', 'Two', 'Three')
   assert descriptions.join([]).titles == ()
 
@@ -128,4 +129,4 @@ def test_slates_of_a_batch_share_no_description():
 def test_a_bad_description_names_place_field_and_cure(items, place, message):
   where = 'slates[0], ' + (place and f'items{place}, ')
   with pytest.raises(log_lib.DataError, match=re.escape(where + message)):
-    requests.parse(SLATE | {'items': items}, 'slates[0]', 1, INDEX, 4)
+    request.parse(SLATE | {'items': items}, 'slates[0]', 1, INDEX, 4)

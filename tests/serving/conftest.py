@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip('starlette', reason='needs the extra: gr2_jax[serve]')
 pytest.importorskip('uvicorn', reason='needs the extra: gr2_jax[serve]')
 
-from gr2_jax.data import requests as requests_lib  # noqa: E402
+from gr2_jax.serving import request as requests_lib  # noqa: E402
 from gr2_jax.serving import reranker as reranker_lib  # noqa: E402
 
 from .. import tiny_world  # noqa: E402

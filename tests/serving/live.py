@@ -8,9 +8,9 @@ import threading
 import time
 import types
 
-from gr2_jax.data import requests as requests_lib
 from gr2_jax.serving import app as app_lib
 from gr2_jax.serving import memories
+from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.serving import server as server_lib
 from gr2_jax.serving import service as service_lib

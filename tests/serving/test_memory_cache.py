@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gr2_jax.data import requests as requests_lib
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.policy import policy, ranking
 from gr2_jax.serving import memories as memories_lib
+from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.serving import service as service_lib
 from gr2_jax.stages import rerank

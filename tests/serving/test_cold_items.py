@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
-from gr2_jax import cold_items
 from gr2_jax.data import log as log_lib
 from gr2_jax.semantic_ids import ids, tfidf, tokenizer
+from gr2_jax.serving import cold_items
 
-from . import tiny_world
+from .. import tiny_world
 
 TITLE_TOKENS = tiny_world.config().prompt.title_tokens
 

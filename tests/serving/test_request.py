@@ -8,8 +8,9 @@ import pytest
 
 from configs import slates as slates_config
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import requests, slates
+from gr2_jax.data import slates
 from gr2_jax.data.sources import world
+from gr2_jax.serving import request as request_lib
 
 CATALOG = log_lib.Catalog(
   ('a', 'b', 'c', '7'), ('',) * 4, ((),) * 4, np.zeros(4, np.int32)
@@ -25,7 +26,7 @@ def write(path, *rows):
 
 
 def read(path, most=3):
-  return list(requests.read(path, CATALOG, most))
+  return list(request_lib.read(path, CATALOG, most))
 
 
 def test_fields_and_their_defaults(tmp_path):
@@ -183,12 +184,12 @@ def stored(data):
 
 def test_exported_test_slates_have_the_stored_evidence(data, stored, tmp_path):
   log, config = data
-  facts = requests.fit(log, config)
+  facts = request_lib.fit(log, config)
   path = tmp_path / 'requests.jsonl'
-  requests.write_test(path, log, config, facts.statistics)
+  request_lib.write_test(path, log, config, facts.statistics)
   width = stored.candidates.shape[1]
-  found = requests.to_slates(
-    list(requests.read(path, log.catalog, width)),
+  found = request_lib.to_slates(
+    list(request_lib.read(path, log.catalog, width)),
     log,
     facts,
     width,
@@ -217,10 +218,10 @@ def test_a_record_goes_out_and_comes_in_as_it_is(data, stored):
   asked = []
   for row in range(len(stored)):
     record = {name: getattr(stored, name)[row] for name in slates.NAMES}
-    sent = json.loads(json.dumps(requests.of_record(record, names)))
-    asked.append(requests.parse(sent, 'here', row, index, width))
-  found = requests.to_slates(
-    asked, log, requests.fit(log, config), width, config.history
+    sent = json.loads(json.dumps(request_lib.of_record(record, names)))
+    asked.append(request_lib.parse(sent, 'here', row, index, width))
+  found = request_lib.to_slates(
+    asked, log, request_lib.fit(log, config), width, config.history
   )
   for name in slates.NAMES:
     # The evidence knows of all that came before; a record has the last of it.
@@ -239,8 +240,8 @@ def test_an_empty_history_has_finite_evidence(data, tmp_path):
     {'history': [], 'candidates': names[:3]},
     {'history': ['gone'], 'candidates': names[3:4], 'time': 0},
   )
-  asked = list(requests.read(path, log.catalog, 5))
-  found = requests.to_slates(asked, log, requests.fit(log, config), 5, 4)
+  asked = list(request_lib.read(path, log.catalog, 5))
+  found = request_lib.to_slates(asked, log, request_lib.fit(log, config), 5, 4)
   assert np.isfinite(found.evidence).all()
   assert found.count.tolist() == [3, 1]
   assert found.time.tolist() == [log.times.max(), 0]
@@ -261,8 +262,8 @@ def test_ages_are_counted_to_the_slate(data, tmp_path):
   path = write(
     tmp_path, asked | told | {'time': 50}, asked | told, asked | {'time': 50}
   )
-  rows = list(requests.read(path, log.catalog, 5))
-  found = requests.to_slates(rows, log, requests.fit(log, config), 5, 3)
+  rows = list(request_lib.read(path, log.catalog, 5))
+  found = request_lib.to_slates(rows, log, request_lib.fit(log, config), 5, 3)
   # The last three that the catalog has; none is older than the slate is.
   assert found.history.tolist() == [[3, 4, 5]] * 3
   assert found.history_grades.tolist() == [[0, 2, 2]] * 2 + [[0, 0, 0]]

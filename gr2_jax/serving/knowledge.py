@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from gr2_jax.data import evidence as evidence_lib
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import requests as requests_lib
+from gr2_jax.serving import request as requests_lib
 
 
 @dataclasses.dataclass(frozen=True)
