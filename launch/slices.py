@@ -6,7 +6,7 @@ Names and runtime versions: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e} and
 
 import dataclasses
 
-from gr2_jax import topologies
+from gr2_jax.aot import topologies
 from launch import commands
 
 

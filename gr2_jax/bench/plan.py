@@ -20,7 +20,7 @@ import sys
 from absl import app, flags
 
 from configs import common
-from gr2_jax import planning, topologies
+from gr2_jax.aot import planning, topologies
 from gr2_jax.pipeline import reporting
 
 _MODELS = flags.DEFINE_list('models', list(common.QWEN3), 'Presets.')

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 
 from configs import common
-from gr2_jax import abstract
+from gr2_jax.aot import abstract
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import reporting
 

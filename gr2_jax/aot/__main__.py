@@ -13,7 +13,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from gr2_jax import planning, topologies
+from gr2_jax.aot import planning, topologies
 from gr2_jax.pipeline import flags as flags_lib
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -11,7 +11,7 @@ A compiler writes a gather in one of three forms:
 import dataclasses
 from typing import Self
 
-from gr2_jax import hlo_text
+from gr2_jax.aot import hlo_text
 
 # Opcodes whose result is their first operand, in another place or form.
 _SAME = frozenset(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gr2_jax import hlo, hlo_text
+from gr2_jax.aot import hlo, hlo_text
 from gr2_jax.distributed import sharding
 
 # A loop of 3 that gathers and multiplies, a loop whose end the data decides,

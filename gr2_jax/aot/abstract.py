@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gr2_jax import topologies
+from gr2_jax.aot import topologies
 from gr2_jax.distributed import sharding
 from gr2_jax.models import lora, transformer
 from gr2_jax.policy import grammar, policy

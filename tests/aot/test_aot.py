@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import common
-from gr2_jax import abstract, hlo, planning, topologies
+from gr2_jax.aot import abstract, hlo, planning, topologies
 from gr2_jax.bench import plan as bench_plan
 from gr2_jax.bench import weak_scaling
 from gr2_jax.distributed import sharding

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from gr2_jax import abstract, hlo, topologies
+from gr2_jax.aot import abstract, hlo, topologies
 from gr2_jax.pipeline import reporting
 
 LEVELS = ('O0', 'O1', 'O2', 'O3')  # How hard XLA tries.

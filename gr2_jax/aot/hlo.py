@@ -15,7 +15,7 @@ import itertools
 import math
 import re
 
-from gr2_jax import gathers, hlo_text
+from gr2_jax.aot import gathers, hlo_text
 
 COLLECTIVES = (
   'all-gather',

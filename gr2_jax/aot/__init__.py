@@ -1,0 +1,1 @@
+"""Compiles a training step for hardware that is not here."""
