@@ -44,7 +44,7 @@ def run(config: ConfigDict, root: str) -> None:
     for seed in seeds:
       directory = artifacts.run_stage(config, target, root, seed)
       _say(f'results: {directory / "results.json"}')
-  stage = importlib.import_module(f'gr2_jax.stages.{target}')
+  stage = importlib.import_module(graph.module(target))
   if hasattr(stage, 'summary'):  # Evaluation and studies have a table.
     _say(stage.summary(artifacts.read_results(directory)))
 

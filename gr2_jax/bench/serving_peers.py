@@ -11,7 +11,7 @@ import functools
 from absl import app, flags
 
 from gr2_jax.bench import serving_load
-from gr2_jax.serving import __main__
+from gr2_jax.serving import command
 
 _PEER = flags.DEFINE_enum(
   'peer', None, serving_load.PEERS, 'Who answers.', required=True
@@ -48,4 +48,4 @@ def _load():
 
 
 if __name__ == '__main__':
-  app.run(functools.partial(__main__.main, load=_load))
+  app.run(functools.partial(command.main, load=_load))

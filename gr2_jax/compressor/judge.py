@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gr2_jax.compressor import grammar
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression, masking
-from gr2_jax.policy import grammar, policy, sampling
+from gr2_jax.policy import policy, sampling
 from gr2_jax.teachers import dialogue as dialogue_lib
 from gr2_jax.teachers import judge as judge_lib
 

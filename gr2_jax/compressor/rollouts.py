@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gr2_jax.compressor import grammar as grammar_lib
 from gr2_jax.compressor import judge
 from gr2_jax.ops import advantages, compression, losses, masking
-from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import prompt, vocabulary
 from gr2_jax.train import policy_gradient

@@ -246,7 +246,7 @@ def _call(
     own = ml_collections.ConfigDict(sections)
     if artifact.seed is not None:
       own.seed = artifact.seed
-    module = importlib.import_module(f'gr2_jax.stages.{artifact.stage}')
+    module = importlib.import_module(graph.module(artifact.stage))
     return module.run(own.lock(), inputs, directory)
   except Exception as e:
     if not _is_disk_full(e):

@@ -69,7 +69,7 @@ def _use_compile_cache() -> None:
 
 
 def _is_ours(file: str) -> bool:
-  return pathlib.Path(__file__).parent in pathlib.Path(file).parents
+  return pathlib.Path(__file__).parent.parent in pathlib.Path(file).parents
 
 
 def _quiet_libraries() -> None:

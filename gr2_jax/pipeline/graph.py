@@ -35,6 +35,14 @@ class Stage:
   together: bool = False
 
 
+def module(name: str) -> str:
+  """The module of a stage: `study_<name>` is the study `<name>`."""
+  room, name = (
+    ('studies', name[6:]) if name[:6] == 'study_' else ('stages', name)
+  )
+  return f'gr2_jax.{room}.{name}'
+
+
 # What an SFT policy depends on, all the way from the data.
 _TRAINED = (
   'data',

@@ -21,9 +21,8 @@ from gr2_jax.data import log as log_lib
 from gr2_jax.pipeline import artifacts
 from gr2_jax.policy import policy
 from gr2_jax.prompts import prompt
-from gr2_jax.semantic_ids import assignment, ids, text_encoders, tfidf
+from gr2_jax.semantic_ids import assignment, ids, text_encoders, tfidf, training
 from gr2_jax.semantic_ids import tokenizer as tokenizer_lib
-from gr2_jax.stages import tokenizer as tokenizer_stage
 
 CHUNK = 64  # items that the tokenizer reads at a time
 
@@ -114,7 +113,7 @@ class Reader:
     """Tuples int64 [., L] that are taken under prefixes which are not full."""
     config = self.tokenizer.config
     size, levels = config.codebook_size, np.arange(config.levels)[::-1]
-    tail = size ** tokenizer_stage.appended(config)
+    tail = size ** training.appended(config)
     ends = np.searchsorted(self.keys, np.stack([prefixes, prefixes + 1]) * tail)
     keys = [self.keys[begin:end] for begin, end in ends.T if end - begin < tail]
     return (
@@ -144,8 +143,8 @@ def load(
         "language model; only 'tfidf' reads text at once"
       )
     space = tfidf.load(home / text_encoders.SPACE)
-    tokenizer = tokenizer_stage.load(
-      config, home / tokenizer_stage.PARAMS, space.dim, setup.mesh
+    tokenizer = training.load(
+      config, home / training.PARAMS, space.dim, setup.mesh
     )
   except (KeyError, AttributeError, OSError, ValueError) as e:
     return None, f'{home.name}: no whole tokenizer in it ({e})'

@@ -30,11 +30,11 @@ from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import artifacts
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples
+from gr2_jax.serving import answer as answer_lib
 from gr2_jax.serving import cold_items, partial
 from gr2_jax.serving import knowledge as knowledge_lib
 from gr2_jax.serving import memories as memories_lib
 from gr2_jax.serving import request as requests_lib
-from gr2_jax.stages import rerank
 
 Program = Callable[[Any, Any], dict[str, jax.Array]]
 Encoder = Callable[[Any, Any], jax.Array]
@@ -247,7 +247,7 @@ class Reranker:
       request, part = asked[row][0], known[row][0]
       kept = np.array(partial.known_ranks(request))
       shown = ranked.presented[i : i + 1, : len(kept)]
-      own = rerank.answer(
+      own = answer_lib.answer(
         self.policy.setup,
         part,
         # Reasoning names candidates by their rank in the whole slate.
@@ -294,7 +294,9 @@ class Reranker:
     )
     rows = [
       render(record, np.random.default_rng((0, place)))
-      for record, (_, place) in zip(rerank.records(slates), asked, strict=True)
+      for record, (_, place) in zip(
+        answer_lib.records(slates), asked, strict=True
+      )
     ]
     for row in rows:
       del row['grades']  # What the policy must not see.

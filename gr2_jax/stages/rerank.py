@@ -28,13 +28,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import reporting
 from gr2_jax.policy import policy, ranking
-from gr2_jax.serving import cold_items, knowledge
+from gr2_jax.serving import answer, cold_items, knowledge
 from gr2_jax.serving import request as requests_lib
 
 REQUESTS = 'requests.jsonl'
@@ -117,7 +114,7 @@ def _rank(
       ranked = ranking.rank(
         shown,
         params,
-        records(slates),
+        answer.records(slates),
         thinking=stage.thinking,
         order=config.prompt.order,
         batch_size=stage.batch_size,
@@ -125,7 +122,7 @@ def _rank(
         first=done,
       )
       lines = [
-        json.dumps(answer(setup, request, ranked, row))
+        json.dumps(answer.answer(setup, request, ranked, row))
         for row, request in enumerate(chunk)
       ]
       file.write(''.join(f'{line}\n' for line in lines).encode())
@@ -137,14 +134,6 @@ def _rank(
   if done == start:
     return None
   return (done - start) / (time.monotonic() - clock)
-
-
-def records(slates: slates_lib.Slates) -> list[dict[str, np.ndarray]]:
-  """The slates by random access."""
-  return [
-    {name: getattr(slates, name)[row] for name in slates_lib.NAMES}
-    for row in range(len(slates))
-  ]
 
 
 def _keep_whole_chunks(path: pathlib.Path, chunk: int) -> int:
@@ -168,55 +157,17 @@ def _keep_whole_chunks(path: pathlib.Path, chunk: int) -> int:
   return lines - lines % chunk
 
 
-def answer(
-  setup: policy.Setup,
-  request: requests_lib.Request,
-  ranked: ranking.Ranked,
-  row: int,
-) -> dict[str, Any]:
-  """One line of the output."""
-  count = len(request.names)
-  order = ranked.generated[row, :count].tolist()
-  return {
-    'id': request.id,
-    'ranking': [request.names[rank] for rank in order],
-    'order': order,
-    'reasoning': _reasoning(
-      setup,
-      ranked.tokens[row, : ranked.length[row]],
-      ranked.presented[row, :count],
-    ),
-    'verdict': parsing.VERDICTS[ranked.verdict[row]],
-    'scores': [round(x, 5) for x in ranked.scores[row, :count].tolist()],
-    'unknown_history': request.unknown,
-    'described_candidates': request.described_candidates,
-  }
-
-
-def _reasoning(
-  setup: policy.Setup, tokens: np.ndarray, presented: np.ndarray
-) -> str:
-  """Text before </think>, slots renamed from place to incoming rank."""
-  words = setup.vocabulary
-  ends = np.flatnonzero(tokens == words.control['</think>'])
-  ids = tokens[: ends[0]] if len(ends) else tokens[:0]
-  place = ids - words.slot_base
-  named = (place >= 0) & (place < len(presented))
-  rank = presented[np.where(named, place, 0)]
-  return words.decode(np.where(named, words.slot_base + rank, ids))
-
-
 def _summary(path: pathlib.Path) -> dict[str, Any]:
   """Counts over a finished output."""
   slates = changed = unknown = 0
   verdicts = dict.fromkeys(parsing.VERDICTS, 0)
   with path.open(encoding='utf-8') as file:
     for line in file:
-      answer = json.loads(line)
+      found = json.loads(line)
       slates += 1
-      verdicts[answer['verdict']] += 1
-      changed += answer['order'][0] != 0
-      unknown += answer['unknown_history']
+      verdicts[found['verdict']] += 1
+      changed += found['order'][0] != 0
+      unknown += found['unknown_history']
   return {
     'slates': slates,
     'verdicts': {name: n / slates for name, n in verdicts.items()},

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.policy import policy, ranking
+from gr2_jax.serving import answer
 from gr2_jax.serving import memories as memories_lib
 from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.serving import service as service_lib
-from gr2_jax.stages import rerank
 
 from .. import tiny, tiny_world
 
@@ -81,7 +81,7 @@ def in_one_pass(own, asked, mode):
   return ranking.rank(
     own.policy.setup,
     own.policy.params,
-    rerank.records(slates),
+    answer.records(slates),
     thinking=mode == 'reason',
     order=own.order,
     batch_size=8,

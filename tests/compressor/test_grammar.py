@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gr2_jax.compressor import grammar as extraction_lib
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression
 from gr2_jax.policy import grammar as grammar_lib
@@ -24,7 +25,7 @@ WORDS = (20, 26)  # Few, so that tokens are there again and again.
 
 
 def extraction(slack=1):
-  return grammar_lib.Extraction(
+  return extraction_lib.Extraction(
     history=HISTORY,
     candidates=CANDIDATES,
     slot_base=SLOT,
