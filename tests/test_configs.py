@@ -124,8 +124,9 @@ def test_a_wrong_argument_names_the_nearest(arg, message):
 
 def test_a_config_file_loads_by_path_from_another_directory(tmp_path):
   code = (
-    'import sys; from gr2_jax import command_line, main;'
-    'command_line.parse(sys.argv); from absl import flags;'
+    'import sys; from gr2_jax import main;'
+    'from gr2_jax.pipeline import flags as flags_lib;'
+    'flags_lib.parse(sys.argv); from absl import flags;'
     'print(flags.FLAGS.config.stage, flags.FLAGS.config.rl.to_dict() != {})'
   )
   done = subprocess.run(

@@ -42,7 +42,7 @@ def imported_rooms(path):
     for name in names:
       package, _, rest = name.partition('.')
       room = rest.partition('.')[0]
-      if package == 'gr2_jax' and (ROOT / room).is_dir():
+      if package == 'gr2_jax' and room and (ROOT / room).is_dir():
         yield room
 
 

@@ -15,11 +15,11 @@ from gr2_jax.distributed import rendezvous
 # Meets, says who is there, and does what it is told on its standard input.
 _MEMBER = """
 import json, os, sys
-from gr2_jax import roster
+from gr2_jax.distributed import rendezvous
 address, count, index, facts, timeout = json.loads(sys.argv[1])
 try:
-  here = roster.meet(address, count, index, facts, timeout)
-except roster.RosterError as e:
+  here = rendezvous.meet(address, count, index, facts, timeout)
+except rendezvous.RosterError as e:
   sys.exit(f'error: {e}')
 print('met', ' '.join(f'{m.index}:{m.pid}' for m in here.members), flush=True)
 for line in sys.stdin:

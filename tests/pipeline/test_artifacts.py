@@ -270,14 +270,14 @@ def test_damaged_files_say_what_to_do(graph, tmp_path):
 _SLOW = """
 import pathlib, sys, time, types
 from ml_collections import ConfigDict
-from gr2_jax import artifacts, stages
+from gr2_jax.pipeline import artifacts, graph
 def run(config, inputs, workdir):
   (workdir / 'step').write_text('5')
   time.sleep(120)
 module = types.ModuleType('first')
 module.run = run
 sys.modules['gr2_jax.stages.first'] = module
-stages.STAGES = {'first': stages.Stage((), ('one',))}
+graph.STAGES = {'first': graph.Stage((), ('one',))}
 config = ConfigDict({'one': {'x': 1}, 'seeds': (0,)})
 with artifacts.lock(sys.argv[1]):
   artifacts.run_stage(config, 'first', sys.argv[1])

@@ -11,7 +11,7 @@ from gr2_jax.pipeline import environment
 FAULTS = """
 import resource, sys
 import jax, jax.numpy as jnp
-from gr2_jax import environment
+from gr2_jax.pipeline import environment
 
 if sys.argv[1] == 'keep':
   assert environment.keep_freed_memory()

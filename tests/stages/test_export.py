@@ -372,10 +372,11 @@ def test_an_unknown_type_is_refused_before_anything_is_written(world, tmp_path):
 KILLED = """
 import os, signal
 from absl import app
-from gr2_jax import command_line, main
+from gr2_jax import main
+from gr2_jax.pipeline import flags
 from gr2_jax.hf import config
 config.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-app.run(main.main, flags_parser=command_line.parse)
+app.run(main.main, flags_parser=flags.parse)
 """
 
 
