@@ -301,7 +301,8 @@ def training(
   config.max_grad_norm = 1.0  # gradients are clipped to it
   config.eval_every = eval_every  # updates between validation and checkpoint
   config.patience = 0  # stop after so many validations without a new best
-  config.divergence = 0  # ... in which the reward rose and ranking fell
+  # Stop after so many validations in which the reward rose and ranking fell.
+  config.reward_divergence_patience = 0
   config.resume = ''  # checkpoints folder of another run to go on from
   config.init_from = ''  # artifact to take the parameters of
   return config

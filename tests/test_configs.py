@@ -40,6 +40,16 @@ def test_each_file_composes_the_whole_config(name):
     assert set(stage.sections) <= set(config)
 
 
+@pytest.mark.parametrize('path', graph.RENAMED)
+def test_a_renamed_field_exists_under_its_new_name_alone(path, monkeypatch):
+  monkeypatch.setattr(graph, 'RENAMED', {path: graph.RENAMED[path]})
+  config = common.compose('rl').to_dict()
+  former = graph.with_former_names(config)
+  assert former != config
+  assert graph.with_current_names(former) == config
+  assert graph.with_current_names(config) == config
+
+
 def test_the_defaults_are_one_seed_of_the_tiny_model():
   config = common.compose('rl')
   assert config.seeds == (0,)

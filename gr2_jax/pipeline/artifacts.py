@@ -81,12 +81,12 @@ def plan(
       continue
     for s in config.seeds if per_seed else (seed,):
       inputs[f'{base}@{s}' if per_seed else base] = plan(config, base, s)
+  sections = graph.with_former_names(_sections(config, stage))
+  sections.pop('mesh', None)
   content = {
     'stage': name,
     'seed': seed,
-    'config': {
-      k: v for k, v in _sections(config, stage).items() if k != 'mesh'
-    },
+    'config': sections,
     'files': _hash_files(config, stage),
     'inputs': {key: a.fingerprint for key, a in inputs.items()},
   }
@@ -268,7 +268,8 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
   path = directory / 'config.json'
   if not path.is_file():
     raise ArtifactError(f'{path}: missing; give the folder of an artifact')
-  return _read_json(path, 'give the folder of an artifact')['config']
+  run = _read_json(path, 'give the folder of an artifact')
+  return graph.with_current_names(run['config'])
 
 
 def read_run(directory: pathlib.Path) -> dict[str, Any]:
@@ -283,7 +284,8 @@ def read_run(directory: pathlib.Path) -> dict[str, Any]:
       raise ArtifactError(
         f'{file}: missing; give the folder of a finished artifact'
       )
-  return _read_json(path, 'give the folder of an artifact')
+  run = _read_json(path, 'give the folder of an artifact')
+  return run | {'config': graph.with_current_names(run['config'])}
 
 
 def _named_stage(config: ml_collections.ConfigDict, need: str) -> str | None:

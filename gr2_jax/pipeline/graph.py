@@ -6,6 +6,9 @@ left in `workdir`, and whose result becomes `results.json`.
 """
 
 import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,3 +215,38 @@ STAGES: dict[str, Stage] = {
     files=_FILES,
   ),
 }
+
+# Config fields that were renamed: new dotted name -> former last part. `*`
+# stands for any sections. Fingerprints are hashes of the former names, so that
+# artifacts from before a renaming are still found.
+RENAMED = {
+  '*.reward_divergence_patience': 'divergence',
+}
+
+
+def with_former_names(sections: Mapping[str, Any]) -> dict[str, Any]:
+  """Copies nested config sections, with the former names of RENAMED fields."""
+  return _rename(sections, RENAMED)
+
+
+def with_current_names(sections: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `with_former_names`; current names stay as they are."""
+  former = {}
+  for path, name in RENAMED.items():
+    parent, _, current = path.rpartition('.')
+    former[f'{parent}.{name}'] = current
+  return _rename(sections, former)
+
+
+def _rename(
+  values: Mapping[str, Any], names: Mapping[str, str], prefix: str = ''
+) -> dict[str, Any]:
+  """Replaces the last part of each dotted name that matches a pattern."""
+  result = {}
+  for name, value in values.items():
+    path = prefix + name
+    if isinstance(value, Mapping):
+      value = _rename(value, names, f'{path}.')
+    matches = (new for p, new in names.items() if fnmatch.fnmatchcase(path, p))
+    result[next(matches, name)] = value
+  return result

@@ -47,7 +47,8 @@ def fit(
   """Trains, validates, and leaves the chosen parameters in the workdir.
 
   Args:
-    config: steps, eval_every, resume, init_from, patience, divergence.
+    config: steps, eval_every, resume, init_from, patience,
+      reward_divergence_patience.
     setup: tokens, shapes, mesh, and what trains.
     workdir: gets `checkpoints`, `metrics.jsonl` and `params`.
     seed: of fresh parameters.
@@ -133,7 +134,7 @@ def fit(
         mean = sum(rewards) / len(rewards) if rewards else None
         consider(step, found, mean)
         record['stopped'] = stop_reason(
-          record['history'], config.patience, config.divergence
+          record['history'], config.patience, config.reward_divergence_patience
         )
         rate = (step - done) / (time.monotonic() - clock)
         pending, rewards, done, clock = None, [], step, time.monotonic()

@@ -100,6 +100,32 @@ def test_a_fingerprint_changes_with_what_the_stage_depends_on(field, want):
   assert _changed(**{field: 7}) == want
 
 
+@pytest.fixture
+def renamed(monkeypatch):
+  """A graph whose field `rl.nested.new` was called `old` before."""
+  monkeypatch.setattr(graph_lib, 'RENAMED', {'*.new': 'old'})
+
+
+def test_a_renamed_field_keeps_its_fingerprint(renamed):
+  before, after = _config(), _config()
+  before.rl.nested = ConfigDict({'old': 1, 'other': 2})
+  after.rl.nested = ConfigDict({'new': 1, 'other': 2})
+  assert _fingerprints(before) == _fingerprints(after)
+  after.rl.nested.new = 3
+  assert _fingerprints(before) != _fingerprints(after)
+
+
+def test_an_artifact_from_before_a_renaming_is_read_by_current_names(
+  renamed, tmp_path
+):
+  config = {'rl': {'nested': {'old': 1, 'x': 2}, 'old': 3}, 'old': 4}
+  for name, value in (('config', {'config': config}), ('results', {})):
+    (tmp_path / f'{name}.json').write_text(json.dumps(value))
+  current = {'rl': {'nested': {'new': 1, 'x': 2}, 'new': 3}, 'old': 4}
+  assert artifacts.read_config(tmp_path) == current
+  assert artifacts.read_run(tmp_path)['config'] == current
+
+
 def test_another_seed_list_keeps_the_runs_it_shares():
   old, new = _fingerprints(_config()), _fingerprints(_config(seeds=(0, 1, 2)))
   same = {key for key in old if old[key] == new[key]}

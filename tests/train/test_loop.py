@@ -16,7 +16,8 @@ RISING = [0.1 * i for i in range(1, 9)]
 def config(**changes):
   own = ConfigDict(
     dict(steps=8, eval_every=1, learning_rate=1e-3, warmup=1, weight_decay=0.0,
-         max_grad_norm=1.0, patience=0, divergence=0, resume='', init_from='')
+         max_grad_norm=1.0, patience=0, reward_divergence_patience=0,
+         resume='', init_from='')
   )  # fmt: skip
   own.update(changes)
   return own
@@ -164,15 +165,20 @@ def test_patience_ends_a_run_and_its_rerun_trains_no_more(fit, setup, tmp_path):
 
 def test_a_rising_reward_on_a_falling_ranking_ends_a_run(fit, tmp_path):
   held_out = [0.0, 0.4, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
-  result, taken = fit(tmp_path, held_out, divergence=2)
+  result, taken = fit(tmp_path, held_out, reward_divergence_patience=2)
   assert taken == [1, 2, 3, 4]
   assert result['stopped'] == 'divergence'
   assert result['step'] == 2
   result, taken = fit(
-    tmp_path / 'falling', held_out, rewards=RISING[::-1], divergence=2
+    tmp_path / 'falling',
+    held_out,
+    rewards=RISING[::-1],
+    reward_divergence_patience=2,
   )
   assert (result['stopped'], len(taken)) == ('no', 8)
-  result, taken = fit(tmp_path / 'none', held_out, rewards=None, divergence=2)
+  result, taken = fit(
+    tmp_path / 'none', held_out, rewards=None, reward_divergence_patience=2
+  )
   assert (result['stopped'], len(taken)) == ('no', 8)
 
 
@@ -181,7 +187,9 @@ def test_a_killed_run_stops_where_the_whole_one_does(
   fit, setup, tmp_path, die_at
 ):
   held_out = [0.1, 0.1, 0.6, 0.0, 0.5, 0.0, 0.4, 0.9, 0.9]
-  options = dict(eval_every=2, patience=2, divergence=2, start_counts=True)
+  options = dict(
+    eval_every=2, patience=2, reward_divergence_patience=2, start_counts=True
+  )
   whole, taken = fit(tmp_path / 'whole', held_out, **options)
   assert taken == [1, 2, 3, 4, 5, 6]
   assert (whole['step'], whole['stopped']) == (2, 'divergence')
