@@ -77,6 +77,7 @@ OVERRIDES = [
   else f'--config.{name}={value}'
   for name, value in SIZES.items()
 ]  # fmt: skip
+MAKE_MESH = sharding.make_mesh
 NEEDS = {
   'backbone': ('slates', 'tokenizer'),
   'midtrain': ('slates', 'tokenizer', 'backbone'),
@@ -101,6 +102,11 @@ def build(root: pathlib.Path) -> dict[str, pathlib.Path]:
   own = config()
   with artifacts.lock(root):
     artifacts.run_stage(own, 'rl', root, 0, say=lambda _: None)
+  return folders(root)
+
+
+def folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Stage -> its directory, of a workdir with one run of each."""
   return {
     path.name.partition('-')[0]: path
     for path in root.iterdir()
@@ -119,20 +125,30 @@ def inputs(world, stage):
   return {name: world[name] for name in NEEDS[stage]}
 
 
-def setup(world, own=None) -> policy.Setup:
+def spec(world, own=None) -> policy.PolicySpec:
   return policy.load(own or config(), world)
 
 
 def on_one_device(patch):
-  """Makes every mesh one of a single device."""
-  mesh = tiny.one_device()
-  patch.setattr(sharding, 'make_mesh', lambda **_: mesh)
+  """Makes a mesh whose size is left open one of a single device."""
+
+  def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
+    if (data, fsdp, tensor, devices) == (-1, 1, 1, None):
+      return tiny.one_device()
+    return MAKE_MESH(data, fsdp, tensor, devices)
+
+  patch.setattr(sharding, 'make_mesh', make_mesh)
+
+
+def on_all_devices(patch):
+  """Makes a mesh whose size is left open one of all devices, as in a run."""
+  patch.setattr(sharding, 'make_mesh', MAKE_MESH)
 
 
 def left(world, stage, workdir, own=None):
   """What a finished run has: chosen parameters and its last state, on host."""
   own = own or config()
-  here = setup(world, own)
+  here = spec(world, own)
   optimizer = learner.make_optimizer(own[stage])
   with sharding.activate(here.mesh):
     state, _ = learner.init_state(
@@ -143,5 +159,5 @@ def left(world, stage, workdir, own=None):
       state = learner.TrainState(state.step, start, optimizer.init(start))
   with checkpoint.Checkpointer(workdir / 'checkpoints') as saved:
     state, step, meta = saved.restore(state)
-  params = here.load_params(workdir)
+  params = here.load_params(workdir, mesh)
   return jax.device_get({'params': params, 'state': state}), step, meta

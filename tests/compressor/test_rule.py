@@ -11,18 +11,16 @@ from .. import tiny_world
 
 N = 5  # slates
 
-pytestmark = pytest.mark.usefixtures('one_device')
+
+@pytest.fixture(scope='module')
+def spec(world, one_device):
+  return rollouts.of(tiny_world.spec(world), 1)
 
 
 @pytest.fixture(scope='module')
-def setup(world, one_device):
-  return rollouts.of(tiny_world.setup(world), 1)
-
-
-@pytest.fixture(scope='module')
-def params(world, setup):
+def params(world, spec):
   """Of a ranker whose read-out says something."""
-  found = setup.load_params(world['sft'])
+  found = spec.load_params(world['sft'], mesh)
   noise = jax.random.normal(jax.random.key(0), found['readout'].shape)
   return found | {'readout': noise}
 
@@ -38,37 +36,37 @@ class Few:
     return self._source[i]
 
 
-def rows_of(setup):
+def rows_of(spec):
   ask = rollouts.requests(
-    setup.prompter, {1.0: setup.prompter.prompt_tokens}, 'shuffled'
+    spec.prompter, {1.0: spec.prompter.prompt_tokens}, 'shuffled'
   )
-  source = Few(setup.source('train'))
+  source = Few(spec.source('train'))
   ((_, batch),) = examples.in_order(source, ask, N, 0)
   return batch
 
 
-def by_hand(setup, batch, units):
+def by_hand(spec, batch, units):
   """Extracts of some units alone: int32 [N, T] and [N]."""
-  source, T = setup.source('train'), setup.prompter.prompt_tokens
+  source, T = spec.source('train'), spec.prompter.prompt_tokens
   ids = []
   for i in range(N):
     count = int(batch['count'][i])
     budget = count * (len(units) + 1) + 2
     order = batch['incoming'][i, :count]
     ids.append(
-      extracts.extract(setup.prompter, source[i], order, budget, units, None)
+      extracts.extract(spec.prompter, source[i], order, budget, units, None)
     )
   tokens = np.stack([prompt.pad(one, T, 'ids') for one in ids])
   return tokens, np.array([len(one) for one in ids], np.int32)
 
 
-def test_what_is_read_is_what_the_rule_writes(setup):
-  batch, source = rows_of(setup), setup.source('train')
-  units = extracts.units(setup.prompter.lines(source[0]).candidates[0])
+def test_what_is_read_is_what_the_rule_writes(spec):
+  batch, source = rows_of(spec), spec.source('train')
+  units = extracts.units(spec.prompter.lines(source[0]).candidates[0])
   lines = np.stack(
     [
       rule._lines(
-        setup.prompter, source[i], batch['incoming'][i, : batch['count'][i]],
+        spec.prompter, source[i], batch['incoming'][i, : batch['count'][i]],
         units,
       )
       for i in range(N)
@@ -77,32 +75,32 @@ def test_what_is_read_is_what_the_rule_writes(setup):
   for kept in (range(1), range(1, 3), range(len(units))):
     one = np.array([list(kept)])
     tokens, length = rule._written(
-      setup, lines[:, :, one], batch['count'], len(units)
+      spec, lines[:, :, one], batch['count'], len(units)
     )
-    wanted, long = by_hand(setup, batch, [units[k] for k in kept])
+    wanted, long = by_hand(spec, batch, [units[k] for k in kept])
     np.testing.assert_array_equal(length[:, 0], long)
     for row in range(N):
       end = long[row]
       np.testing.assert_array_equal(tokens[row, 0, :end], wanted[row, :end])
-      assert (tokens[row, 0, end:] == setup.grammar.pad).all()
+      assert (tokens[row, 0, end:] == spec.grammar.pad).all()
 
 
 @pytest.mark.parametrize('judge_by', ['order', 'labels'])
-def test_the_first_to_go_is_what_is_missed_least(setup, params, judge_by):
+def test_the_first_to_go_is_what_is_missed_least(spec, params, judge_by):
   stage = tiny_world.config(
     compress__judge_by=judge_by, compress__eval_batch_size=4
   ).compress
   found = rule.most_telling(
-    setup, params, stage, 'shuffled', Few(setup.source('train'))
+    spec, params, stage, 'shuffled', Few(spec.source('train'))
   )
-  batch, source = rows_of(setup), setup.source('train')
-  units = extracts.units(setup.prompter.lines(source[0]).candidates[0])
+  batch, source = rows_of(spec), spec.source('train')
+  units = extracts.units(spec.prompter.lines(source[0]).candidates[0])
   assert sorted(found) == sorted(units)
-  scores = np.asarray(judge.read_whole(setup, params, batch))
-  read = judge.make_reader(setup, rollouts.symbols(setup.vocabulary))
+  scores = np.asarray(judge.read_whole(spec, params, batch))
+  read = judge.make_reader(spec, rollouts.symbols(spec.vocabulary))
   without = []
   for unit in units:
-    tokens, length = by_hand(setup, batch, [u for u in units if u != unit])
+    tokens, length = by_hand(spec, batch, [u for u in units if u != unit])
     own = np.asarray(read(params, tokens[:, None], length[:, None]))[:, 0]
     likeness = []
     for row, count in enumerate(batch['count']):

@@ -13,7 +13,7 @@ from gr2_jax.distributed import sharding
   [((), (8, 1, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, 4, 2), (1, 4, 2))],
 )
 def test_a_mesh_takes_all_devices(sizes, want):
-  mesh = sharding.make_mesh(*sizes)
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices())
   assert mesh.shape == dict(zip(sharding.MESH_AXES, want, strict=True))
   assert set(mesh.axis_types) == {AxisType.Auto}
 
@@ -107,4 +107,4 @@ def test_a_batch_is_split_over_data_and_fsdp():
 
 def test_a_batch_that_does_not_divide_says_which_number():
   with pytest.raises(ValueError, match="'x'.*size 12 .*not divisible by 8.*da"):
-    sharding.shard_batch({'x': np.zeros((12, 3))}, sharding.make_mesh())
+    sharding.shard_batch({'x': np.zeros((12, 3))}, sharding.make_mesh(8))

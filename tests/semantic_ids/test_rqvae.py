@@ -334,7 +334,7 @@ def test_update_on_a_mesh_equals_one_device(kind):
     codebook=kind, reset_after=1, diversity_weight=0.1, contrastive_weight=0.1
   )
   model, state, batch = begin(config)
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(8)
   update = rqvae.make_update(config, model)
   one, ones = update(state, batch)
   many, manys = update(

@@ -145,7 +145,7 @@ def test_equal_vectors_get_equal_codes_across_batches():
 
 def test_codes_on_a_mesh_equal_those_of_one_device():
   features = rows()
-  many, one = make(mesh=sharding.make_mesh()), make()
+  many, one = make(mesh=sharding.make_mesh(8)), make()
   np.testing.assert_array_equal(
     many.fitted_codes(features), one.fitted_codes(features)
   )

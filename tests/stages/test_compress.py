@@ -40,9 +40,6 @@ STUDY = dict(
 )
 
 
-pytestmark = pytest.mark.usefixtures('one_device')
-
-
 def run_stage(world, name, **changes):
   root = world['rl'].parent
   with artifacts.lock(root):
@@ -63,8 +60,8 @@ def study(world, written):
 
 
 @pytest.fixture(scope='module')
-def setup(world, one_device):
-  return tiny_world.setup(world)
+def spec(world, one_device):
+  return tiny_world.spec(world)
 
 
 def is_part(part, whole):
@@ -72,21 +69,19 @@ def is_part(part, whole):
   return all(token in rest for token in part)
 
 
-def wholes(setup, split):
-  slates = setup.source(split)
+def wholes(spec, split):
+  slates = spec.source(split)
   for index in range(len(slates)):
-    lines = setup.prompter.lines(slates[index])
-    yield setup.prompter.context.reduce(lines, None)
+    lines = spec.prompter.lines(slates[index])
+    yield spec.prompter.context.reduce(lines, None)
 
 
 @pytest.mark.parametrize('split', ['train', 'validation', 'test'])
-def test_what_is_written_is_a_part_of_each_slates_context(
-  setup, written, split
-):
+def test_what_is_written_is_a_part_of_each_slates_context(spec, written, split):
   stored = records.Records(compressed.file(written, split))
-  assert len(stored) == (12 if split == 'train' else len(setup.source(split)))
+  assert len(stored) == (12 if split == 'train' else len(spec.source(split)))
   for one, whole in zip(
-    (stored[i] for i in range(len(stored))), wholes(setup, split), strict=False
+    (stored[i] for i in range(len(stored))), wholes(spec, split), strict=False
   ):
     kept = compressed.context(one)
     assert is_part(kept.history, whole.history)
@@ -189,17 +184,18 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
   assert artifacts.dumps(run()) == artifacts.dumps(
     artifacts.read_results(written)
   )
-  here = tiny_world.setup(world)
+  here = tiny_world.spec(world)
   one, two = (
-    jax.device_get(here.load_params(p)) for p in (tmp_path / 'run', written)
+    jax.device_get(here.load_params(p, mesh))
+    for p in (tmp_path / 'run', written)
   )
   tiny.assert_trees_equal(one, two)
 
 
-def judged(setup, tokens_of, budget=None):
+def judged(spec, tokens_of, budget=None):
   """The judgement of completions made from the rows by hand."""
   stage = tiny_world.config(compress__judge_by='labels').compress
-  own = rollouts_lib.of(setup, stage.slack)
+  own = rollouts_lib.of(spec, stage.slack)
   render = rollouts_lib.requests(own.prompter, {0.9: 10**6}, 'shuffled')
   slates = own.source('train')
   rows = [render(slates[i], np.random.default_rng(i)) for i in range(4)]
@@ -224,13 +220,13 @@ def judged(setup, tokens_of, budget=None):
     found = read(params, rows, rollouts, drawn.preservation)
     return judge_lib.pay(drawn, found, stage.compression_weight)
 
-  with sharding.activate(setup.mesh):
-    found = judge(tiny.params(setup.model), stacked, rollouts)
+  with sharding.activate(mesh):
+    found = judge(tiny.params(spec.model), stacked, rollouts)
   return jax.device_get(found)
 
 
-def test_a_budget_is_a_share_of_an_average_context_and_below_the_whole(setup):
-  own = rollouts_lib.of(setup, 1)
+def test_a_budget_is_a_share_of_an_average_context_and_below_the_whole(spec):
+  own = rollouts_lib.of(spec, 1)
   slates, p = own.source('train'), own.prompter
   whole = [
     rollouts_lib.context_tokens(
@@ -249,36 +245,36 @@ def test_a_budget_is_a_share_of_an_average_context_and_below_the_whole(setup):
       assert row['whole'] == whole[i]
 
 
-def blocks(setup, row):
+def blocks(spec, row):
   """What stands between <history> and the request, and its marks."""
-  words = setup.vocabulary
+  words = spec.vocabulary
   ids = row['prompt'][: row['prompt_length']].tolist()
   begin = ids.index(words.control['<history>']) + 1
   end = ids.index(words.slot_base + int(row['count']) - 1) + 1
   return ids[begin:end], words
 
 
-def copied(setup, row):
-  ids, words = blocks(setup, row)
+def copied(spec, row):
+  ids, words = blocks(spec, row)
   return [*ids, words.eos]
 
 
-def marks_alone(setup, row):
-  _, words = blocks(setup, row)
+def marks_alone(spec, row):
+  _, words = blocks(spec, row)
   slots = words.slot_base + np.arange(int(row['count']))
   return [words.control['<candidates>'], *slots.tolist(), words.eos]
 
 
-def answered(setup, row):
+def answered(spec, row):
   """The ranking, by the labels, in front."""
-  slots = setup.vocabulary.slot_base + np.argsort(-row['grades'])
-  return [*slots[: int(row['count'])].tolist(), *marks_alone(setup, row)]
+  slots = spec.vocabulary.slot_base + np.argsort(-row['grades'])
+  return [*slots[: int(row['count'])].tolist(), *marks_alone(spec, row)]
 
 
-def labelled(setup, row):
+def labelled(spec, row):
   """A token that no line has, before the slots of the positives."""
-  told, words = [], setup.vocabulary
-  for slot in marks_alone(setup, row):
+  told, words = [], spec.vocabulary
+  for slot in marks_alone(spec, row):
     place = slot - words.slot_base
     if 0 <= place < int(row['count']) and row['grades'][place] > 0:
       told.append(words.control['<target>'])
@@ -286,9 +282,9 @@ def labelled(setup, row):
   return told
 
 
-def one_line(setup, row):
+def one_line(spec, row):
   """The positives' lines whole, of the others nothing."""
-  ids, words = blocks(setup, row)
+  ids, words = blocks(spec, row)
   ids = ids[ids.index(words.control['<candidates>']) :]
   kept, line = [ids[0]], []
   for token in ids[1:]:
@@ -307,30 +303,30 @@ def one_line(setup, row):
     (answered, 'malformed'),
     (labelled, 'ungrounded'),
     (one_line, 'uneven'),
-    (lambda setup, row: marks_alone(setup, row)[:-1], 'cut_off'),
+    (lambda spec, row: marks_alone(spec, row)[:-1], 'cut_off'),
   ],
 )
-def test_cheats_earn_nothing(setup, cheat, verdict):
-  found = judged(setup, cheat)
+def test_cheats_earn_nothing(spec, cheat, verdict):
+  found = judged(spec, cheat)
   code = compression.VERDICTS.index(verdict)
   assert (found.verdict == code).all()
   assert (found.reward == 0).all()
 
 
-def test_the_ranker_reads_what_was_written(setup):
+def test_the_ranker_reads_what_was_written(spec):
   """A copy, where it is allowed, is read as the whole prompt is."""
-  found = judged(setup, copied, budget=1000)
+  found = judged(spec, copied, budget=1000)
   assert (found.verdict == compression.VALID).all()
   np.testing.assert_allclose(found.kept, 1, atol=1e-6)
   np.testing.assert_allclose(found.preservation, 1)
-  render = examples_lib.requests(setup.prompter, '<answer>', 'shuffled')
-  source = setup.source('train')
+  render = examples_lib.requests(spec.prompter, '<answer>', 'shuffled')
+  source = spec.source('train')
   rows = [render(source[i], np.random.default_rng(i)) for i in range(4)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
-  params = tiny.params(setup.model)
-  with sharding.activate(setup.mesh):
+  params = tiny.params(spec.model)
+  with sharding.activate(mesh):
     hidden, _ = transformer.encode_prompt(
-      setup.model, params, rows['prompt'], rows['prompt_length']
+      spec.model, params, rows['prompt'], rows['prompt_length']
     )
   scores = transformer.slot_scores(params, hidden, rows['slots'])
   wanted = compression.judge(
@@ -338,7 +334,7 @@ def test_the_ranker_reads_what_was_written(setup):
   )
   np.testing.assert_allclose(found.ranking, wanted.ranking, atol=1e-5)
   np.testing.assert_array_equal(found.solvable, wanted.solvable)
-  bare = judged(setup, marks_alone)
+  bare = judged(spec, marks_alone)
   assert (bare.verdict == compression.VALID).all()
   assert (bare.preservation == 0).all()
   assert (bare.kept < found.kept).all()
@@ -350,25 +346,25 @@ def test_the_ranker_reads_what_was_written(setup):
   [(0.05, True, 'too_short'), (0.6, False, None)],
 )
 def test_what_cannot_be_compressed_stays_whole_and_is_counted(
-  world, setup, written, keep, constrained, fault
+  world, spec, written, keep, constrained, fault
 ):
   config = tiny_world.config(compress__constrained=constrained)
-  own = rollouts_lib.of(setup, config.compress.slack)
-  params = setup.load_params(world['sft'])
+  own = rollouts_lib.of(spec, config.compress.slack)
+  params = spec.load_params(world['sft'], mesh)
   budgets = rollouts_lib.budgets(own, (keep,))
   write = writer.make_write(own, params, config, config.compress, budgets)
-  slates = ranking.Chosen(setup.source('train'), np.arange(9))
-  stored = list(writer.store(setup, slates, write(params, slates, 0)))
+  slates = ranking.Chosen(spec.source('train'), np.arange(9))
+  stored = list(writer.store(spec, slates, write(params, slates, 0)))
   report = compressed.report(stored)
   assert report['unchanged'] == report['slates'] == 9
   assert report['kept'] == 1
   assert sum(report['faults'].values()) == 9
   assert fault is None or report['faults'] == {fault: 9}
-  for one, whole in zip(stored, wholes(setup, 'train'), strict=False):
+  for one, whole in zip(stored, wholes(spec, 'train'), strict=False):
     assert compressed.context(one) == whole
 
 
-def test_later_stages_read_what_was_written(world, written, setup):
+def test_later_stages_read_what_was_written(world, written, spec):
   path = run_stage(
     world, 'rl', rl__context='text', rl__steps=2, rl__eval_every=2
   )
@@ -378,7 +374,7 @@ def test_later_stages_read_what_was_written(world, written, setup):
     policy.form_of(path, own=False)
   inputs = tiny_world.inputs(world, 'rl') | {'compress': written}
   own = policy.load(tiny_world.config(), inputs, 'text')
-  assert own.prompter.prompt_tokens < setup.prompter.prompt_tokens
+  assert own.prompter.prompt_tokens < spec.prompter.prompt_tokens
   render = examples_lib.requests(own.prompter, '<answer>', 'shuffled')
   source = own.source('train')
   assert len(source) == 12

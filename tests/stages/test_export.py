@@ -35,13 +35,6 @@ _ROOT = pathlib.Path(__file__).parent.parent.parent
 POLICIES = ('scratch', 'llama', 'qwen3')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _one_device():
-  with pytest.MonkeyPatch.context() as patch:
-    tiny_world.on_one_device(patch)
-    yield
-
-
 def pretrained(root, world, family):
   """Config and artifacts of a policy that began as a pretrained model."""
   tie = family == 'qwen3'
@@ -89,7 +82,7 @@ def exported(request, world, tmp_path_factory):
   if request.param != 'scratch':
     own, found = pretrained(root, world, request.param)
   results = run(own, found, root / 'export')
-  setup = tiny_world.setup(found, own)
+  spec = tiny_world.spec(found, own)
   folder = root / 'export' / export.CHECKPOINT
   return types.SimpleNamespace(
     name=request.param,
@@ -98,8 +91,8 @@ def exported(request, world, tmp_path_factory):
     workdir=root / 'export',
     folder=folder,
     results=results,
-    setup=setup,
-    params=setup.load_params(found['rl']),
+    spec=spec,
+    params=spec.load_params(found['rl'], mesh),
     example=json.loads((root / 'export' / export.EXAMPLE).read_text()),
     theirs=transformers.AutoModelForCausalLM.from_pretrained(folder),
     tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
@@ -117,10 +110,10 @@ def encode(tokenizer, text):
 
 def test_transformers_has_the_logits_of_the_policy(exported):
   ids = exported.example['prompt']['ids']
-  setup, params = exported.setup, exported.params
-  with sharding.activate(setup.mesh):
+  spec, params = exported.spec, exported.params
+  with sharding.activate(mesh):
     hidden, _ = transformer.encode_prompt(
-      setup.model, params, np.array([ids]), np.array([len(ids)])
+      spec.model, params, np.array([ids]), np.array([len(ids)])
     )
   ours = hidden[0] @ transformer.output_embedding(params).T
   wanted = their_logits(exported.theirs, ids)
@@ -152,7 +145,7 @@ def test_their_tokenizer_reads_and_shows_the_example(exported):
   assert prompt['text_is_exact']
   assert encode(tokenizer, prompt['text']) == prompt['ids']
   assert 0.8 < exported.results['prompts_exact_as_text'] <= 1
-  words = exported.setup.vocabulary
+  words = exported.spec.vocabulary
   assert tokenizer.eos_token_id == words.eos
   assert tokenizer.pad_token_id == words.pad
   assert exported.theirs.generation_config.eos_token_id == words.eos
@@ -160,10 +153,10 @@ def test_their_tokenizer_reads_and_shows_the_example(exported):
 
 
 def test_the_example_has_the_answer_that_reranking_gives(exported):
-  setup, example = exported.setup, exported.example
+  spec, example = exported.spec, exported.example
   slates = slates_lib.source(exported.found['slates'], 'test')
   ranked = ranking.rank(
-    setup,
+    spec,
     exported.params,
     [slates[0]],
     thinking=True,
@@ -172,7 +165,7 @@ def test_the_example_has_the_answer_that_reranking_gives(exported):
     seed=exported.config.rerank.presentation_seed,
   )
   items = slates[0]['candidates']
-  names = [setup.catalog.item_ids[i] for i in items[ranked.generated[0]]]
+  names = [spec.catalog.item_ids[i] for i in items[ranked.generated[0]]]
   answer = example['answer']
   assert answer['verdict'] == 'valid'
   assert answer['ids'] == ranked.tokens[0, : ranked.length[0]].tolist()
@@ -213,10 +206,10 @@ def test_transformers_under_the_grammar_writes_the_answer(exported):
 
 @pytest.mark.parametrize('count', [3, 5])
 def test_xgrammar_masks_every_token_as_the_policys_sampler(exported, count):
-  grammar = exported.setup.grammar
+  grammar = exported.spec.grammar
   slots = [grammar.slot_base + k for k in reversed(range(count))]
   budget = exported.example['max_tokens']
-  thought = [exported.setup.vocabulary.encode('so')[0], slots[0]]
+  thought = [exported.spec.vocabulary.encode('so')[0], slots[0]]
   reasoning = (thought * budget)[: budget - count - 2]
   tokens = jnp.array([[*reasoning, grammar.think_end, *slots, grammar.eos]])
   facts = jnp.array([count])
@@ -224,7 +217,7 @@ def test_xgrammar_masks_every_token_as_the_policys_sampler(exported, count):
     facts,
     grammar_lib.replay(grammar, facts, tokens, thinking=True),
     budget - jnp.arange(budget)[None],
-    len(exported.setup.vocabulary),
+    len(exported.spec.vocabulary),
   )
   compiled = under(exported.workdir, count, exported.theirs, exported.tokenizer)
   matcher = xgrammar.GrammarMatcher(compiled)
@@ -247,12 +240,12 @@ def test_the_continuation_is_judged_as_what_it_is(exported):
 
 
 def test_every_item_has_its_semantic_id_as_text(exported):
-  setup = exported.setup
+  spec = exported.spec
   lines = (exported.workdir / export.SIDS).read_text().splitlines()
   rows = [json.loads(line) for line in lines]
-  assert [row['item_id'] for row in rows] == list(setup.catalog.item_ids)
+  assert [row['item_id'] for row in rows] == list(spec.catalog.item_ids)
   assert rows[0]['sid'].startswith('<a')
-  for row, ids in zip(rows, setup.prompter.items['sid'], strict=True):
+  for row, ids in zip(rows, spec.prompter.items['sid'], strict=True):
     assert encode(exported.tokenizer, row['sid']) == list(ids)
 
 
@@ -261,7 +254,7 @@ def test_weights_are_the_policys_with_adapters_joined(exported):
   gate = exported.theirs.model.layers[0].mlp.gate_proj.weight
   np.testing.assert_array_equal(gate.detach().numpy().T, ours[0])
   if exported.config.model.lora_rank:
-    start = exported.setup.load_params(exported.found['backbone'])
+    start = exported.spec.load_params(exported.found['backbone'], mesh)
     assert np.abs(ours - start['layers']['gate']).max() > 1e-3
 
 
@@ -290,11 +283,11 @@ def test_results_say_what_the_checkpoint_is(exported):
 
 def test_it_is_a_model_to_train_on(exported):
   again = hf.open_backbone(str(exported.folder))
-  assert again.model.d_model == exported.setup.model.d_model
+  assert again.model.d_model == exported.spec.model.d_model
   params = hf.import_params(
     again,
     again.model,
-    jax.tree.map(lambda x: x.sharding, exported.setup.abstract_params()),
+    jax.tree.map(lambda x: x.sharding, exported.spec.abstract_params(mesh)),
   )
   jax.tree.map(np.testing.assert_array_equal, params, exported.params)
 
@@ -313,11 +306,11 @@ def test_a_chat_template_travels(exported):
 
 def test_a_stretched_context_is_as_much_longer(world, tmp_path):
   tiny_pretrained.write(tmp_path, 'llama')
-  setup = tiny_world.setup(world)
+  spec = tiny_world.spec(world)
 
   def longest(**changes):
     own = tiny_world.config(model__source=str(tmp_path), **changes)
-    return export._max_positions(own, setup)
+    return export._max_positions(own, spec)
 
   assert longest() == 32768
   stretch = dict(model__rope_scaling='linear', model__rope_factor=1.5)

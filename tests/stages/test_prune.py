@@ -33,8 +33,8 @@ CONFIG = dict(
 def start(world, tmp_path_factory):
   """A policy of three layers, of which the middle one does nothing."""
   home = tmp_path_factory.mktemp('start')
-  setup = tiny_world.setup(world, tiny_world.config(**CONFIG))
-  params = tiny.idle(tiny.params(setup.model), [1])
+  spec = tiny_world.spec(world, tiny_world.config(**CONFIG))
+  params = tiny.idle(tiny.params(spec.model), [1])
   checkpoint.save_params(home / policy.PARAMS, params)
   tiny_world.finish(home, 'sft')
   return home
@@ -54,10 +54,10 @@ def test_the_idle_layer_goes_and_the_policy_is_as_it_was(
   ((*effects,),) = found['effects']
   assert effects[1] == pytest.approx(0.0, abs=1e-5)
   assert min(effects[0], effects[2]) > 1e-3
-  setup = tiny_world.setup(world, tiny_world.config(**CONFIG))
-  whole = setup.load_params(start)
-  model = dataclasses.replace(setup.model, num_layers=2)
-  left = dataclasses.replace(setup, model=model).load_params(tmp_path)
+  spec = tiny_world.spec(world, tiny_world.config(**CONFIG))
+  whole = spec.load_params(start, mesh)
+  model = dataclasses.replace(spec.model, num_layers=2)
+  left = dataclasses.replace(spec, model=model).load_params(tmp_path, mesh)
   jax.tree.map(
     lambda x, y: np.testing.assert_array_equal(x, np.asarray(y)[[0, 2]]),
     left['layers'],
@@ -68,7 +68,6 @@ def test_the_idle_layer_goes_and_the_policy_is_as_it_was(
 def test_a_killed_run_keeps_its_layers_and_ends_bit_for_bit(
   world, start, tmp_path, monkeypatch
 ):
-  tiny_world.on_one_device(monkeypatch)
   wanted = run(world, start, tmp_path / 'whole')
   write = reporting.MetricsWriter.write
 
@@ -147,10 +146,10 @@ def test_a_pruned_policy_is_restored_and_served(study):
   )  # fmt: skip
   assert policy.form_of(run) == ('full', 1)
   restored = policy.restore(run, own.mesh)
-  assert restored.setup.model.num_layers == 1
+  assert restored.spec.model.num_layers == 1
   leaves = jax.tree.leaves(restored.params['layers'])
   assert {leaf.shape[0] for leaf in leaves} == {1}
   service = Reranker.load(run, modes=('score',), largest_batch=8)
-  items = list(restored.setup.catalog.item_ids[:4])
+  items = list(restored.spec.catalog.item_ids[:4])
   (line,) = service.rank([{'history': [], 'candidates': items}], 'score')
   assert sorted(line['ranking']) == sorted(items)

@@ -21,21 +21,18 @@ OFTEN_FLAT = dict(
 )  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures('one_device')
+@pytest.fixture(scope='module')
+def spec(world, one_device):
+  return tiny_world.spec(world)
 
 
 @pytest.fixture(scope='module')
-def setup(world, one_device):
-  return tiny_world.setup(world)
-
-
-@pytest.fixture(scope='module')
-def compiled(setup):
+def compiled(spec):
   @functools.lru_cache
   def make(constrained, gate):
     stage = tiny_world.config(rl__gate=gate).rl
-    sampler = setup.sampling(4, False, 1.0, constrained)
-    return rollouts.make_act(setup, sampler, stage)
+    sampler = spec.sampling(4, False, 1.0, constrained)
+    return rollouts.make_act(spec, sampler, stage)
 
   return make
 
@@ -52,31 +49,31 @@ def lines(workdir):
   ]
 
 
-def acted(world, setup, compiled, seed=0, constrained=True, gate='v2'):
-  render = examples.requests(setup.prompter, '<answer>', 'shuffled')
+def acted(world, spec, compiled, seed=0, constrained=True, gate='v2'):
+  render = examples.requests(spec.prompter, '<answer>', 'shuffled')
   slates = slates_lib.source(world['slates'], 'train')
   rows = [render(slates[i], np.random.default_rng((seed, i))) for i in range(8)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
   act = compiled(constrained, gate)
-  with sharding.activate(setup.mesh):
+  with sharding.activate(mesh):
     batch, watches = act(
-      setup.load_params(world['sft']),
-      sharding.shard_batch(rows, setup.mesh),
+      spec.load_params(world['sft'], mesh),
+      sharding.shard_batch(rows, mesh),
       jax.random.key(seed),
     )
   return rows, jax.device_get(batch), jax.device_get(watches)
 
 
-def parse(rows, batch, setup, p, g):
+def parse(rows, batch, spec, p, g):
   """Reads one rollout in Python: (ranking, verdict)."""
   ids = batch.tokens[p, g, : batch.length[p, g]].tolist()
-  count, base = int(rows['count'][p]), setup.grammar.slot_base
+  count, base = int(rows['count'][p]), spec.grammar.slot_base
   places = [i - base for i in ids[:-1]]
-  if ids[-1] == setup.grammar.eos and sorted(places) == list(range(count)):
-    rest = list(range(count, setup.grammar.num_candidates))
+  if ids[-1] == spec.grammar.eos and sorted(places) == list(range(count)):
+    rest = list(range(count, spec.grammar.num_candidates))
     return np.int32(places + rest), parsing.VALID
   order = np.argsort(rows['incoming'][p][:count])
-  rest = np.arange(count, setup.grammar.num_candidates)
+  rest = np.arange(count, spec.grammar.num_candidates)
   return np.int32([*order, *rest]), parsing.WRONG_FORMAT
 
 
@@ -84,15 +81,15 @@ def parse(rows, batch, setup, p, g):
   ('constrained', 'gate'), [(True, 'v2'), (True, 'none'), (False, 'v2')]
 )
 def test_rewards_are_those_of_the_sampled_tokens(
-  world, setup, compiled, constrained, gate
+  world, spec, compiled, constrained, gate
 ):
   rows, batch, watches = acted(
-    world, setup, compiled, constrained=constrained, gate=gate
+    world, spec, compiled, constrained=constrained, gate=gate
   )
   stage = tiny_world.config().rl
   total, rank, copies, valid = (np.zeros((8, 4)) for _ in range(4))
   for p, g in np.ndindex(8, 4):
-    ranking, verdict = parse(rows, batch, setup, p, g)
+    ranking, verdict = parse(rows, batch, spec, p, g)
     found = rewards.reward(
       ranking, np.int32(verdict), rows['grades'][p], rows['count'][p],
       rows['incoming'][p], kind=stage.reward, k=stage.k, gate=gate,
@@ -117,7 +114,7 @@ def test_rewards_are_those_of_the_sampled_tokens(
   assert batch.use.any() or not constrained
 
 
-def test_groups_that_are_all_flat_end_no_run(world, setup, tmp_path):
+def test_groups_that_are_all_flat_end_no_run(world, spec, tmp_path):
   # Recall at K of a permutation is 1 whatever the order.
   config = tiny_world.config(
     **OFTEN_FLAT | {'rl__k': 5, 'rl__refills': 2, 'rl__steps': 5}
@@ -130,12 +127,12 @@ def test_groups_that_are_all_flat_end_no_run(world, setup, tmp_path):
     assert row['used_groups'] == 0.0
     assert row['loss'] == row['gradient_norm'] == 0.0
     np.testing.assert_allclose(row['reward'], 1.2, atol=1e-6)
-  params = setup.load_params(tmp_path)
+  params = spec.load_params(tmp_path, mesh)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
-def test_watches_are_in_their_ranges(world, setup, compiled):
-  _, batch, watches = acted(world, setup, compiled)
+def test_watches_are_in_their_ranges(world, spec, compiled):
+  _, batch, watches = acted(world, spec, compiled)
   shares = {
     k: float(v) for k, v in watches.items()
     if k in ('n@5', 'r@1', 'copy_rate', 'top3_unchanged', 'flat_groups')
@@ -152,8 +149,8 @@ def test_watches_are_in_their_ranges(world, setup, compiled):
   assert 0 < float(watches['sampler_entropy']) <= np.log(5) + 1e-5
 
 
-def test_one_trace_serves_every_step(world, setup, compiled):
-  tokens = [acted(world, setup, compiled, seed)[1].tokens for seed in (1, 2, 3)]
+def test_one_trace_serves_every_step(world, spec, compiled):
+  tokens = [acted(world, spec, compiled, seed)[1].tokens for seed in (1, 2, 3)]
   assert compiled(True, 'v2')._cache_size() == 1
   assert (tokens[0] != tokens[1]).any()
 
@@ -174,11 +171,11 @@ def test_the_start_is_a_candidate_too(world, tmp_path):
   config = tiny_world.config(rl__steps=2, rl__learning_rate=1e-12)
   result = rl.run(config, tiny_world.inputs(world, 'rl'), tmp_path)
   assert result['step'] == 0
-  setup = tiny_world.setup(world, config)
-  found = setup.load_params(tmp_path)
+  spec = tiny_world.spec(world, config)
+  found = spec.load_params(tmp_path, mesh)
   for x, y in zip(
     jax.tree.leaves(found),
-    jax.tree.leaves(setup.load_params(world['sft'])),
+    jax.tree.leaves(spec.load_params(world['sft'], mesh)),
     strict=True,
   ):
     np.testing.assert_array_equal(x, y)
@@ -349,8 +346,8 @@ def test_every_option_trains(world, variants, name):
   found, step, _ = tiny_world.left(world, 'rl', workdir, config)
   assert step == config.rl.steps
   assert spy.traces['clipped_surrogate'] == 1
-  here = tiny_world.setup(world, config)
-  begun = here.load_params(world['sft'])
+  here = tiny_world.spec(world, config)
+  begun = here.load_params(world['sft'], mesh)
   if config.model.lora_rank:
     begun = here.adapters.start(begun, jax.random.key(0))
     moved = found['state'].params['up']
@@ -359,7 +356,7 @@ def test_every_option_trains(world, variants, name):
     assert (new['embedding'] != old['embedding']).any()
     # What is left is a plain policy, its base rows and norms untouched.
     first = here.adapters.first_row
-    before = here.load_params(world['sft'])
+    before = here.load_params(world['sft'], mesh)
     after = found['params']
     assert 0 < first < len(after['embedding'])
     tiny.assert_trees_equal(

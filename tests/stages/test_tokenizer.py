@@ -10,16 +10,9 @@ from gr2_jax.semantic_ids import assignment, rqvae
 from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.stages import tokenizer
 
-from .. import tiny_tokenizer, tiny_world
+from .. import tiny_tokenizer
 
 ARRAYS = ('sids.npz', 'features.npy', 'sids.jsonl', 'metrics.jsonl')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  with pytest.MonkeyPatch.context() as patch:
-    tiny_world.on_one_device(patch)
-    yield
 
 
 @pytest.fixture

@@ -6,14 +6,7 @@ from gr2_jax.pipeline import artifacts
 from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.stages import tokenizer
 
-from .. import tiny_tokenizer, tiny_world
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  with pytest.MonkeyPatch.context() as patch:
-    tiny_world.on_one_device(patch)
-    yield
+from .. import tiny_tokenizer
 
 
 def table(directory):

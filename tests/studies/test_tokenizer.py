@@ -176,7 +176,6 @@ def studies(tmp_path_factory):
   """The grid with two seeds, and a study that ranks with one of them."""
   root = tmp_path_factory.mktemp('study')
   with pytest.MonkeyPatch.context() as patch, artifacts.lock(root):
-    tiny_world.on_one_device(patch)
     grid = run(root, GRID)
     patch.setattr(
       tokenizer_stage, 'run', lambda *_: pytest.fail('a run is made again')

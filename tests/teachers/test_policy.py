@@ -35,9 +35,9 @@ def finished(world, tmp_path_factory):
     run['config'] = config.to_dict()
     (path / 'config.json').write_text(artifacts.dumps(run))
     (path / 'results.json').write_text('{}')
-    setup = policy.load(config, world)
-    params = tiny.params(setup.model)
-    slots = setup.grammar.slot_base + np.arange(setup.grammar.num_slots)
+    spec = policy.load(config, world)
+    params = tiny.params(spec.model)
+    slots = spec.grammar.slot_base + np.arange(spec.grammar.num_slots)
     # Of short reasoning and many tokens, few would be slots.
     often = params['embedding'].at[slots].multiply(2.0)
     checkpoint.save_params(path / policy.PARAMS, params | {'embedding': often})
@@ -48,7 +48,7 @@ def finished(world, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def student(world):
-  return tiny_world.setup(world).prompter
+  return tiny_world.spec(world).prompter
 
 
 @pytest.fixture(scope='module')
@@ -58,18 +58,15 @@ def source(world):
 
 def restore(path, world, student, kind='rejection', mesh=None):
   """On one device, unless a mesh is given."""
-  with pytest.MonkeyPatch.context() as patch:
-    if mesh is None:
-      tiny_world.on_one_device(patch)
-    return policy_lib.restore(
-      path,
-      mesh or common.mesh(),
-      student,
-      tiny_world.inputs(world, 'traces'),
-      kind=kind,
-      temperature=0.7,
-      batch_size=16,
-    )
+  return policy_lib.restore(
+    path,
+    mesh or common.mesh(),
+    student,
+    tiny_world.inputs(world, 'traces'),
+    kind=kind,
+    temperature=0.7,
+    batch_size=16,
+  )
 
 
 @pytest.fixture(scope='module')
@@ -90,9 +87,9 @@ def ask(teacher, source, indices, tries=1, kind='rejection', seed=SEED):
 
 def alone(teacher, source, index, attempt, privileged=False):
   """One row, sampled on its own: presentation, target, completion, ranking."""
-  setup = teacher.policy.setup
+  spec = teacher.policy.spec
   rng = np.random.default_rng((SEED, index, attempt))
-  row = examples.requests(setup.prompter, '<think>', 'shuffled', privileged)(
+  row = examples.requests(spec.prompter, '<think>', 'shuffled', privileged)(
     source[index], rng
   )
   rng = np.random.default_rng((SEED, index, attempt))
@@ -101,18 +98,18 @@ def alone(teacher, source, index, attempt, privileged=False):
   target = examples.draw_target(row['grades'], rng) if privileged else None
   key = jax.random.fold_in(jax.random.key(SEED), index)
   found = tiny.sample(
-    setup.model,
+    spec.model,
     jax.device_get(teacher.policy.params),
     row['prompt'][None],
     row['prompt_length'][None],
     row['count'][None],
     jax.random.fold_in(key, attempt),
-    setup.grammar,
-    setup.sampling(1, True, teacher.temperature, True),
+    spec.grammar,
+    spec.sampling(1, True, teacher.temperature, True),
   )
   ids = np.asarray(found.tokens)[0, 0].tolist()
-  end = ids.index(setup.grammar.think_end)
-  slots = np.array(ids[end + 1 : end + 1 + count]) - setup.grammar.slot_base
+  end = ids.index(spec.grammar.think_end)
+  slots = np.array(ids[end + 1 : end + 1 + count]) - spec.grammar.slot_base
   return order, target, ids[:end], slots
 
 
@@ -270,7 +267,7 @@ def test_another_vocabulary_is_translated(
     dataclasses.replace(student, vocabulary=words),
   )
   np.testing.assert_array_equal(teacher.tokens, np.arange(len(teacher.tokens)))
-  theirs = teacher.policy.setup.vocabulary
+  theirs = teacher.policy.spec.vocabulary
   unknown = 0
   plain, found = (ask(t, source, range(30)) for t in (teacher, other))
   for index, trace in found.items():
