@@ -35,9 +35,9 @@ def one_device():
   )
 
 
-def setup(mesh=None, model=MODEL, trained=None):
-  """What a training loop needs of a setup: no data, no vocabulary."""
-  return policy.Setup(
+def spec(mesh=None, model=MODEL, trained=None):
+  """What a training loop needs of a spec: no data, no vocabulary."""
+  return policy.PolicySpec(
     catalog=None,
     prompter=None,
     grammar=GRAMMAR,
@@ -48,7 +48,7 @@ def setup(mesh=None, model=MODEL, trained=None):
 
 
 def sampler(thinking=True, constrained=True, temperature=0.7, group=3):
-  return sampling.SamplingConfig(
+  return sampling.SamplingOptions(
     group=group,
     max_tokens=10,
     temperature=temperature,

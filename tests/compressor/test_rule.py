@@ -13,7 +13,7 @@ N = 5  # slates
 
 
 @pytest.fixture(scope='module')
-def spec(world, one_device):
+def spec(world):
   return rollouts.of(tiny_world.spec(world), 1)
 
 

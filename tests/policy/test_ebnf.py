@@ -26,7 +26,7 @@ VOCABULARY = frozenset(range(BASE + SLOTS))
 
 def written(count, reasoning=None, grammar=GRAMMAR):
   """A grammar with room for so many tokens of reasoning, or without."""
-  sampler = sampling.SamplingConfig(
+  sampler = sampling.SamplingOptions(
     group=1,
     max_tokens=count + 1 + (0 if reasoning is None else reasoning + 1),
     thinking=reasoning is not None,

@@ -12,30 +12,30 @@ from .. import tiny_world
 
 
 @pytest.fixture(scope='module')
-def setup(world):
-  return tiny_world.setup(world)
+def spec(world):
+  return tiny_world.spec(world)
 
 
-def test_a_setup_speaks_one_language(setup):
-  words, grammar = setup.vocabulary, setup.grammar
-  assert setup.model.vocab_size == len(words)
+def test_a_setup_speaks_one_language(spec):
+  words, grammar = spec.vocabulary, spec.grammar
+  assert spec.model.vocab_size == len(words)
   assert words.decode([grammar.slot_base]) == '<slot0>'
   assert words.decode([grammar.think_end]) == '</think>'
   assert (grammar.num_candidates, grammar.num_slots) == (5, 6)
   assert (grammar.eos, grammar.pad) == (words.eos, words.pad)
-  assert len(setup.prompter.items['sid']) == len(setup.catalog) == 60
+  assert len(spec.prompter.items['sid']) == len(spec.catalog) == 60
 
 
-def test_budgets_are_what_the_grammar_needs(setup):
-  direct = setup.sampling(4, False, 0.7, True)
+def test_budgets_are_what_the_grammar_needs(spec):
+  direct = spec.sampling(4, False, 0.7, True)
   assert dataclasses.astuple(direct) == (4, 6, 0.7, False, True)
-  assert setup.sampling(1, True, 1.0, False).max_tokens == 6 + 1 + 6
+  assert spec.sampling(1, True, 1.0, False).max_tokens == 6 + 1 + 6
 
 
-def test_parameters_are_found_in_an_artifact_or_its_folder(world, setup):
-  one = setup.load_params(world['sft'])
-  two = setup.load_params(world['sft'] / policy.PARAMS)
-  wanted = setup.abstract_params()
+def test_parameters_are_found_in_an_artifact_or_its_folder(world, spec):
+  one = spec.load_params(world['sft'], mesh)
+  two = spec.load_params(world['sft'] / policy.PARAMS, mesh)
+  wanted = spec.abstract_params(mesh)
   assert jax.tree.structure(one) == jax.tree.structure(wanted)
   for x, y, z in zip(*map(jax.tree.leaves, (one, two, wanted)), strict=True):
     np.testing.assert_array_equal(x, y)
@@ -43,9 +43,9 @@ def test_parameters_are_found_in_an_artifact_or_its_folder(world, setup):
     assert x.sharding.is_equivalent_to(z.sharding, x.ndim)
 
 
-def test_parameters_load_onto_another_mesh(world, setup):
-  other = dataclasses.replace(setup, mesh=sharding.make_mesh(4, 2, 1))
-  one, two = (s.load_params(world['sft']) for s in (setup, other))
+def test_parameters_load_onto_another_mesh(world, spec):
+  other = dataclasses.replace(spec, mesh=sharding.make_mesh(4, 2, 1))
+  one, two = (s.load_params(world['sft'], mesh) for s in (spec, other))
   assert two['embedding'].addressable_shards[0].data.shape[1] == 8
   np.testing.assert_array_equal(one['embedding'], two['embedding'])
 
@@ -53,13 +53,13 @@ def test_parameters_load_onto_another_mesh(world, setup):
 def test_parameters_of_another_shape_are_named(world):
   config = tiny_world.config(model__d_ff=32)
   with pytest.raises(ValueError, match=r'layers\.(down|gate|up).*asks for'):
-    tiny_world.setup(world, config).load_params(world['sft'])
+    tiny_world.spec(world, config).load_params(world['sft'], mesh)
 
 
 def test_a_prompt_config_of_another_vocabulary_is_refused(world):
   config = tiny_world.config(prompt__bins=5)
   with pytest.raises(ValueError, match='was trained with another prompt'):
-    tiny_world.setup(world, config)
+    tiny_world.spec(world, config)
 
 
 @pytest.mark.parametrize('name', ['fields', 'history_fields'])
@@ -67,19 +67,19 @@ def test_an_unknown_field_of_a_line_is_named(world, name):
   config = tiny_world.config(**{f'prompt__{name}': ('sid', 'titel')})
   message = rf"prompt\.{name}: no field 'titel'; known: sid, title"
   with pytest.raises(ValueError, match=message):
-    tiny_world.setup(world, config)
+    tiny_world.spec(world, config)
 
 
 def test_a_home_without_a_vocabulary_is_named(world, tmp_path):
   shutil.copy(world['backbone'] / policy.BINS, tmp_path)
   with pytest.raises(FileNotFoundError, match='neither vocabulary.json nor'):
-    tiny_world.setup(world | {'backbone': tmp_path})
+    tiny_world.spec(world | {'backbone': tmp_path})
 
 
 def test_more_candidates_than_slots_are_refused(world, tmp_path):
   config = tiny_world.config(prompt__num_slots=4)
   with pytest.raises(ValueError, match='prompt.num_slots=4 is less than the 5'):
-    policy.found_vocabulary(
+    policy.create_vocabulary(
       config, world['slates'], world['tokenizer'], tmp_path, ()
     )
   assert not list(tmp_path.iterdir())

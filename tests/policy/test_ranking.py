@@ -15,31 +15,31 @@ from .. import tiny_world
 
 
 @pytest.fixture(scope='module')
-def setup(world):
-  return tiny_world.setup(world)
+def spec(world):
+  return tiny_world.spec(world)
 
 
 @pytest.fixture(scope='module')
-def params(world, setup):
+def params(world, spec):
   """Trained ones, with noise: the answers differ from slate to slate."""
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32),
-    setup.load_params(world['sft']),
+    spec.load_params(world['sft'], mesh),
   )
 
 
 @pytest.fixture(scope='module')
 def slates(world):
-  source = slates_lib.source(world['slates'], 'test')
+  source = slates_lib.SlateSource(world['slates'], 'test')
   return [source[i] for i in range(min(len(source), 11))]
 
 
 @pytest.fixture(scope='module')
-def rank(setup, params):
+def rank(spec, params):
   settings = dict(thinking=False, order='shuffled', batch_size=8, seed=0)
   return lambda slates, **kwargs: ranking_lib.rank(
-    setup, params, slates, **(settings | kwargs)
+    spec, params, slates, **(settings | kwargs)
   )
 
 
@@ -58,21 +58,21 @@ def test_every_slate_is_ranked_once_and_validly(ranked, slates):
   assert len({tuple(row) for row in ranked.generated}) > 2
 
 
-def test_rankings_are_in_incoming_ranks(ranked, setup):
+def test_rankings_are_in_incoming_ranks(ranked, spec):
   for row in range(len(ranked.generated)):
     ids = ranked.tokens[row, : ranked.length[row]]
-    assert ids[-1] == setup.grammar.eos
-    places = ids[:-1] - setup.grammar.slot_base
+    assert ids[-1] == spec.grammar.eos
+    places = ids[:-1] - spec.grammar.slot_base
     np.testing.assert_array_equal(
       ranked.presented[row, places], ranked.generated[row]
     )
 
 
 def test_the_read_out_is_the_order_of_the_slot_scores(
-  ranked, setup, params, slates
+  ranked, spec, params, slates
 ):
-  render = examples.requests(setup.prompter, '<answer>', 'shuffled')
-  score = jax.jit(functools.partial(transformer.encode_prompt, setup.model))
+  render = examples.generation_rows(spec.prompter, '<answer>', 'shuffled')
+  score = jax.jit(functools.partial(transformer.encode_prompt, spec.model))
   for i, slate in enumerate(slates[:4]):
     row = render(slate, np.random.default_rng((0, i)))
     hidden, _ = score(params, row['prompt'][None], row['prompt_length'][None])
@@ -132,20 +132,20 @@ def test_watches_of_a_known_slate():
 
 
 def test_validation_reads_a_fixed_draw_of_held_out_slates(
-  world, setup, params, monkeypatch
+  world, spec, params, monkeypatch
 ):
   config = tiny_world.config()
   asked = []
   rank = ranking_lib.rank
 
-  def spy(setup, params, slates, **kwargs):
+  def spy(spec, params, slates, **kwargs):
     asked.append([slates[i] for i in range(len(slates))])
-    return rank(setup, params, slates, **kwargs)
+    return rank(spec, params, slates, **kwargs)
 
   monkeypatch.setattr(ranking_lib, 'rank', spy)
   stage = tiny_world.config(rl__eval_slates=5, rl__thinking=False).rl
-  validate = ranking_lib.validator(config, setup, world['slates'], stage)
-  with sharding.activate(setup.mesh):
+  validate = ranking_lib.validator(config, spec, world['slates'], stage)
+  with sharding.activate(mesh):
     one, two = validate(params), validate(params)
   assert one == two
   assert {'n@5', 'r@1', 'copied', 'readout_n@5'} <= set(one)

@@ -17,13 +17,13 @@ TITLE_TOKENS = tiny_world.config().prompt.title_tokens
 
 
 @pytest.fixture(scope='module')
-def setup(world):
-  return tiny_world.setup(world)
+def spec(world):
+  return tiny_world.spec(world)
 
 
 @pytest.fixture(scope='module')
-def reader(world, setup):
-  found, why = cold_items.load(setup, world['tokenizer'], TITLE_TOKENS)
+def reader(world, spec):
+  found, why = cold_items.load(spec, world['tokenizer'], TITLE_TOKENS)
   assert why == ''
   return found
 
@@ -34,14 +34,14 @@ def sids(world):
 
 
 def test_nothing_is_compiled_before_it_is_asked_for_or_an_item_comes(
-  world, setup
+  world, spec
 ):
   tokenizer._codes.clear_cache()
-  found, _ = cold_items.load(setup, world['tokenizer'], TITLE_TOKENS)
+  found, _ = cold_items.load(spec, world['tokenizer'], TITLE_TOKENS)
   assert tokenizer._codes._cache_size() == 0
   found.compile()
   assert tokenizer._codes._cache_size() == 1
-  found.prompts_of(new_items(setup.catalog))
+  found.prompts_of(new_items(spec.catalog))
   assert tokenizer._codes._cache_size() == 1
 
 
@@ -55,25 +55,25 @@ def new_items(catalog, count=12):
   )
 
 
-def test_a_copy_has_the_codes_of_the_item(setup, reader, sids):
+def test_a_copy_has_the_codes_of_the_item(spec, reader, sids):
   texts, of_item = tfidf.distinct(
-    setup.catalog.titles, setup.catalog.categories, setup.catalog.years
+    spec.catalog.titles, spec.catalog.categories, spec.catalog.years
   )
   first = np.unique(of_item, return_index=True)[1]
   rows = first[[3, 0, 11]]
-  copies = setup.catalog.take(rows)
+  copies = spec.catalog.take(rows)
   np.testing.assert_array_equal(reader.name(copies), sids.codes[rows])
   lines = reader.prompts_of(copies).items
-  size = len(setup.catalog)
-  for field, own in setup.prompter.items.items():
+  size = len(spec.catalog)
+  for field, own in spec.prompter.items.items():
     assert [lines[field][size + i] for i in range(3)] == [own[r] for r in rows]
     assert lines[field][:size] == own
 
 
 def test_a_new_item_has_the_codes_of_its_text_and_a_tuple_of_its_own(
-  setup, reader, sids
+  spec, reader, sids
 ):
-  items = new_items(setup.catalog)
+  items = new_items(spec.catalog)
   codes = reader.name(items)
   vectors = tfidf.embed(
     reader.space, items.titles, items.categories, items.years
@@ -89,8 +89,8 @@ def test_a_new_item_has_the_codes_of_its_text_and_a_tuple_of_its_own(
   assert free.any()
 
 
-def test_an_item_is_read_by_itself(setup, reader):
-  items = new_items(setup.catalog)
+def test_an_item_is_read_by_itself(spec, reader):
+  items = new_items(spec.catalog)
   together = reader.name(items)
   # Twice the same, and in another order.
   order = np.array([4, 4, 0, *range(11, 0, -1)])
@@ -100,22 +100,22 @@ def test_an_item_is_read_by_itself(setup, reader):
     np.testing.assert_array_equal(alone, together[row : row + 1])
 
 
-def test_where_no_tuple_is_free_the_text_still_says_which(setup, reader, sids):
+def test_where_no_tuple_is_free_the_text_still_says_which(spec, reader, sids):
   everything = np.arange(sids.codebook_size**sids.levels)
   full = dataclasses.replace(reader, keys=everything)
-  items = new_items(setup.catalog)
+  items = new_items(spec.catalog)
   fitted = reader.name(items)[:, :-1]
   np.testing.assert_array_equal(full.name(items)[:, :-1], fitted)
 
 
 @pytest.mark.parametrize('kind', ['uniform', 'digit'])
-def test_other_last_levels_depend_on_no_company_either(setup, reader, kind):
+def test_other_last_levels_depend_on_no_company_either(spec, reader, kind):
   config = reader.tokenizer.config.copy_and_resolve_references()
   config.last_level = kind
   other = dataclasses.replace(
     reader, tokenizer=dataclasses.replace(reader.tokenizer, config=config)
   )
-  items = new_items(setup.catalog)
+  items = new_items(spec.catalog)
   together = other.name(items)
   np.testing.assert_array_equal(together[:, :-1], reader.name(items)[:, :-1])
   for row in (0, 5):
@@ -123,7 +123,7 @@ def test_other_last_levels_depend_on_no_company_either(setup, reader, kind):
     np.testing.assert_array_equal(alone, together[row : row + 1])
 
 
-def test_no_line_is_longer_than_the_catalogs_longest(setup, reader):
+def test_no_line_is_longer_than_the_catalogs_longest(spec, reader):
   words = ' '.join(f'{a}{b}' for a in 'abcdefgh' for b in 'qwxyz')
   endless = log_lib.Catalog(
     ('x',), (words,), (tuple(words.split()),), np.array([0])
@@ -131,7 +131,7 @@ def test_no_line_is_longer_than_the_catalogs_longest(setup, reader):
   line = {
     field: rows[-1] for field, rows in reader.prompts_of(endless).items.items()
   }
-  prompter = setup.prompter
+  prompter = spec.prompter
   for fields in (prompter.fields, prompter.history_fields):
     shown = [field for field in fields if field in line]
     lines = zip(*(prompter.items[field] for field in shown), strict=True)
@@ -144,12 +144,12 @@ def test_no_line_is_longer_than_the_catalogs_longest(setup, reader):
   assert cut == {'sid': (1, 2), 'title': (3, 4), 'categories': (6,)}
 
 
-def test_what_cannot_be_read_is_said(world, setup, tmp_path):
+def test_what_cannot_be_read_is_said(world, spec, tmp_path):
   home = tmp_path / 'tokenizer-1'
   shutil.copytree(world['tokenizer'], home)
 
   def why():
-    found, reason = cold_items.load(setup, home, TITLE_TOKENS)
+    found, reason = cold_items.load(spec, home, TITLE_TOKENS)
     assert found is None
     return reason
 

@@ -37,7 +37,7 @@ def run(world, own, workdir):
 
 
 @pytest.fixture(scope='module')
-def chain(world, one_device, tmp_path_factory):
+def chain(world, tmp_path_factory):
   """backbone -> midtrain -> traces -> sft of a pretrained Qwen3."""
   root = tmp_path_factory.mktemp('chain')
   tiny_pretrained.write(root / 'weights', 'qwen3')
@@ -51,9 +51,9 @@ def chain(world, one_device, tmp_path_factory):
 
 
 def test_a_pretrained_model_goes_through_the_stages(world, chain):
-  setup = tiny_world.setup(chain.found, chain.config)
+  spec = tiny_world.spec(chain.found, chain.config)
   start, mid, after = (
-    setup.load_params(chain.found[name])
+    spec.load_params(chain.found[name], mesh)
     for name in ('backbone', 'midtrain', 'sft')
   )
   for one, other in ((start, mid), (mid, after)):
@@ -61,19 +61,19 @@ def test_a_pretrained_model_goes_through_the_stages(world, chain):
     assert not np.array_equal(one['layers']['gate'], other['layers']['gate'])
   results = artifacts.dumps(chain.results)
   assert '"family": "qwen3"' in results
-  assert chain.results['vocabulary'] == len(setup.vocabulary)
+  assert chain.results['vocabulary'] == len(spec.vocabulary)
   assert chain.results['parameters'] == sum(
     leaf.size for leaf in jax.tree.leaves(start)
   )
   symbols = chain.results['symbols']
-  assert symbols == len(setup.vocabulary.layout.symbols())
+  assert symbols == len(spec.vocabulary.layout.symbols())
   # <think> and </think> are the model's, padding is new.
   assert chain.results['added_rows'] == symbols - 2 + 1
 
 
 def test_imported_parameters_are_the_checkpoints(chain):
-  setup = tiny_world.setup(chain.found, chain.config)
-  found = setup.load_params(chain.found['backbone'])
+  spec = tiny_world.spec(chain.found, chain.config)
+  found = spec.load_params(chain.found['backbone'], mesh)
   model = hf.open_backbone(chain.config.model.source)
   V0 = model.vocab_size
   np.testing.assert_array_equal(
@@ -82,7 +82,7 @@ def test_imported_parameters_are_the_checkpoints(chain):
   np.testing.assert_array_equal(
     found['layers']['attention']['query'], model.read('layers.attention.query')
   )
-  assert len(found['embedding']) == len(setup.vocabulary)
+  assert len(found['embedding']) == len(spec.vocabulary)
   spread = np.linalg.norm(found['embedding'][V0:], axis=1)
   assert (spread > 0).all()
 
@@ -95,17 +95,17 @@ def test_midtraining_starts_from_the_backbone(chain, tmp_path):
     midtrain__learning_rate=1e-12,
   )
   midtrain.run(own, tiny_world.inputs(chain.found, 'midtrain'), tmp_path)
-  setup = tiny_world.setup(chain.found, own)
+  spec = tiny_world.spec(chain.found, own)
   tiny.assert_trees_close(
-    setup.load_params(tmp_path), setup.load_params(chain.found['backbone']),
+    spec.load_params(tmp_path, mesh), spec.load_params(chain.found['backbone'], mesh),
     1e-9,
   )  # fmt: skip
 
 
 def test_rows_start_at_the_words_of_a_symbol(chain):
-  setup = tiny_world.setup(chain.found, chain.config)
-  words, items = setup.vocabulary, setup.prompter.items
-  texts = backbone.symbol_texts(setup)
+  spec = tiny_world.spec(chain.found, chain.config)
+  words, items = spec.vocabulary, spec.prompter.items
+  texts = backbone.symbol_texts(spec)
   assert len(texts) == len(words) - words.first_symbol
 
   def text(id):
@@ -136,7 +136,7 @@ def test_an_untied_model_gets_rows_for_both_embeddings(world, tmp_path):
   )
   results, found = run(world, own, tmp_path / 'stage')
   assert results['family'] == 'llama'
-  params = tiny_world.setup(found, own).load_params(found['backbone'])
+  params = tiny_world.spec(found, own).load_params(found['backbone'], mesh)
   V0 = results['vocabulary'] - results['added_rows']
   for name in ('embedding', 'unembedding'):
     rows = np.asarray(params[name])
@@ -149,7 +149,7 @@ def test_an_untied_model_gets_rows_for_both_embeddings(world, tmp_path):
 
 def test_without_a_source_there_is_a_vocabulary_and_no_model(world):
   results = artifacts.read_results(world['backbone'])
-  words = tiny_world.setup(world).vocabulary
+  words = tiny_world.spec(world).vocabulary
   assert results['vocabulary'] == len(words)
   assert results['symbols'] == len(words.layout.symbols())
   assert (world['backbone'] / vocabulary.TRAINED).exists()
@@ -212,14 +212,14 @@ def test_a_kill_between_vocabulary_and_bins_starts_them_again(
     assert not (tmp_path / policy.PARAMS).exists()
   results, found = run(world, own, tmp_path)
   whole = chain.found if pretrained else world
-  assert results['vocabulary'] == len(tiny_world.setup(found, own).vocabulary)
+  assert results['vocabulary'] == len(tiny_world.spec(found, own).vocabulary)
   for path in (vocabulary.find(tmp_path), tmp_path / policy.BINS):
     wanted = whole['backbone'] / path.name
     assert path.read_bytes() == wanted.read_bytes()
   if pretrained:
-    setup = tiny_world.setup(found, own)
+    spec = tiny_world.spec(found, own)
     tiny.assert_trees_equal(
-      setup.load_params(tmp_path), setup.load_params(whole['backbone'])
+      spec.load_params(tmp_path, mesh), spec.load_params(whole['backbone'], mesh)
     )
 
 
@@ -281,18 +281,18 @@ def test_the_table_has_the_start_where_there_is_one(
 
 
 def test_sft_learns_the_sequence_that_sampling_asks_for(chain):
-  setup = tiny_world.setup(chain.found, chain.config)
-  own = setup.prompter
+  spec = tiny_world.spec(chain.found, chain.config)
+  own = spec.prompter
   assert own.ask_tokens > 1
   kept = records.Records(chain.found['traces'] / traces.ACCEPTED)[0]
-  slates = slates_lib.source(chain.found['slates'], 'train')
+  slates = slates_lib.SlateSource(chain.found['slates'], 'train')
   slate = slates[int(kept['slate'])]
   config = tiny_world.config(prompt__order='incoming')
   rng = np.random.default_rng(0)
-  row = sft.renderer(setup, config)({'trace': kept, 'slate': slate}, rng)
+  row = sft.renderer(spec, config)({'trace': kept, 'slate': slate}, rng)
   learned = row['prompt'][: row['prompt_length']].tolist()
   for which, control in enumerate(('<think>', '<answer>')):
-    render = examples.requests(own, control, 'incoming')
+    render = examples.generation_rows(own, control, 'incoming')
     asked = render(slate, rng)
     asked = asked['prompt'][: asked['prompt_length']].tolist()
     ids = [*learned, *row['completion'][which].tolist()]

@@ -49,7 +49,7 @@ def run_stage(world, name, **changes):
 
 
 @pytest.fixture(scope='module')
-def written(world, one_device):
+def written(world):
   return run_stage(world, 'compress')
 
 
@@ -60,7 +60,7 @@ def study(world, written):
 
 
 @pytest.fixture(scope='module')
-def spec(world, one_device):
+def spec(world):
   return tiny_world.spec(world)
 
 
@@ -319,7 +319,7 @@ def test_the_ranker_reads_what_was_written(spec):
   assert (found.verdict == compression.VALID).all()
   np.testing.assert_allclose(found.kept, 1, atol=1e-6)
   np.testing.assert_allclose(found.preservation, 1)
-  render = examples_lib.requests(spec.prompter, '<answer>', 'shuffled')
+  render = examples_lib.generation_rows(spec.prompter, '<answer>', 'shuffled')
   source = spec.source('train')
   rows = [render(source[i], np.random.default_rng(i)) for i in range(4)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
@@ -371,11 +371,11 @@ def test_later_stages_read_what_was_written(world, written, spec):
   assert artifacts.read_run(path)['inputs']['compress'] == written.name
   assert policy.form_of(path).context == 'text'
   with pytest.raises(artifacts.ArtifactError, match='compressor wrote'):
-    policy.form_of(path, own=False)
+    policy.form_of(path, own_slates=False)
   inputs = tiny_world.inputs(world, 'rl') | {'compress': written}
   own = policy.load(tiny_world.config(), inputs, 'text')
   assert own.prompter.prompt_tokens < spec.prompter.prompt_tokens
-  render = examples_lib.requests(own.prompter, '<answer>', 'shuffled')
+  render = examples_lib.generation_rows(own.prompter, '<answer>', 'shuffled')
   source = own.source('train')
   assert len(source) == 12
   stored = records.Records(compressed.file(written, 'train'))

@@ -63,15 +63,15 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
 
 
 @pytest.fixture(scope='module')
-def setup(world):
-  return tiny_world.setup(world)
+def spec(world):
+  return tiny_world.spec(world)
 
 
-def test_pointing_sorts_the_candidates_by_the_named_column(world, setup):
-  render = midtrain.pointing_renderer(setup.prompter, 2)
-  words, prompter = setup.vocabulary, setup.prompter
+def test_pointing_sorts_the_candidates_by_the_named_column(world, spec):
+  render = midtrain.pointing_renderer(spec.prompter, 2)
+  words, prompter = spec.vocabulary, spec.prompter
   for index in range(5):
-    slate = slates_lib.source(world['slates'], 'train')[index]
+    slate = slates_lib.SlateSource(world['slates'], 'train')[index]
     row = render(slate, np.random.default_rng(index))
     order = prompt.presentation(
       int(slate['count']), 'shuffled', np.random.default_rng(index)
@@ -129,7 +129,7 @@ def test_results_tell_retrieval_beside_popularity_and_what_was_packed(world):
 
 
 def test_questions_are_of_validation_users_and_counts_of_train_users(
-  world, setup, monkeypatch
+  world, spec, monkeypatch
 ):
   read = []
   whole = slates_lib.read
@@ -137,7 +137,7 @@ def test_questions_are_of_validation_users_and_counts_of_train_users(
     slates_lib, 'read', lambda d, split: read.append(split) or whole(d, split)
   )
   stage = tiny_world.config().midtrain
-  _, baseline = midtrain.retriever(world, setup, stage)
+  _, baseline = midtrain.retriever(world, spec, stage)
   assert read == ['validation', 'train']
   assert baseline['histories'] == min(16, len(whole(world['slates'], read[0])))
 
@@ -241,7 +241,7 @@ def test_a_warm_up_freezes_bits_and_resumes_across_its_border(
   assert lines(tmp_path / 'killed') == lines(tmp_path / 'whole')
 
   # What was frozen has its bits; what was not moves.
-  words = tiny_world.setup(world, config).vocabulary
+  words = tiny_world.spec(world, config).vocabulary
   first = words.first_symbol
   for step, moves in ((2, False), (8, True)):
     for path, leaf in jax.tree_util.tree_leaves_with_path(whole[step]):

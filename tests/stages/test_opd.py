@@ -60,7 +60,7 @@ VIEWS = {
 
 
 @pytest.fixture(scope='module')
-def teacher(world, one_device):
+def teacher(world):
   """An SFT that went somewhere, in its six steps."""
   config = tiny_world.config(
     sft__learning_rate=5e-2, sft__privileged=True, sft__thinking=False
@@ -71,7 +71,7 @@ def teacher(world, one_device):
 
 
 @pytest.fixture(scope='module')
-def runs(world, teacher, one_device, tmp_path_factory):
+def runs(world, teacher, tmp_path_factory):
   @functools.lru_cache
   def get(view):
     workdir = tmp_path_factory.mktemp(view)

@@ -99,7 +99,7 @@ def test_weights_that_teach_nothing_are_refused(world, start, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def study(world, one_device):
+def study(world):
   """The study, and the runs that it made, of policies of two layers."""
   root = world['rl'].parent
   before = set(root.iterdir())

@@ -22,7 +22,7 @@ OFTEN_FLAT = dict(
 
 
 @pytest.fixture(scope='module')
-def spec(world, one_device):
+def spec(world):
   return tiny_world.spec(world)
 
 
@@ -50,8 +50,8 @@ def lines(workdir):
 
 
 def acted(world, spec, compiled, seed=0, constrained=True, gate='v2'):
-  render = examples.requests(spec.prompter, '<answer>', 'shuffled')
-  slates = slates_lib.source(world['slates'], 'train')
+  render = examples.generation_rows(spec.prompter, '<answer>', 'shuffled')
+  slates = slates_lib.SlateSource(world['slates'], 'train')
   rows = [render(slates[i], np.random.default_rng((seed, i))) for i in range(8)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
   act = compiled(constrained, gate)
@@ -325,7 +325,7 @@ VARIANTS = {
 
 
 @pytest.fixture(scope='module')
-def variants(world, one_device, tmp_path_factory):
+def variants(world, tmp_path_factory):
   @functools.lru_cache
   def run(name):
     config = tiny_world.config(

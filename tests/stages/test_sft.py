@@ -11,19 +11,19 @@ from .. import tiny, tiny_world
 
 
 @pytest.fixture(scope='module')
-def setup(world):
-  return tiny_world.setup(world)
+def spec(world):
+  return tiny_world.spec(world)
 
 
-def rows(world, setup, **changes):
+def rows(world, spec, **changes):
   """Records, their slates, and what is rendered of them."""
   config = tiny_world.config(**changes)
-  render = sft.renderer(setup, config)
+  render = sft.renderer(spec, config)
   kept = records.Records(world['traces'] / traces.ACCEPTED)
-  slates = slates_lib.source(world['slates'], 'train')
+  slates = slates_lib.SlateSource(world['slates'], 'train')
   for i in range(6):
     trace = kept[i]
-    named = trace['ranking'][:3] + setup.grammar.slot_base
+    named = trace['ranking'][:3] + spec.grammar.slot_base
     trace = trace | {'reasoning': named}  # As long ones end; these are cut.
     slate = slates[int(trace['slate'])]
     rng = np.random.default_rng(i)
@@ -32,10 +32,10 @@ def rows(world, setup, **changes):
 
 @pytest.mark.parametrize('rank_by', ['trace', 'readout'])
 def test_a_trace_is_learned_with_and_without_its_reasoning(
-  world, setup, rank_by
+  world, spec, rank_by
 ):
-  words, prompter = setup.vocabulary, setup.prompter
-  for trace, slate, row in rows(world, setup, sft__rank_by=rank_by):
+  words, prompter = spec.vocabulary, spec.prompter
+  for trace, slate, row in rows(world, spec, sft__rank_by=rank_by):
     grades = row['grades'][:5]
     places = row['prompt'][row['slots'][:5]] - words.slot_base
     assert places.tolist() == [0, 1, 2, 3, 4]
@@ -84,16 +84,16 @@ def test_the_best_step_on_validation_is_what_is_left(world):
 def test_training_starts_from_the_stage_before(world, tmp_path):
   config = tiny_world.config(sft__steps=2, sft__learning_rate=1e-12)
   sft.run(config, tiny_world.inputs(world, 'sft'), tmp_path)
-  setup = tiny_world.setup(world, config)
+  spec = tiny_world.spec(world, config)
   tiny.assert_trees_close(
-    setup.load_params(tmp_path), setup.load_params(world['midtrain']), 1e-9
+    spec.load_params(tmp_path, mesh), spec.load_params(world['midtrain'], mesh), 1e-9
   )
   config = tiny_world.config(
     sft__steps=2, sft__learning_rate=1e-12, sft__init_from=str(world['rl'])
   )
   sft.run(config, tiny_world.inputs(world, 'sft'), tmp_path / 'other')
   tiny.assert_trees_close(
-    setup.load_params(tmp_path / 'other'), setup.load_params(world['rl']), 1e-9
+    spec.load_params(tmp_path / 'other', mesh), spec.load_params(world['rl'], mesh), 1e-9
   )
 
 

@@ -29,7 +29,7 @@ def make_config():
 
 
 @pytest.fixture(scope='module')
-def study(world, one_device, tmp_path_factory):
+def study(world, tmp_path_factory):
   root = tmp_path_factory.mktemp('study')
   for name in ('slates', 'tokenizer', 'backbone', 'midtrain', 'traces', 'sft'):
     shutil.copytree(world[name], root / world[name].name)

@@ -18,7 +18,7 @@ CONFIG = dict(
 
 
 @pytest.fixture(scope='module')
-def study(world, one_device):
+def study(world):
   root = world['rl'].parent
   before = set(root.glob('rl-*'))
   config = tiny_world.config(**CONFIG)

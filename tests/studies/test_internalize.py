@@ -18,7 +18,7 @@ CONFIG = dict(
 
 
 @pytest.fixture(scope='module')
-def study(world, one_device):
+def study(world):
   root = world['rl'].parent
   with artifacts.lock(root):
     directory = artifacts.run_stage(

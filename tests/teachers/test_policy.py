@@ -53,7 +53,7 @@ def student(world):
 
 @pytest.fixture(scope='module')
 def source(world):
-  return slates_lib.source(world['slates'], 'train')
+  return slates_lib.SlateSource(world['slates'], 'train')
 
 
 def restore(path, world, student, kind='rejection', mesh=None):
@@ -89,7 +89,7 @@ def alone(teacher, source, index, attempt, privileged=False):
   """One row, sampled on its own: presentation, target, completion, ranking."""
   spec = teacher.policy.spec
   rng = np.random.default_rng((SEED, index, attempt))
-  row = examples.requests(spec.prompter, '<think>', 'shuffled', privileged)(
+  row = examples.generation_rows(spec.prompter, '<think>', 'shuffled', privileged)(
     source[index], rng
   )
   rng = np.random.default_rng((SEED, index, attempt))

@@ -22,7 +22,7 @@ def teacher(view='same', reads_its_own=True, lacks=()):
   table = np.random.default_rng(5).permutation(WIDER.vocab_size)[:V]
   table = table.astype(np.int32)
   table[list(lacks)] = -1
-  own = policy.Policy(tiny.setup(model=WIDER), tiny.params(WIDER, seed=3))
+  own = policy.Policy(tiny.spec(model=WIDER), tiny.params(WIDER, seed=3))
   return distillation.Teacher(own, view, table, reads_its_own)
 
 
@@ -221,7 +221,7 @@ def test_the_readout_is_that_of_the_slot_tokens():
 
 def test_a_policy_is_no_way_from_itself():
   config = tiny.sampler()
-  itself = distillation.itself(tiny.setup(), tiny.params())
+  itself = distillation.itself(tiny.spec(), tiny.params())
   assert not itself.reads_its_own
   for divergence in ('k3', 'reverse', 'forward'):
     look = distillation.make_look(itself, G, config, divergence)
@@ -238,16 +238,16 @@ def test_a_teacher_that_thinks_reads_its_own_reasoning_first():
   prompter = dataclasses.make_dataclass(
     'Prompter', ['reasoning', 'thinking_tokens']
   )(4, 10)
-  setup = dataclasses.replace(tiny.setup(model=WIDER), prompter=prompter)
+  spec = dataclasses.replace(tiny.spec(model=WIDER), prompter=prompter)
   params = tiny.params(WIDER, seed=3)
   batch = batch_for(config)
-  prompt, length = jax.jit(functools.partial(distillation._think, setup))(
+  prompt, length = jax.jit(functools.partial(distillation._think, spec))(
     params, batch.teacher_prompt, batch.teacher_prompt_length, batch.facts
   )
   assert prompt.shape == (5, 9 + 8)
   alone = tiny.sample(
     WIDER, params, batch.teacher_prompt, batch.teacher_prompt_length,
-    batch.facts, jax.random.key(0), G, setup.sampling(1, True, 0.0, True),
+    batch.facts, jax.random.key(0), G, spec.sampling(1, True, 0.0, True),
   )  # fmt: skip
   for p in range(5):
     before = int(batch.teacher_prompt_length[p])

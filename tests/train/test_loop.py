@@ -28,12 +28,12 @@ def render(record, rng):
 
 
 @pytest.fixture(scope='module')
-def setup():
-  return tiny.setup()
+def spec():
+  return tiny.spec()
 
 
 @pytest.fixture(scope='module')
-def fit(setup):
+def fit(spec):
   def run(
     workdir, held_out, rewards=RISING, die_at=None, start_counts=False,
     **changes,
@@ -61,7 +61,7 @@ def fit(setup):
 
     result = loop.fit(
       own,
-      setup=setup,
+      spec=spec,
       workdir=workdir,
       seed=0,
       optimizer=learner.make_optimizer(own),
@@ -76,29 +76,29 @@ def fit(setup):
   return run
 
 
-def test_a_data_set_is_made_of_the_rows_of_this_process(setup, monkeypatch):
+def test_a_data_set_is_made_of_the_rows_of_this_process(spec, monkeypatch):
   whole = examples.dataset(range(12), render, 4, seed=3)
-  own = loop.dataset(setup, range(12), render, 4, seed=3)
+  own = loop.dataset(spec, range(12), render, 4, seed=3)
   monkeypatch.setattr(sharding, 'own_rows', lambda *_: np.array([1, 3]))
-  half = loop.dataset(setup, range(12), render, 4, seed=3)
+  half = loop.dataset(spec, range(12), render, 4, seed=3)
   for i in range(6):
     for name, rows in whole[i].items():
       np.testing.assert_array_equal(own[i][name], rows)
       np.testing.assert_array_equal(half[i][name], rows[[1, 3]])
 
 
-def record(workdir, setup):
+def record(workdir, spec):
   """(parameters, last state, the record beside it)."""
-  with sharding.activate(setup.mesh):
+  with sharding.activate(mesh):
     state, _ = learner.init_state(
-      setup.model,
+      spec.model,
       learner.make_optimizer(config()),
       jax.random.key(0),
-      setup.mesh,
+      mesh,
     )
   with checkpoint.Checkpointer(workdir / 'checkpoints') as saved:
     state, step, found = saved.restore(state)
-  params = setup.load_params(workdir)
+  params = spec.load_params(workdir, mesh)
   return jax.device_get({'params': params, 'state': state}), step, found
 
 
@@ -145,7 +145,7 @@ def test_when_to_stop(held_out, rewards, patience, divergence, wanted):
 HELD_OUT = [0.0, 0.1, 0.3, 0.2, 0.25, 0.9, 0.9, 0.9, 0.9]
 
 
-def test_patience_ends_a_run_and_its_rerun_trains_no_more(fit, setup, tmp_path):
+def test_patience_ends_a_run_and_its_rerun_trains_no_more(fit, spec, tmp_path):
   result, taken = fit(tmp_path, HELD_OUT, patience=2)
   assert taken == [1, 2, 3, 4]
   assert result == {
@@ -153,7 +153,7 @@ def test_patience_ends_a_run_and_its_rerun_trains_no_more(fit, setup, tmp_path):
     'metrics': {'n@5': 0.3},
     'stopped': 'patience',
   }
-  found, step, kept = record(tmp_path, setup)
+  found, step, kept = record(tmp_path, spec)
   assert step == 4
   assert kept['stopped'] == 'patience'
   assert float(found['params']['readout'][0]) == 2.0
@@ -184,7 +184,7 @@ def test_a_rising_reward_on_a_falling_ranking_ends_a_run(fit, tmp_path):
 
 @pytest.mark.parametrize('die_at', [2, 5, 6])
 def test_a_killed_run_stops_where_the_whole_one_does(
-  fit, setup, tmp_path, die_at
+  fit, spec, tmp_path, die_at
 ):
   held_out = [0.1, 0.1, 0.6, 0.0, 0.5, 0.0, 0.4, 0.9, 0.9]
   options = dict(
@@ -198,7 +198,7 @@ def test_a_killed_run_stops_where_the_whole_one_does(
   result, rest = fit(tmp_path / 'killed', held_out, **options)
   assert rest[0] == (die_at - 1) // 2 * 2 + 1
   assert result == whole
-  found, wanted = (record(tmp_path / w, setup) for w in ('killed', 'whole'))
+  found, wanted = (record(tmp_path / w, spec) for w in ('killed', 'whole'))
   assert found[1:] == wanted[1:]
   tiny.assert_trees_equal(found[0], wanted[0])
   assert lines(tmp_path / 'killed') == lines(tmp_path / 'whole')
@@ -211,22 +211,22 @@ def test_a_killed_run_stops_where_the_whole_one_does(
   )
 
 
-def test_the_first_step_that_is_not_finite_ends_a_run(fit, setup, tmp_path):
+def test_the_first_step_that_is_not_finite_ends_a_run(fit, spec, tmp_path):
   rewards = [0.1, 0.2, np.nan, 0.4]
   with pytest.raises(FloatingPointError, match='step 3'):
     fit(tmp_path, HELD_OUT, rewards=rewards, steps=4, eval_every=2)
-  assert record(tmp_path, setup)[1] == 2
+  assert record(tmp_path, spec)[1] == 2
 
 
-def test_without_a_step_the_start_is_left_as_it_was(fit, setup, tmp_path):
+def test_without_a_step_the_start_is_left_as_it_was(fit, spec, tmp_path):
   result, taken = fit(tmp_path, [0.5], steps=0)
   assert taken == []
   assert result['step'] == 0
-  found = setup.load_params(tmp_path)
+  found = spec.load_params(tmp_path, mesh)
   start, _ = learner.init_state(
-    setup.model,
+    spec.model,
     learner.make_optimizer(config()),
     jax.random.key(0),
-    setup.mesh,
+    mesh,
   )
   tiny.assert_trees_equal(found, start.params)
