@@ -51,7 +51,7 @@ def run(config: ConfigDict, root: str) -> None:
 
 def _say(text: str) -> None:
   """Prints, on the first of several processes."""
-  if processes.leads():
+  if processes.is_main_process():
     print(text)
 
 
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> None:
   facts = {'gr2_jax': __version__, 'jax': jax.__version__}
   facts |= {name: str(value) for name, value in flags_lib.fields(config)}
   try:
-    place = processes.find(flags.FLAGS)
-    with processes.joined(place, facts, flags.FLAGS.meeting_timeout):
+    place = processes.find_place(flags.FLAGS)
+    with processes.initialize(place, facts, flags.FLAGS.meeting_timeout):
       _say(f'devices: {", ".join(map(str, jax.devices()))}')
       run(config, _WORKDIR.value)
   except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     sys.exit(130)
   except processes.Preempted as e:
     print(f'{e}: the same command goes on from here', file=sys.stderr)
-    sys.exit(rendezvous.AGAIN)
+    sys.exit(rendezvous.EXIT_RETRY)
   except (OSError, FloatingPointError, ValueError) as e:
     if _DEBUG.value or not environment.is_for_the_user(e):
       raise

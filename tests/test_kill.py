@@ -35,7 +35,7 @@ def start(root):
 
 @pytest.mark.parametrize(
   ('number', 'code'),
-  [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, rendezvous.AGAIN)],
+  [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, rendezvous.EXIT_RETRY)],
 )
 def test_a_run_ended_in_the_middle_goes_on_bit_for_bit(
   world, tmp_path, number, code

@@ -271,12 +271,12 @@ class Remote:
       Judged of [P, G], on the mesh; `total` is NaN where there is no mark.
     """
     names = ('incoming', 'count', *(_PREFIX + name for name in _TOLD))
-    host = processes.fetch(
+    host = processes.gather_to_host(
       {name: rows[name] for name in names}
       | {'tokens': rollouts.tokens, 'length': rollouts.length, 'paid': paid}
     )
     empty = np.zeros((*host['paid'].shape, 3), np.float32)
-    marks = processes.led(lambda: self._marks(host, empty), empty)
+    marks = processes.broadcast_from_main(lambda: self._marks(host, empty), empty)
     return sharding.shard_batch(judged(marks), self._mesh)
 
   def _marks(self, host: dict[str, np.ndarray], empty: np.ndarray):

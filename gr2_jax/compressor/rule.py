@@ -65,7 +65,7 @@ def most_telling(
       for n, lines, count, held_to in cases:
         case = (count, *_written(setup, lines[:, :, kept], count, len(units)))
         case = sharding.shard_batch(case, setup.mesh)
-        found.append(processes.fetch(likeness(ranker, held_to, *case))[:n])
+        found.append(processes.gather_to_host(likeness(ranker, held_to, *case))[:n])
     return np.concatenate(found).mean(0)[: len(alternatives)]
 
   return extracts.most_telling(units, worth)

@@ -92,7 +92,7 @@ def make_write(
         slates, render, stage.eval_batch_size, seed
       ):
         rows = sharding.shard_batch(batch, setup.mesh)
-        found = processes.fetch(answer(params, rows, key))
+        found = processes.gather_to_host(answer(params, rows, key))
         found = {name: x[:n, 0] for name, x in found.items()}
         bar.update(n)
         yield Written(

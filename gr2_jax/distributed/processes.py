@@ -81,7 +81,7 @@ def define_flags() -> None:
   )
 
 
-def find(values: flags.FlagValues) -> Place | None:
+def find_place(values: flags.FlagValues) -> Place | None:
   """This process's place, from flags or what JAX knows of the cluster.
 
   Returns:
@@ -125,7 +125,7 @@ def find(values: flags.FlagValues) -> Place | None:
 
 
 @contextlib.contextmanager
-def joined(
+def initialize(
   place: Place | None, facts: dict[str, str], timeout: float
 ) -> Iterator[None]:
   """Takes part in a run; what ends this process badly ends the others.
@@ -181,7 +181,7 @@ def size() -> int:
   return 1 if _alone else jax.process_count()
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
   """Whether this process writes: logs, tables, files."""
   return jax.process_index() == 0
 
@@ -191,13 +191,13 @@ def devices() -> list[jax.Device]:
   return jax.local_devices() if _alone else jax.devices()
 
 
-def is_alone() -> bool:
+def is_main_process_only() -> bool:
   """Whether process 0 does something that the others wait for."""
   return _alone
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def main_process_only() -> Iterator[None]:
   """What process 0 does meanwhile, it does on its own devices."""
   global _alone
   before, _alone = _alone, jax.process_count() > 1
@@ -207,14 +207,14 @@ def alone() -> Iterator[None]:
     _alone = before
 
 
-def told(value: bool) -> bool:
+def broadcast_flag(value: bool) -> bool:
   """Process 0's word, on all of them: they must not decide apart."""
   if size() == 1:
     return value
   return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def led(make: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
+def broadcast_from_main(make: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
   """What process 0 makes, on all of them; the others make nothing.
 
   Args:
@@ -223,11 +223,11 @@ def led(make: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
   """
   if size() == 1:
     return make()
-  made = make() if leads() else like
+  made = make() if is_main_process() else like
   return np.asarray(multihost_utils.broadcast_one_to_all(made))
 
 
-def agree(what: str, value: int) -> None:
+def assert_same_everywhere(what: str, value: int) -> None:
   """Raises a ValueError unless all processes have the same number.
 
   Args:
@@ -251,7 +251,7 @@ def wait_for(path: pathlib.Path) -> None:
     time.sleep(_POLL)
 
 
-def fetch(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
   """Whole arrays on every host, as NumPy.
 
   Args:
@@ -267,7 +267,7 @@ def fetch(tree: Any) -> Any:
 
 
 @contextlib.contextmanager
-def notices() -> Iterator[None]:
+def handle_preemption() -> Iterator[None]:
   """Within, a signal to terminate is heard by `preempted` and kills nothing.
 
   Of several processes JAX tells all what one has heard.

@@ -22,7 +22,7 @@ from typing import Any
 
 # Exit code of a run that goes on when the same command is given again (75 is
 # EX_TEMPFAIL of sysexits.h): launchers restart on it and on no other.
-AGAIN = 75
+EXIT_RETRY = 75
 FAILED = 1
 
 _LINE = 1 << 20  # bytes of a message, at most
@@ -123,7 +123,7 @@ class Roster:
     text = (
       f'{member} is gone; all that is saved stays: give the same command again'
     )
-    self._end(text, AGAIN, but=member.index)
+    self._end(text, EXIT_RETRY, but=member.index)
 
   def _follow(self, member: Member, line: socket.socket, lines: Any) -> None:
     self._lines[member.index] = line

@@ -69,7 +69,7 @@ def make_mesh(
   for name, size in zip(MESH_AXES, (data, fsdp, tensor), strict=True):
     if size < 1 and not (name == 'data' and size == -1):
       raise ValueError(f'mesh.{name}={size}: must be at least 1')
-  if processes.is_alone() and not of_topology:
+  if processes.is_main_process_only() and not of_topology:
     tensor = math.gcd(tensor, n)
     fsdp = math.gcd(fsdp, n // tensor)
     data = -1

@@ -150,7 +150,7 @@ def lock(root: os.PathLike[str] | str) -> Iterator[None]:
     ArtifactError: another process holds it.
   """
   root = pathlib.Path(root)
-  if not processes.leads():
+  if not processes.is_main_process():
     yield
     return
   root.mkdir(parents=True, exist_ok=True)
@@ -199,8 +199,8 @@ def _run(
   directory = artifact.directory(root)
   results = directory / 'results.json'
   together = graph.STAGES[artifact.stage].together
-  if not processes.leads():
-    if not processes.told(False) and together:
+  if not processes.is_main_process():
+    if not processes.broadcast_flag(False) and together:
       _call(config, artifact, inputs, directory)
     processes.wait_for(results)
     return directory
@@ -209,13 +209,13 @@ def _run(
   resumed = directory.is_dir()
   if resumed:
     _check_config(directory, artifact)
-  if processes.told(results.exists()):
+  if processes.broadcast_flag(results.exists()):
     read_results(directory)
     say(f'{label} finished before: {directory}')
     return directory
   say(f'{label} {"resumes" if resumed else "starts"} in {directory}')
   start = time.monotonic()
-  with contextlib.nullcontext() if together else processes.alone():
+  with contextlib.nullcontext() if together else processes.main_process_only():
     found = _call(config, artifact, inputs, directory)
   _write_json(results, found)
   say(f'{label} done in {time.monotonic() - start:.1f} s')
@@ -231,7 +231,7 @@ def _call(
   """Runs the stage's function, with its config written beforehand."""
   try:
     sections = _sections(config, graph.STAGES[artifact.stage])
-    if processes.leads():
+    if processes.is_main_process():
       directory.mkdir(parents=True, exist_ok=True)
       _write_json(
         directory / 'config.json',

@@ -164,7 +164,7 @@ def load_params(path: os.PathLike[str] | str, abstract_params: Any) -> Any:
 
 def _processes() -> ocp.options.MultiprocessingOptions:
   """Who takes part in a save: all, or process 0 while the others wait."""
-  if not processes.is_alone():
+  if not processes.is_main_process_only():
     return ocp.options.MultiprocessingOptions()
   return ocp.options.MultiprocessingOptions(
     active_processes={0}, barrier_sync_key_prefix='alone'
@@ -176,7 +176,7 @@ def _at_hand(tree: Any) -> Any:
 
   It takes no jax.Array that other processes do not know of.
   """
-  return jax.tree.map(np.asarray, tree) if processes.is_alone() else tree
+  return jax.tree.map(np.asarray, tree) if processes.is_main_process_only() else tree
 
 
 def _abstract(tree: Any) -> Any:

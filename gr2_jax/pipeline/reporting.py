@@ -35,7 +35,7 @@ class MetricsWriter:
 
   def __init__(self, directory: os.PathLike[str] | str, resume_step: int = 0):
     self._file = self._tensorboard = None
-    if not processes.leads():
+    if not processes.is_main_process():
       return
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def progress(
     ncols=None if terminal else 0,
     dynamic_ncols=terminal,
     disable=quiet
-    or not processes.leads()
+    or not processes.is_main_process()
     or os.environ.get('TQDM_DISABLE', '0') not in ('', '0'),
   )
 

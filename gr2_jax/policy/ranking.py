@@ -256,7 +256,7 @@ def rank(
     for n, batch in examples.in_order(slates, render, batch_size, seed, first):
       batch.pop('grades')  # What the policy must not see.
       found = answer(params, sharding.shard_batch(batch, setup.mesh))
-      parts.append({k: v[:n] for k, v in processes.fetch(found).items()})
+      parts.append({k: v[:n] for k, v in processes.gather_to_host(found).items()})
       bar.update(n)
   return Ranked(**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 

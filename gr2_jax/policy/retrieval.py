@@ -278,6 +278,6 @@ class Retriever:
           self._setup.mesh,
         )
         found = self._search(params, self._trie, *batch)
-        parts.append(processes.fetch(found.items))
+        parts.append(processes.gather_to_host(found.items))
     items = np.concatenate(parts)[: len(self._asked)]
     return summary(items, self._target)

@@ -161,7 +161,7 @@ def write(
     `tokens`, of each task.
   """
   path = workdir / FACTS
-  if not processes.leads():
+  if not processes.is_main_process():
     processes.wait_for(path)
   if path.exists():
     return json.loads(path.read_text())

@@ -91,7 +91,7 @@ def judge_in_words(config, reader: policy.Setup, workdir: pathlib.Path):
     words=0,
     knowledge=False,
   )
-  if not processes.leads():  # Process 0 asks.
+  if not processes.is_main_process():  # Process 0 asks.
     yield compressor_judge.Remote(words, reader.mesh, None), dict
     return
   settings = remote.settings('compress', stage, temperature=0.0)
@@ -126,10 +126,10 @@ def _run(
 
   # Imitation.
   imitation = workdir / IMITATION
-  if not processes.told((imitation / 'done.json').exists()):
+  if not processes.broadcast_flag((imitation / 'done.json').exists()):
     found = _imitate(config, inputs, imitation, setup, budgets, ranks, validate)
     logging.info('compress: a line keeps first: %s', found['ranked'])
-    if processes.leads():
+    if processes.is_main_process():
       (imitation / 'done.json').write_text(json.dumps(found))
 
   # RL.
@@ -335,7 +335,7 @@ def _write(
   """
   path = compressed.file(workdir, split)
   noted = path.with_suffix('.json')
-  if processes.told(noted.exists()):
+  if processes.broadcast_flag(noted.exists()):
     return json.loads(noted.read_text())
   slates, most = reader.source(split), config.compress.train_slates
   if split == 'train' and most:
@@ -349,7 +349,7 @@ def _write(
 
   stored = list(writer.store(reader, slates, noting()))
   found = compressed.report(stored)
-  if processes.leads():
+  if processes.is_main_process():
     records.write(path, stored)
     if split == JUDGED:
       np.savez(workdir / MARKS, **_joined(judged)._asdict())

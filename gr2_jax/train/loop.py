@@ -72,13 +72,13 @@ def fit(
   """
   with (
     sharding.activate(setup.mesh),
-    processes.notices(),
+    processes.handle_preemption(),
     checkpoint.Checkpointer(workdir / 'checkpoints') as checkpoints,
   ):
     state, frozen, done, record = _start(
       config, checkpoints, setup, optimizer, seed, iterator, inherited
     )
-    processes.agree(f'the last saved step of {workdir.name}', done)
+    processes.assert_same_everywhere(f'the last saved step of {workdir.name}', done)
     join = setup.adapters.joiner()
 
     def consider(step: int, found: dict[str, float], reward: float | None):

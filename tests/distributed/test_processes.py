@@ -161,7 +161,7 @@ def test_a_kill_names_the_process_and_two_go_on_bit_for_bit(
   processes[1].send_signal(signal.SIGKILL)
   codes, said = _ends(processes)
   assert time.monotonic() - began < 60
-  assert codes == [rendezvous.AGAIN, -signal.SIGKILL], said
+  assert codes == [rendezvous.EXIT_RETRY, -signal.SIGKILL], said
   assert f'process 1 (host {socket.gethostname()}' in said[0]
   assert 'is gone' in said[0]
   assert not (_run(root) / 'results.json').exists()
@@ -182,7 +182,7 @@ def test_a_signal_saves_and_half_of_four_processes_go_on(
   _wait_for_step(processes, root, 5)
   processes[2].send_signal(signal.SIGTERM)
   codes, said = _ends(processes)
-  assert codes == [rendezvous.AGAIN] * 4, said
+  assert codes == [rendezvous.EXIT_RETRY] * 4, said
   assert 'saved at step' in said[0]
   step = max(int(p.name) for p in (_run(root) / 'checkpoints').iterdir())
   assert 5 <= step < _STEPS
@@ -202,7 +202,7 @@ def test_a_field_that_differs_is_named(world, tmp_path):
 
 
 def _values(**given):
-  """Flags as `processes.find` reads them."""
+  """Flags as `processes.find_place` reads them."""
   names = ('coordinator', 'num_processes', 'process_id')
   return types.SimpleNamespace(
     **{'cluster': 'none', 'meeting_timeout': 1.0} | dict.fromkeys(names) | given
@@ -223,7 +223,7 @@ def _values(**given):
 )
 def test_a_place_that_cannot_be_names_its_flag(given, message):
   with pytest.raises(ValueError, match=message):
-    processes_lib.find(_values(**given))
+    processes_lib.find_place(_values(**given))
 
 
 def test_slurm_is_found(monkeypatch):
@@ -235,7 +235,7 @@ def test_slurm_is_found(monkeypatch):
     'SLURM_LOCALID': '0',
   }.items():
     monkeypatch.setenv(name, value)
-  place = processes_lib.find(_values(cluster='auto'))
+  place = processes_lib.find_place(_values(cluster='auto'))
   assert (place.count, place.index, place.devices) == (4, 2, (0,))
   assert place.coordinator.startswith('node3:')
   assert place.roster.startswith('node3:')
@@ -243,4 +243,4 @@ def test_slurm_is_found(monkeypatch):
 
 
 def test_one_process_is_no_cluster():
-  assert processes_lib.find(_values()) is None
+  assert processes_lib.find_place(_values()) is None

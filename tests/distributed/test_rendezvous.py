@@ -80,7 +80,7 @@ def test_a_killed_process_is_named_to_all_others(victim):
     if index == victim:
       assert code == -signal.SIGKILL
       continue
-    assert code == rendezvous.AGAIN == os.EX_TEMPFAIL
+    assert code == rendezvous.EXIT_RETRY == os.EX_TEMPFAIL
     pid = members[victim].pid
     assert f'process {victim} (host {socket.gethostname()}, pid {pid})' in err
     assert 'is gone' in err
