@@ -8,6 +8,8 @@ import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from flax import serialization
 
+from gr2_jax.data import files
+
 
 def write(
   path: os.PathLike[str] | str, examples: Iterable[dict[str, np.ndarray]]
@@ -23,14 +25,15 @@ def write(
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + '.tmp')
-  writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
   written = 0
-  for example in examples:
-    writer.write(serialization.msgpack_serialize(example))
-    written += 1
-  writer.close()
-  os.replace(temporary, path)
+  with files.atomic_path(path) as temporary:
+    writer = array_record_module.ArrayRecordWriter(
+      str(temporary), 'group_size:1'
+    )
+    for example in examples:
+      writer.write(serialization.msgpack_serialize(example))
+      written += 1
+    writer.close()
   return written
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from gr2_jax.data import files
 from gr2_jax.distributed import processes
 from gr2_jax.pipeline import graph
 from gr2_jax.prompts import context
@@ -361,13 +362,8 @@ def _read_json(path: pathlib.Path, advice: str) -> dict[str, Any]:
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  """Writes a file that is there whole or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
+  with files.atomic_write(path) as file:
     file.write(dumps(value, indent=2) + '\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from gr2_jax.data import files
 from gr2_jax.distributed import processes
 
 # Seconds between two lines of progress where the output is not a terminal.
@@ -110,11 +111,8 @@ def _truncate(path: pathlib.Path, step: int) -> None:
   if not path.exists():
     return
   kept = [row for row in read_metrics(path) if row['step'] <= step]
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(
-    ''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8'
-  )
-  os.replace(temporary, path)
+  with files.atomic_write(path) as file:
+    file.writelines(json.dumps(row) + '\n' for row in kept)
 
 
 class _Lines:

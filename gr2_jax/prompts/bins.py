@@ -12,6 +12,7 @@ import pathlib
 
 import numpy as np
 
+from gr2_jax.data import files
 from gr2_jax.data import slates as slates_lib
 
 RAW = ':raw'
@@ -86,19 +87,14 @@ class EvidenceBins:
 
 def save(path: os.PathLike[str] | str, bins: EvidenceBins) -> None:
   """Writes JSON: columns, their places, edges."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(
-    json.dumps(
-      {
-        'columns': bins.columns,
-        'index': bins.index.tolist(),
-        'edges': bins.edges.tolist(),
-        'age_edges': bins.age_edges.tolist(),
-      }
-    )
-  )
-  os.replace(temporary, path)
+  values = {
+    'columns': bins.columns,
+    'index': bins.index.tolist(),
+    'edges': bins.edges.tolist(),
+    'age_edges': bins.age_edges.tolist(),
+  }
+  with files.atomic_write(path) as file:
+    json.dump(values, file)
 
 
 def load(path: os.PathLike[str] | str) -> EvidenceBins:

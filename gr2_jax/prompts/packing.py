@@ -12,7 +12,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from gr2_jax.data import records
+from gr2_jax.data import files, records
 from gr2_jax.distributed import processes
 from gr2_jax.prompts import examples as examples_lib
 from gr2_jax.prompts import prompt
@@ -183,9 +182,8 @@ def write(
     'fill': counts.total() / (written * tokens),
     'tokens': dict(counts),
   }
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(json.dumps(facts))
-  os.replace(temporary, path)
+  with files.atomic_write(path) as file:
+    json.dump(facts, file)
   return facts
 
 

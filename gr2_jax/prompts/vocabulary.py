@@ -35,6 +35,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
+from gr2_jax.data import files
+
 TRAINED = 'vocabulary.model'  # what `train` writes
 EXTENDED = 'vocabulary.json'  # what `extend` writes
 PAD = '<pad>'  # of an extended vocabulary; never its <eos>
@@ -369,7 +371,8 @@ def train(
     minloglevel=2,
   )
   path = pathlib.Path(path)
-  _write(path, model.getvalue())
+  with files.atomic_write(path, 'wb') as file:
+    file.write(model.getvalue())
   return Vocabulary(path, layout)
 
 
@@ -440,7 +443,8 @@ def extend(
   names = dict(bos_token=bos_token, eos_token=eos_token, pad_token=PAD)
   found = {'tokenizer': model.to_str(), 'chat_template': chat_template}
   path = pathlib.Path(path)
-  _write(path, json.dumps(found | names).encode())
+  with files.atomic_write(path) as file:
+    json.dump(found | names, file)
   return Vocabulary(path, layout)
 
 
@@ -457,9 +461,3 @@ def find(directory: os.PathLike[str] | str) -> pathlib.Path:
     f'{directory}: neither {EXTENDED} nor {TRAINED} is there; delete the '
     'folder to have it made again'
   )
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_bytes(content)
-  os.replace(temporary, path)

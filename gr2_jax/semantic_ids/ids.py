@@ -10,12 +10,14 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
+
+from gr2_jax.data import files
 
 VERSION = 2
 _ARRAYS = 'sids.npz'
@@ -228,12 +230,10 @@ class SemanticIds:
       'levels': self.levels,
       **self._level_usage(),
     }
-    _write_whole(
-      directory / _ARRAYS,
-      lambda file: np.savez(file, codes=self.codes, retired=self.retired),
-    )
-    text = json.dumps(facts, indent=2) + '\n'
-    _write_whole(directory / _FACTS, lambda file: file.write(text.encode()))
+    with files.atomic_write(directory / _ARRAYS, 'wb') as file:
+      np.savez(file, codes=self.codes, retired=self.retired)
+    with files.atomic_write(directory / _FACTS) as file:
+      file.write(json.dumps(facts, indent=2) + '\n')
 
   def export(
     self, path: os.PathLike[str] | str, item_ids: Sequence[str]
@@ -255,7 +255,8 @@ class SemanticIds:
       raise ValueError(f'{len(item_ids)} item ids for {len(self)} items')
     check_item_ids(item_ids)
     if path.suffix == '.jsonl':
-      _write_whole(path, lambda file: self._write_lines(file, item_ids))
+      with files.atomic_write(path, 'wb') as file:
+        self._write_lines(file, item_ids)
     elif path.suffix == '.parquet':
       codes = pa.FixedSizeListArray.from_arrays(
         pa.array(self.codes.ravel()), self.levels
@@ -263,7 +264,8 @@ class SemanticIds:
       table = pa.table(
         {'item_id': pa.array(item_ids, pa.string()), 'codes': codes}
       )
-      _write_whole(path, lambda file: parquet.write_table(table, file))
+      with files.atomic_write(path, 'wb') as file:
+        parquet.write_table(table, file)
     else:
       raise ValueError(
         f'{path}: semantic IDs are exported to .jsonl or .parquet, not '
@@ -411,11 +413,3 @@ def _checked(
   codes = codes.astype(np.int32)
   codes.setflags(write=False)
   return codes
-
-
-def _write_whole(path: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
-  """Calls `write` on a file that appears at `path` whole or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('wb') as file:
-    write(file)
-  os.replace(temporary, path)

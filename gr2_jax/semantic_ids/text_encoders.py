@@ -7,18 +7,17 @@ their mean.
 Axis letters: I items, F width of a vector.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
+from gr2_jax.data import files
 from gr2_jax.data import log as log_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import flags
@@ -96,9 +95,9 @@ def embed(
       if config.text_encoder == 'backbone':
         rows = _centre(rows, directory / SPACE, fitted is None)
       rows = rows[of_item]
-    with _whole(directory / RECORD) as file:
-      file.write(json.dumps(made_of, indent=2).encode())
-    with _whole(directory / FEATURES) as file:
+    with files.atomic_write(directory / RECORD) as file:
+      json.dump(made_of, file, indent=2)
+    with files.atomic_write(directory / FEATURES, 'wb') as file:
       np.save(file, rows)
   return _open_features(directory, catalog, made_of)
 
@@ -183,7 +182,7 @@ def _centre(vectors: np.ndarray, path: pathlib.Path, fit: bool) -> np.ndarray:
   if fit:
     total = vectors.sum(axis=0, dtype=np.float64)
     mean = (total / max(real.sum(), 1)).astype(np.float32)
-    with _whole(path) as file:
+    with files.atomic_write(path, 'wb') as file:
       np.savez(file, mean=mean)
   else:
     try:
@@ -269,12 +268,3 @@ def _open_features(
         f'{catalog.item_ids[start + int(bad.argmax())]!r} is not finite; {cure}'
       )
   return rows
-
-
-@contextlib.contextmanager
-def _whole(path: pathlib.Path) -> Iterator[BinaryIO]:
-  """A file that has its name once it is whole."""
-  temporary = path.with_name(f'{path.name}.tmp')
-  with temporary.open('wb') as file:
-    yield file
-  os.replace(temporary, path)

@@ -16,12 +16,12 @@ Axis letters: S seeds, K candidates; n slates of a split.
 import os
 import pathlib
 import time
-from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from gr2_jax.baselines import click_model, gbdt
+from gr2_jax.data import files
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
 from gr2_jax.pipeline import checkpoint, reporting
@@ -77,7 +77,8 @@ def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
           fit = _fit_legacy(
             config.legacy, train, splits, meta['items'], seed, directory
           )
-        _write_npz(path, fit)
+        with files.atomic_write(path, 'wb') as file:
+          np.savez(file, **fit)
       fits.append(_read_npz(path))
 
   # ------------------------------------------------- Write and measure
@@ -88,7 +89,9 @@ def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
       for name, fits in trained.items()
     }
     (workdir / split).mkdir(exist_ok=True)
-    _write_npz(workdir / split / 'scores.npz', scores[split])
+    path = workdir / split / 'scores.npz'
+    with files.atomic_write(path, 'wb') as file:
+      np.savez(file, **scores[split])
   held_out = splits['validation']
   return {
     'validation': {
@@ -240,14 +243,6 @@ def _fit_legacy(config, train, splits, items, seed, directory):
     name: score(best, slates, scaler) for name, slates in splits.items()
   }
   return scores | {'steps': np.int32(chosen['step'])}
-
-
-def _write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes arrays to a file that is there whole or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('wb') as file:
-    np.savez(file, **arrays)
-  os.replace(temporary, path)
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
