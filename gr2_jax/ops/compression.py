@@ -1,23 +1,28 @@
-"""Compressed contexts: what they may be, and what they earn (GR2, Eq. 10-11).
+"""Verification and rewards of compressed contexts (GR2, Eq. 10-11).
 
-A compressor rewrites the context of a slate, the source, into fewer tokens: of
-the history some, then of every candidate's line some, between the same anchors
-(`<candidates>` and the slots in order) and an `<eos>`. Segment 0 is the
-history, segment 1 + k the line of candidate k, which its slot ends. Nothing is
-estimated: an extract is verified id by id against its source, so that a copy,
-a cut, an invention, a label or an answer in the compressor's hand earns 0.
+A compressor rewrites the context of a slate, the source, into fewer tokens. It
+keeps a part of the history and a part of every candidate's line, between the
+same anchors (`<candidates>` and the slots in order), and ends with `<eos>`.
+Segment 0 is the history; segment 1 + k is the line of candidate k, which its
+slot ends. Nothing is estimated: an extract is verified id by id against its
+source, so that a copied, cut or invented token, a label, or an answer hidden
+in the compression earns 0.
 
-What no verdict sees is a choice among honest tokens: a segment may repeat or
-reorder its own, and a line may be longer than another by `spread`.
+The checks leave some freedom: a segment may repeat or reorder its own tokens,
+and one line may be `spread` tokens longer than another.
 
-The worked examples share one slate of two candidates, grades 0 and 2, lower
-case for the tokens of text:
+The worked examples share one slate of two candidates with grades 0 and 2;
+lower-case letters are tokens of text:
 
   source       <bos> <history> a b a c <candidates> x u s0 y u v s1 go
   compression  a c <candidates> x s0 y v s1 <eos>
 
 Axis letters: P prompts, G compressions of each, S source tokens, T compression
-tokens, K candidates.
+tokens, K candidates. Shared arguments:
+
+* `source` int [P, S] and `tokens` int [P, G, T], the compressions; their
+  `length` [P] and [P, G] counts `eos`, and ids beyond it are not read;
+* `count` int [P], real candidates.
 """
 
 import dataclasses
@@ -27,15 +32,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gr2_jax.ops import masking, rewards
+from gr2_jax.ops import Array, masking, rewards
 
-VALID = 0
-CUT_OFF = 1
-MALFORMED = 2
-OVER_BUDGET = 3
-UNGROUNDED = 4
-UNEVEN = 5
-MARKED = 6
+VALID, CUT_OFF, MALFORMED, OVER_BUDGET, UNGROUNDED, UNEVEN, MARKED = range(7)
 VERDICTS = (
   'valid',
   'cut_off',
@@ -51,7 +50,7 @@ VERDICTS = (
 class Symbols:
   """The token ids that give a context its form; static under jit.
 
-  All but the marks are anchors. An anchor is of no segment, wherever it stands.
+  All but the marks are anchors. An anchor belongs to no segment.
   """
 
   history: int  # opens the history of a source; a compression has none
@@ -63,36 +62,22 @@ class Symbols:
 
 
 class Judged(NamedTuple):
-  """What a frozen ranker makes of compressions.
+  """A frozen ranker's verdict on compressions, each [P, G]."""
 
-  Attributes:
-    solvable: bool [P, G], whether it still finds a positive.
-    ranking: float32 [P, G] in [0, 1], NDCG of its order.
-    total: float32 [P, G] in [0, 1].
-  """
-
-  solvable: jax.Array
-  ranking: jax.Array
-  total: jax.Array
+  solvable: jax.Array  # bool, whether a positive is among its top candidates
+  ranking: jax.Array  # float32 in [0, 1], NDCG of its order
+  total: jax.Array  # float32 in [0, 1]
 
 
 def source_segments(
-  source: chex.Array, length: chex.Array, symbols: Symbols
+  source: Array, length: Array, symbols: Symbols
 ) -> jax.Array:
-  """The segment of each token of sources.
-
-  The history must stand before the candidates.
+  """The segment of each token of sources; the history stands before candidates.
 
   Example: -1 -1 0 0 0 0 -1 1 1 -1 2 2 2 -1 -1.
 
-  Args:
-    source: int [P, S]; ids beyond the length are not read.
-    length: int [P].
-    symbols: token ids.
-
-  Returns:
-    int32 [P, S]; -1 at anchors, before the history, behind the last slot and
-    beyond the length.
+  Returns int32 [P, S]; -1 at anchors, before the history, behind the last slot
+  and beyond the length.
   """
   chex.assert_shape(length, jnp.shape(source)[:-1])
   source = jnp.asarray(source)
@@ -102,21 +87,13 @@ def source_segments(
   return _segments(source, inside & opened, symbols)
 
 
-def segments(
-  tokens: chex.Array, length: chex.Array, symbols: Symbols
-) -> jax.Array:
+def segments(tokens: Array, length: Array, symbols: Symbols) -> jax.Array:
   """The segment of each token of compressions, which begin in the history.
 
   Example: 0 0 -1 1 -1 2 2 -1 -1.
 
-  Args:
-    tokens: int [P, G, T]; ids beyond the length are not read.
-    length: int [P, G].
-    symbols: token ids.
-
-  Returns:
-    int32 [P, G, T]; -1 at anchors, behind the last slot, from the first `eos`
-    on and beyond the length.
+  Returns int32 [P, G, T]; -1 at anchors, behind the last slot, from the first
+  `eos` on and beyond the length.
   """
   tokens = jnp.asarray(tokens)
   stop, _ = _stop(tokens, length, symbols)
@@ -125,48 +102,39 @@ def segments(
 
 
 def verify(
-  tokens: chex.Array,
-  length: chex.Array,
-  source: chex.Array,
-  source_length: chex.Array,
-  count: chex.Array,
-  budget: chex.Array,
+  tokens: Array,
+  length: Array,
+  source: Array,
+  source_length: Array,
+  count: Array,
+  budget: Array,
   symbols: Symbols,
-  spread: chex.Numeric,
+  spread: Array | float,
 ) -> jax.Array:
   """Whether compressions are extracts of their sources.
 
-  Of several faults the first of this list is the verdict:
+  The verdict is the first fault of this list:
 
   1. CUT_OFF: no `eos` within the length;
   2. MALFORMED: the anchors before it are not `candidates` and the slots of the
-     slate, each once and in order (an answer written as slots into the history
-     is one way to get there), or something stands between the last slot and
-     `eos`, or behind it;
+     slate, each once and in order (for instance, an answer written as slots
+     into the history), or a token stands between the last slot and `eos`, or
+     after;
   3. OVER_BUDGET: more tokens, `eos` included, than the budget;
-  4. UNGROUNDED: a token that the same segment of the source does not have: a
-     label, an invention, the evidence of another candidate. Marks say nothing
-     about a candidate and are left to the last verdict;
-  5. UNEVEN: the longest line and the shortest differ by more than `spread`
-     tokens. Who describes only one candidate writes the answer;
-  6. MARKED: one of the marks.
+  4. UNGROUNDED: a token that the same segment of the source does not contain: a
+     label, an invention, the evidence of another candidate. Marks carry no
+     information about a candidate and are left to the last verdict;
+  5. UNEVEN: the longest and the shortest line differ by more than `spread`
+     tokens. A compressor that describes only one candidate gives the answer
+     away;
+  6. MARKED: it contains one of the marks.
 
   Example: VALID with a budget of 9 and a spread of 1. A budget of 8:
   OVER_BUDGET. A spread of 0: UNEVEN, the lines are x and y v. With y for x:
   UNGROUNDED, the line of s0 has no y. Without s1: MALFORMED.
 
-  Args:
-    tokens: int [P, G, T], compressions; ids beyond the length are not read.
-    length: int [P, G], `eos` included.
-    source: int [P, S]; ids beyond the length are not read.
-    source_length: int [P].
-    count: int [P], real candidates.
-    budget: int [P], the most tokens of a compression.
-    symbols: token ids.
-    spread: int scalar, tokens by which two lines may differ.
-
-  Returns:
-    int32 [P, G], indices into `VERDICTS`.
+  `budget` int [P] is the largest length of a compression, `spread` an int
+  scalar in tokens. Returns int32 [P, G], indices into `VERDICTS`.
   """
   chex.assert_rank([tokens, source, spread], [3, 2, 0])
   chex.assert_equal_shape_prefix([tokens, length], 2)
@@ -207,7 +175,7 @@ def verify(
   longest = jnp.max(jnp.where(ends, line, 0), axis=-1)
   shortest = jnp.min(jnp.where(ends, line, tokens.shape[-1]), axis=-1)
 
-  faults = (
+  return masking.first_fault(
     cut_off,
     malformed,
     length > budget,
@@ -215,23 +183,14 @@ def verify(
     longest - shortest > spread,
     jnp.any(mark, axis=-1),
   )
-  codes = [jnp.full(length.shape, i + 1, jnp.int32) for i in range(len(faults))]
-  return jnp.select(faults, codes, jnp.full(length.shape, VALID, jnp.int32))
 
 
-def compression_reward(
-  length: chex.Array, source_length: chex.Array
-) -> jax.Array:
+def compression_reward(length: Array, source_length: Array) -> jax.Array:
   """The share of tokens saved: r_comp = max(0, 1 - length / source length).
 
   Example: 9 tokens of 15: 0.4.
 
-  Args:
-    length: int [P, G], `eos` included.
-    source_length: int [P].
-
-  Returns:
-    float32 [P, G] in [0, 1]; 0 where the source is empty.
+  Returns float32 [P, G] in [0, 1]; 0 where the source is empty.
   """
   chex.assert_equal_shape_prefix([length, source_length], 1)
   length = jnp.asarray(length)
@@ -241,26 +200,19 @@ def compression_reward(
 
 
 def preservation(
-  source: chex.Array,
-  evidence: chex.Array,
-  tokens: chex.Array,
-  written: chex.Array,
+  source: Array, evidence: Array, tokens: Array, written: Array
 ) -> jax.Array:
-  """Share of the evidence of a source that a compression still has.
+  """Share of a source's evidence that a compression still contains.
 
-  Places of evidence whose token is written at all, over places of evidence: a
-  token that the evidence has often counts as often, and need be written once.
+  It counts the places of evidence whose token is written at all: a token that
+  occurs several times in the evidence counts as often, and needs to be written
+  only once.
 
   Example: the history a b a c is the evidence, a c is written: 3 / 4.
 
-  Args:
-    source: int [P, S].
-    evidence: bool [P, S], what is to be kept, such as `source_segments == 0`.
-    tokens: int [P, G, T].
-    written: bool [P, G, T], where it counts, such as `segments == 0`.
-
-  Returns:
-    float32 [P, G] in [0, 1]; 1 where there is no evidence.
+  `evidence` bool [P, S] marks the places to keep, such as `source_segments ==
+  0`; `written` bool [P, G, T] the places that count, such as `segments == 0`.
+  Returns float32 [P, G] in [0, 1]; 1 where there is no evidence.
   """
   chex.assert_rank([source, tokens], [2, 3])
   chex.assert_equal_shape([source, evidence])
@@ -276,14 +228,14 @@ def preservation(
 
 
 def judge(
-  scores: chex.Array,
-  grades: chex.Array,
-  count: chex.Array,
-  preservation: chex.Array,
+  scores: Array,
+  grades: Array,
+  count: Array,
+  preservation: Array,
   k: int = 5,
   top: int = 3,
 ) -> Judged:
-  """What is left of a slate, by the scores of a ranker that read compressions.
+  """Quality of compressions, from the scores of a ranker that reads them.
 
   With q = NDCG@k of the candidates by score (gains 2^g - 1), p = preservation:
 
@@ -294,19 +246,8 @@ def judge(
   0.75 a total of 0.95. Scores 0.9 0.2 with `top` 1: not solvable, q = 0.6309,
   total 0.7262.
 
-  Args:
-    scores: float [P, G, K]; of equal ones the first candidate is first.
-    grades: int [P, K].
-    count: int [P], real candidates; the others are not read.
-    preservation: float32 [P, G].
-    k: cut-off of the NDCG.
-    top: ranks in which a positive must be.
-
-  Returns:
-    Judged of [P, G].
-
-  Raises:
-    ValueError: if k < 1.
+  `scores` are float [P, G, K]; ties keep the order of the candidates. Grades
+  are int [P, K], preservation float32 [P, G]. Raises ValueError if k < 1.
   """
   chex.assert_rank([scores, grades], [3, 2])
   chex.assert_equal_shape_prefix([scores, preservation], 2)
@@ -319,27 +260,23 @@ def judge(
   order = jnp.lexsort((-jnp.asarray(scores), padding), axis=-1)
   slate = (order, grades, count)
   quality = rewards.ndcg(*slate, k)
-  found = rewards.positives_by_rank(*slate)[..., :top]
-  solvable = jnp.any(found > 0, axis=-1)
+  positives = rewards.positives_by_rank(*slate)[..., :top]
+  solvable = jnp.any(positives > 0, axis=-1)
   weight = jnp.where(solvable, 0.8, 0.2)
   total = (1.0 - weight) * preservation + weight * quality
   return Judged(solvable, quality, total.astype(jnp.float32))
 
 
-def order_grades(scores: chex.Array, count: chex.Array) -> jax.Array:
-  """Grades by an order in place of labels: 2 to the first, 1 to the next two.
+def order_grades(scores: Array, count: Array) -> jax.Array:
+  """Grades from an order, not labels: 2 for the first, 1 for the next two.
 
-  With them `judge` says how much of the order that a ranker has of the whole
-  context is still its order of the compressed one. No label is read.
+  With these grades, `judge` measures how much of a ranker's order on the full
+  context survives compression, without reading a label.
 
   Example: scores 0.2 0.9 0.1 0.5: 1 2 0 1.
 
-  Args:
-    scores: float [P, K]; of equal ones the first candidate is first.
-    count: int [P], real candidates; the others get 0.
-
-  Returns:
-    int32 [P, K].
+  `scores` are float [P, K]; ties keep the order of the candidates. Returns
+  int32 [P, K], 0 at padding.
   """
   chex.assert_shape(count, jnp.shape(scores)[:1])
   scores = jnp.asarray(scores)
@@ -351,26 +288,18 @@ def order_grades(scores: chex.Array, count: chex.Array) -> jax.Array:
 
 
 def ellipsis_factor(
-  tokens: chex.Array,
-  length: chex.Array,
-  symbols: Symbols,
-  cost: chex.Numeric = 1.0,
+  tokens: Array, length: Array, symbols: Symbols, cost: Array | float = 1.0
 ) -> jax.Array:
-  """What truncation leaves of a reward: l = max(0, 1 - cost * marks).
+  """The factor by which truncation marks reduce a reward.
 
-  0 where there is no `eos`: such a compression was truncated itself. With a
-  cost below 1, a mark that stands in one line alone is a hint that is paid for.
+  l = max(0, 1 - cost * marks); 0 where there is no `eos`, since such a
+  compression was truncated itself. With a cost below 1, a mark in a single line
+  is a hint that has a price.
 
   Example: 1. With a mark in it: 0, or 0.75 at a cost of 0.25.
 
-  Args:
-    tokens: int [P, G, T]; ids beyond the length are not read.
-    length: int [P, G], `eos` included.
-    symbols: token ids.
-    cost: float scalar, of each mark before `eos`.
-
-  Returns:
-    float32 [P, G] in [0, 1].
+  `cost` is a float scalar for each mark before `eos`. Returns float32 [P, G] in
+  [0, 1].
   """
   tokens = jnp.asarray(tokens)
   stop, cut_off = _stop(tokens, length, symbols)
@@ -381,27 +310,20 @@ def ellipsis_factor(
 
 
 def reward(
-  verdict: chex.Array,
-  r_comp: chex.Array,
-  r_judge: chex.Array,
-  ellipsis: chex.Array,
-  weight: chex.Numeric,
+  verdict: Array,
+  r_comp: Array,
+  r_judge: Array,
+  ellipsis: Array,
+  weight: Array | float,
 ) -> jax.Array:
   """The reward of compressions: r = (a r_comp + (1 - a) r_judge) l.
 
-  0 for every verdict but VALID and MARKED, of which the factor l takes care.
+  It is 0 for every verdict but VALID and MARKED; the factor l handles marks.
 
   Example: a = 0.5, r_comp 0.4, r_judge 0.95, l 1: 0.675.
 
-  Args:
-    verdict: int [P, G], from `verify`.
-    r_comp: float32 [P, G], from `compression_reward`.
-    r_judge: float32 [P, G], the total of `judge`.
-    ellipsis: float32 [P, G], from `ellipsis_factor`.
-    weight: float scalar a in [0, 1].
-
-  Returns:
-    float32 [P, G] in [0, 1].
+  The four come from `verify`, `compression_reward`, `judge` (its total) and
+  `ellipsis_factor`; `weight` is a. Returns float32 [P, G] in [0, 1].
   """
   chex.assert_equal_shape([verdict, r_comp, r_judge, ellipsis])
   verdict = jnp.asarray(verdict)
@@ -410,8 +332,10 @@ def reward(
   return jnp.where(extract, earned, 0.0).astype(jnp.float32)
 
 
-def _stop(tokens, length, symbols):
-  """Where the first `eos` stands or else the end; and whether it is the end."""
+def _stop(
+  tokens: Array, length: Array, symbols: Symbols
+) -> tuple[jax.Array, jax.Array]:
+  """The place of the first `eos`, or the length; and whether there is none."""
   chex.assert_shape(length, tokens.shape[:-1])
   inside = masking.length_mask(length, tokens.shape[-1])
   end = masking.first(inside & (tokens == symbols.eos))
@@ -419,24 +343,24 @@ def _stop(tokens, length, symbols):
   return jnp.where(cut_off, jnp.asarray(length, jnp.int32), end), cut_off
 
 
-def _is_slot(ids, symbols):
+def _is_slot(ids: jax.Array, symbols: Symbols) -> jax.Array:
   slot = ids - symbols.slot_base
   return (slot >= 0) & (slot < symbols.num_slots)
 
 
-def _is_anchor(ids, symbols):
+def _is_anchor(ids: jax.Array, symbols: Symbols) -> jax.Array:
   others = (ids == symbols.history) | (ids == symbols.candidates)
   return others | (ids == symbols.eos) | _is_slot(ids, symbols)
 
 
-def _is_mark(ids, symbols):
+def _is_mark(ids: jax.Array, symbols: Symbols) -> jax.Array:
   hit = jnp.zeros(ids.shape, bool)
   for mark in symbols.marks:
     hit |= ids == mark
   return hit
 
 
-def _segments(ids, inside, symbols):
+def _segments(ids: jax.Array, inside: jax.Array, symbols: Symbols) -> jax.Array:
   """Segments of the ids inside, the first of which is in the history."""
   time = masking.index_like(ids.shape)
   start = masking.first(inside & (ids == symbols.candidates))

@@ -1,11 +1,11 @@
-"""A judge of reasoning that needs no model: four axes read from the ids.
+"""A judge of reasoning without a model: four axes read from the token ids.
 
 A span of reasoning cites semantic IDs (SIDs: L code tokens of levels 0..L-1 in
-a row) and names candidates by their slot tokens. What it cites can be looked
-up in the prompt, and what it concludes in the answer. The axes are those of
-GR2: history grounding, consistency, flow, identifier correctness; each lies in
-[0, 1] and is verified, not estimated. They see form and agreement, not whether
-the argument is a good one.
+a row) and names candidates by their slot tokens. Citations are checked against
+the prompt, and the conclusion against the answer. The axes are those of GR2:
+history grounding, consistency, flow, identifier correctness. Each lies in
+[0, 1] and is verified, not estimated. They measure form and agreement, not
+whether the argument is a good one.
 
 The worked examples share one slate. Items are written A, B, .. for their SIDs:
 
@@ -23,7 +23,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gr2_jax.ops import masking, parsing
+from gr2_jax.ops import Array, masking, parsing
 
 _NO_CODE = -2  # The level of a token that is no code; its successor is none.
 
@@ -58,52 +58,44 @@ class Quality(NamedTuple):
 
 
 def judge(
-  tokens: chex.Array,
-  length: chex.Array,
-  prompt: chex.Array,
-  prompt_length: chex.Array,
-  count: chex.Array,
-  ranking: chex.Array,
-  verdict: chex.Array,
+  tokens: Array,
+  length: Array,
+  prompt: Array,
+  prompt_length: Array,
+  count: Array,
+  ranking: Array,
+  verdict: Array,
   symbols: Symbols,
 ) -> Quality:
-  """How well the reasoning of completions can be verified.
+  """Grades how far the reasoning of completions can be verified.
 
   The span runs from the first token to the first `think_end`, which must stand
-  before any `eos`. Where there is none, or it is empty, every axis is 0: a
-  policy that does not reason earns a constant, which no advantage sees.
+  before any `eos`. Without a span, or with an empty one, every axis is 0: a
+  policy that does not reason earns a constant, which cancels in the advantage.
 
-  * grounding: SIDs cited in the span that the history of the prompt has, over
+  * grounding: SIDs cited in the span that the prompt's history contains, over
     the SIDs cited. 0 where none is cited.
   * consistency: the conclusion is the last run of slot tokens in the span. Half
     of the axis is whether its first slot is the answer's first pick, half is
     the share of its m different slots that are in the answer's top m. 0 without
     a conclusion or a valid answer.
   * flow: the share of slot tokens that stand after the first SID cited, so that
-    evidence comes before candidates, times the share of bigrams in the span
-    that it did not have before, so that no step is said twice.
-  * identifiers: attempts to name something that name it. An attempt is a slot
-    token, right where the slate has that candidate; or a chain of codes of
-    rising level, right where it has all levels from 0 to L-1 and the SID is one
-    of the history or of the candidates. 0 without an attempt.
+    evidence comes before candidates, times the share of the span's bigrams that
+    are new at their place, so that no step is repeated.
+  * identifiers: the share of correct attempts to name something. An attempt is
+    a slot token, correct where the slate has that candidate; or a chain of
+    codes of rising level, correct where it has all levels from 0 to L-1 and the
+    SID is one of the history or of the candidates. 0 without an attempt.
 
   Example: grounding 1 (B is in the history); consistency 0.75 (c1 is the first
   pick, and of c1 c0 only c1 is in the top two, c1 c2); flow 1; identifiers 1;
   total 0.9375.
 
-  Args:
-    tokens: int [P, G, T], completions; ids beyond the length are not read.
-    length: int [P, G], `eos` included.
-    prompt: int [P, Tp]; ids beyond the length are not read.
-    prompt_length: int [P].
-    count: int [P], real candidates.
-    ranking: int [P, G, K], the answer in slots, from `parsing.parse_answer`.
-    verdict: int [P, G], likewise.
-    symbols: token ids; the blocks may stand in either order in the prompt, each
-      ends where the other or the end of the prompt begins.
-
-  Returns:
-    Quality of float32 [P, G].
+  `tokens` int [P, G, T] are completions, `prompt` is int [P, Tp]; ids beyond
+  their lengths, `eos` included, are not read. `ranking` [P, G, K], in slots,
+  and `verdict` [P, G] come from `parsing.parse_answer`. The two blocks may
+  stand in either order in the prompt; each ends where the other or the end of
+  the prompt begins.
   """
   chex.assert_rank([tokens, prompt, ranking], [3, 2, 3])
   chex.assert_equal_shape([length, verdict])
@@ -136,22 +128,24 @@ def judge(
   right = _number(exists) + _number(named & (slot < count[..., None]))
   attempts = _number(_chain_starts(tokens, span, symbols)) + _number(named)
   identifiers = masking.divide(right, attempts)
-  axes = (grounding, consistency, flow, identifiers)
-  return Quality(*axes, total=sum(axes) / len(axes))
+  total = (grounding + consistency + flow + identifiers) / 4
+  return Quality(grounding, consistency, flow, identifiers, total)
 
 
-def _number(hits):
-  """How many hits: int32 [...]."""
+def _number(hits: jax.Array) -> jax.Array:
+  """The number of hits: int32 [...]."""
   return jnp.sum(hits, axis=-1)
 
 
-def _taken(values, place):
+def _taken(values: jax.Array, place: jax.Array) -> jax.Array:
   """values[place]; a place beyond the end reads the last value."""
   at = jnp.minimum(place, values.shape[-1] - 1)
   return jnp.take_along_axis(values, at, axis=-1)
 
 
-def _shift(values, places, fill):
+def _shift(
+  values: jax.Array, places: int, fill: jax.Array | float
+) -> jax.Array:
   """values[t + places] at t (places may be < 0), `fill` beyond the ends."""
   size = values.shape[-1]
   edge = [(0, 0)] * (values.ndim - 1)
@@ -160,20 +154,24 @@ def _shift(values, places, fill):
   return wide[..., places:] if places > 0 else wide[..., :size]
 
 
-def _blocks(prompt, length, symbols):
-  """Which places belong to history and to candidates: bool [P, Tp], twice."""
+def _blocks(
+  prompt: jax.Array, length: Array, symbols: Symbols
+) -> tuple[jax.Array, jax.Array]:
+  """The places of history and of candidates: bool [P, Tp], twice."""
   inside = masking.length_mask(length, prompt.shape[-1])
   time = masking.index_like(prompt.shape)
   history = masking.first(inside & (prompt == symbols.history))[..., None]
   candidates = masking.first(inside & (prompt == symbols.candidates))[..., None]
 
-  def block(start, other):
+  def block(start: jax.Array, other: jax.Array) -> jax.Array:
     return inside & (time > start) & ((other < start) | (time < other))
 
   return block(history, candidates), block(candidates, history)
 
 
-def _levels(ids, mask, symbols):
+def _levels(
+  ids: jax.Array, mask: jax.Array, symbols: Symbols
+) -> tuple[jax.Array, jax.Array]:
   """Level of each code token, `_NO_CODE` elsewhere; and its code."""
   code = ids - symbols.sid_base
   size = symbols.codebook_size
@@ -188,10 +186,10 @@ class _Sids(NamedTuple):
   words: tuple[jax.Array, ...]  # int32 [..., N], together the codes
 
 
-def _complete_sids(ids, mask, symbols):
+def _complete_sids(ids: jax.Array, mask: jax.Array, symbols: Symbols) -> _Sids:
   """Finds complete SIDs.
 
-  As many levels share an int32 as fit, so that C^L may exceed its range and
+  An int32 word holds as many levels as fit, so that C^L may exceed its range;
   two SIDs are equal exactly where their words are.
   """
   L, C, T = symbols.levels, symbols.codebook_size, ids.shape[-1]
@@ -210,13 +208,15 @@ def _complete_sids(ids, mask, symbols):
   return _Sids(place, tuple(_taken(word, place) for word in words))
 
 
-def _chain_starts(ids, mask, symbols):
+def _chain_starts(
+  ids: jax.Array, mask: jax.Array, symbols: Symbols
+) -> jax.Array:
   """Codes that do not continue the level before them: bool [..., T]."""
   level, _ = _levels(ids, mask, symbols)
   return (level >= 0) & (_shift(level, -1, _NO_CODE) + 1 != level)
 
 
-def _among(cited, shown, mask):
+def _among(cited: _Sids, shown: _Sids, mask: jax.Array) -> jax.Array:
   """Whether each SID cited is one of those shown under the mask [P, N]."""
   same = mask[:, None, None, :]
   for word, other in zip(cited.words, shown.words, strict=True):
@@ -224,7 +224,7 @@ def _among(cited, shown, mask):
   return jnp.any(same, axis=-1)
 
 
-def _last_run(hits):
+def _last_run(hits: jax.Array) -> jax.Array:
   """The last unbroken run of hits: bool [..., T]."""
   time = masking.index_like(hits.shape)
   last = jnp.max(jnp.where(hits, time, -1), axis=-1)[..., None]
@@ -232,7 +232,13 @@ def _last_run(hits):
   return hits & (time > jnp.max(gaps, axis=-1)[..., None])
 
 
-def _agreement(conclusion, slot, ranking, count, num_slots):
+def _agreement(
+  conclusion: jax.Array,
+  slot: jax.Array,
+  ranking: Array,
+  count: jax.Array,
+  num_slots: int,
+) -> jax.Array:
   """Mean of: same first pick; overlap of the conclusion with as large a top."""
   start = masking.first(conclusion)
   first = _taken(slot, start[..., None])[..., 0]
@@ -249,7 +255,7 @@ def _agreement(conclusion, slot, ranking, count, num_slots):
   return 0.5 * (picked.astype(jnp.float32) + overlap)
 
 
-def _fresh_bigrams(ids, span):
+def _fresh_bigrams(ids: jax.Array, span: jax.Array) -> jax.Array:
   """Different bigrams over bigrams of the span: float32 [...]."""
   pair = span & _shift(span, 1, False)
   first = jnp.where(pair, ids, -1)

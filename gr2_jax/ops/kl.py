@@ -9,6 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from gr2_jax.ops import Array
+
 Kind = Literal['k1', 'k2', 'k3']
 KINDS = ('k1', 'k2', 'k3')
 Exact = Literal['reverse', 'forward']
@@ -17,7 +19,7 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32.
 
 
 def sampled_kl(
-  logp: chex.Array, other_logp: chex.Array, *, kind: Kind = 'k3'
+  logp: Array, other_logp: Array, *, kind: Kind = 'k3'
 ) -> jax.Array:
   """KL(policy || other) from tokens that the policy sampled.
 
@@ -25,20 +27,13 @@ def sampled_kl(
   k1 = -d, unbiased, of any sign; k2 = d^2 / 2, biased, low variance; k3 =
   exp(d) - 1 - d, unbiased and never negative. In exp, d is held within 20 of 0.
 
-  As a loss on tokens that the policy itself has just sampled, what counts is
-  the gradient, not the value: that of k1 has mean 0, that of k2 has the mean
-  of the gradient of KL(policy || other), that of k3 of KL(other || policy).
+  As a loss on tokens that the policy itself has just sampled, the gradient
+  counts, not the value: that of k1 has mean 0, that of k2 has the mean of the
+  gradient of KL(policy || other), that of k3 of KL(other || policy).
 
-  Args:
-    logp: [...], log-probability of the sampled tokens under the policy.
-    other_logp: [...], under the teacher or the reference.
-    kind: 'k1', 'k2' or 'k3'.
-
-  Returns:
-    float32 [...], one per token; nothing is reduced.
-
-  Raises:
-    ValueError: if the kind has no such name.
+  `logp` and `other_logp` [...] are log-probabilities of the sampled tokens
+  under the policy and under the teacher or reference. Returns float32 [...],
+  one per token. Raises ValueError if the kind is unknown.
   """
   chex.assert_equal_shape([logp, other_logp])
   gap = jnp.asarray(other_logp, jnp.float32) - jnp.asarray(logp, jnp.float32)
@@ -54,23 +49,17 @@ def sampled_kl(
 
 
 def exact_kl(
-  logits: chex.Array,
-  other_logits: chex.Array,
-  support: chex.Array | None = None,
+  logits: Array, other_logits: Array, support: Array | None = None
 ) -> jax.Array:
   """KL(p || q) = sum_v p_v (log p_v - log q_v) over the whole vocabulary.
 
   With p the student and q the teacher this is the reverse KL of distillation;
   with p the teacher and q the student, the forward KL.
 
-  Args:
-    logits: [..., V], logits or log-probabilities of p.
-    other_logits: [..., V], of q.
-    support: bool [..., V] or None, tokens that both vocabularies have; p and q
-      are renormalised over it.
-
-  Returns:
-    float32 [...], >= 0; infinite where p has mass and q has none.
+  `logits` and `other_logits` [..., V] are logits or log-probabilities of p and
+  q, which are renormalized over `support` bool [..., V], the tokens of both
+  vocabularies. Returns float32 [...], >= 0; infinite where p has mass and q has
+  none.
   """
   chex.assert_equal_shape([logits, other_logits])
   p = jnp.asarray(logits, jnp.float32)
@@ -87,46 +76,18 @@ def exact_kl(
 
 
 def divergence(
-  kind: Exact,
-  student_logits: chex.Array,
-  teacher_logits: chex.Array,
-  support: chex.Array,
+  kind: Exact, student_logits: Array, teacher_logits: Array, support: Array
 ) -> jax.Array:
-  """`reverse_kl` or `forward_kl`, 0 where the support is empty.
+  """Divergence of distillation; value and gradient are 0 without support.
 
-  Args:
-    kind: 'reverse' or 'forward'.
-    student_logits: [..., V].
-    teacher_logits: [..., V].
-    support: bool [..., V].
-
-  Returns:
-    float32 [...]; the gradient is 0 as well where the support is empty.
-
-  Raises:
-    ValueError: if the kind has no such name.
+  `reverse` is KL(student || teacher), which seeks one mode of the teacher;
+  `forward` is KL(teacher || student), which covers all of them. Arguments are
+  those of `exact_kl`. Raises ValueError if the kind is unknown.
   """
   if kind not in EXACT:
     raise ValueError(f'divergence is {kind!r}; it must be one of {EXACT}')
-  some = jnp.any(support, axis=-1)
-  support = support | ~some[..., None]
-  of = reverse_kl if kind == 'reverse' else forward_kl
-  return jnp.where(some, of(student_logits, teacher_logits, support), 0.0)
-
-
-def reverse_kl(
-  student_logits: chex.Array,
-  teacher_logits: chex.Array,
-  support: chex.Array | None = None,
-) -> jax.Array:
-  """KL(student || teacher), as `exact_kl`: seeks one mode of the teacher."""
-  return exact_kl(student_logits, teacher_logits, support)
-
-
-def forward_kl(
-  student_logits: chex.Array,
-  teacher_logits: chex.Array,
-  support: chex.Array | None = None,
-) -> jax.Array:
-  """KL(teacher || student), as `exact_kl`: covers all modes of the teacher."""
-  return exact_kl(teacher_logits, student_logits, support)
+  pair = (student_logits, teacher_logits)
+  p, q = pair if kind == 'reverse' else pair[::-1]
+  supported = jnp.any(support, axis=-1)
+  kl = exact_kl(p, q, support | ~supported[..., None])
+  return jnp.where(supported, kl, 0.0)

@@ -11,25 +11,23 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gr2_jax.ops import masking
+from gr2_jax.ops import Array, masking
 
 Average = Literal['token', 'sequence', 'fixed']
 AVERAGES = ('token', 'sequence', 'fixed')
 LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in float32 and far beyond any clip.
-EXCLUDED = (
-  -1e30
-)  # A logit without mass; finite, so that rows of it have no NaN.
+EXCLUDED = -1e30  # Logit without mass; finite, so that rows of it have no NaN.
 
 
 def clipped_surrogate(
-  logp: chex.Array,
-  old_logp: chex.Array,
-  advantages: chex.Array,
-  mask: chex.Array,
+  logp: Array,
+  old_logp: Array,
+  advantages: Array,
+  mask: Array,
   *,
   clip_low: float = 0.2,
   clip_high: float = 0.28,
-  importance: chex.Array | None = None,
+  importance: Array | None = None,
   average: Average = 'token',
 ) -> tuple[masking.Total, dict[str, masking.Total]]:
   """The clipped objective of DAPO, negated (Eq. 9), and its variations.
@@ -38,30 +36,22 @@ def clipped_surrogate(
   tokens, with r_t = exp(logp_t - old_logp_t). The log-ratio is held within 20
   of 0, so a stray token is large but finite.
 
-  Args:
-    logp: [..., T], log-probability of the sampled tokens now.
-    old_logp: [..., T], when they were sampled; no gradient flows into it.
-    advantages: [...], one per rollout, or [..., T], one per token.
-    mask: bool [..., T], the tokens that count.
-    clip_low: how far a ratio may fall.
-    clip_high: how far a ratio may rise.
-    importance: [..., T], weights w of the tokens, of `importance_weights`;
-      None is 1 everywhere. No gradient flows into it.
-    average: of the tokens' losses, see `average_tokens`.
+  `logp` [..., T] are log-probabilities of the sampled tokens now, `old_logp`
+  when they were sampled, and `importance` (None: 1) weights w of the tokens
+  from `importance_weights`; no gradient flows into the last two. `advantages`
+  are [...], one per rollout, or [..., T], one per token.
 
-  Returns:
-    (loss, diagnostics). The diagnostics are Totals over tokens:
-    `clip_fraction`, tokens at which the clip took the gradient away; `ratio`;
-    and `approx_kl`, k3 of KL(old || now).
+  Returns (loss, diagnostics). The diagnostics are Totals over tokens:
+  `clip_fraction`, tokens whose gradient the clip removed; `ratio`; and
+  `approx_kl`, k3 of KL(old || now).
   """
   chex.assert_equal_shape([logp, old_logp, mask])
   gain = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
   if gain.ndim == jnp.ndim(logp) - 1:
     gain = gain[..., None]
   chex.assert_is_broadcastable(gain.shape, jnp.shape(logp))
-  gap = masking.keep(logp, mask) - jax.lax.stop_gradient(
-    masking.keep(old_logp, mask)
-  )
+  old = jax.lax.stop_gradient(masking.keep(old_logp, mask))
+  gap = masking.keep(logp, mask) - old
   gap = jnp.clip(gap, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
   ratio = jnp.exp(gap)
   gain = jnp.where(mask, gain, 0.0)
@@ -70,9 +60,8 @@ def clipped_surrogate(
   if importance is not None:
     chex.assert_equal_shape([logp, importance])
     objective *= jax.lax.stop_gradient(masking.keep(importance, mask))
-  clipped = ((gain > 0) & (ratio > 1.0 + clip_high)) | (
-    (gain < 0) & (ratio < 1.0 - clip_low)
-  )
+  clipped = (gain > 0) & (ratio > 1.0 + clip_high)
+  clipped |= (gain < 0) & (ratio < 1.0 - clip_low)
   diagnostics = {
     'clip_fraction': masking.masked_sum(clipped, mask),
     'ratio': masking.masked_sum(ratio, mask),
@@ -83,9 +72,11 @@ def clipped_surrogate(
 
 
 def average_tokens(
-  values: chex.Array, mask: chex.Array, kind: Average = 'token'
+  values: Array, mask: Array, kind: Average = 'token'
 ) -> masking.Total:
-  """What the sum over a batch's tokens is divided by.
+  """Averages [..., T] over the tokens of a batch in one of three ways.
+
+  The sum is divided by:
 
   * `token` (DAPO): the batch's tokens, so that long rollouts weigh more;
   * `sequence` (GRPO, RLOO): each rollout's own tokens, then the rollouts;
@@ -95,49 +86,33 @@ def average_tokens(
   Example: rollouts of tokens (3) and (0, 1, 2), T = 3. Token: 6 / 4;
   sequence: (3 + 1) / 2; fixed: 6 / (2 * 3).
 
-  Args:
-    values: [..., T].
-    mask: bool [..., T]; a rollout without a True counts nowhere.
-    kind: one of `AVERAGES`.
-
-  Returns:
-    Total over all axes.
-
-  Raises:
-    ValueError: if the kind has no such name.
+  A rollout without a True in its mask counts nowhere. Raises ValueError if the
+  kind is unknown.
   """
   if kind == 'token':
     return masking.masked_sum(values, mask)
   rollouts = jnp.any(mask, axis=-1)
-  own = masking.masked_sum(values, mask, axis=-1)
+  sums = masking.masked_sum(values, mask, axis=-1)
   match kind:
     case 'sequence':
-      return masking.masked_sum(own.mean(), rollouts)
+      return masking.masked_sum(sums.mean(), rollouts)
     case 'fixed':
-      return masking.masked_sum(own.sum / jnp.shape(values)[-1], rollouts)
+      return masking.masked_sum(sums.sum / jnp.shape(values)[-1], rollouts)
   raise ValueError(f'average is {kind!r}; it must be one of {AVERAGES}')
 
 
 def importance_weights(
-  logp: chex.Array, sampler_logp: chex.Array, mask: chex.Array, *, cap: float
+  logp: Array, sampler_logp: Array, mask: Array, *, cap: float
 ) -> jax.Array:
   """Truncated importance weights: min(p_learner / p_sampler, cap).
 
-  They mend the bias of a sampler whose numerics (or weights) differ from the
+  They correct the bias of a sampler whose numerics (or weights) differ from the
   learner's. Example: log-probabilities -1 and -1.5, cap 2: exp(0.5) = 1.6487;
   -1 and -2: e = 2.7183, truncated to 2.
 
-  Args:
-    logp: [..., T], the learner's, with the parameters that sampled.
-    sampler_logp: [..., T], the sampler's.
-    mask: bool [..., T].
-    cap: the largest weight.
-
-  Returns:
-    float32 [..., T], 0 where masked; no gradient flows through it.
-
-  Raises:
-    ValueError: unless cap >= 1.
+  `logp` [..., T] is the learner's, under the parameters that sampled. Returns
+  float32 [..., T], 0 where masked; no gradient flows through it. Raises
+  ValueError unless cap >= 1.
   """
   if cap < 1:
     raise ValueError(f'importance cap is {cap}: it must be 1 or more')
@@ -146,18 +121,12 @@ def importance_weights(
   return jax.lax.stop_gradient(masking.keep(jnp.minimum(ratio, cap), mask))
 
 
-def token_cross_entropy(logp: chex.Array, weights: chex.Array) -> masking.Total:
-  """Weighted negative log-likelihood (Eq. 3).
+def token_cross_entropy(logp: Array, weights: Array) -> masking.Total:
+  """Weighted negative log-likelihood (Eq. 3): - sum w logp, and sum w.
 
-  The weight carries both the mask and the share of a part of the answer:
-  l_r on reasoning, l_o on the ranking, 0 on prompt and padding.
-
-  Args:
-    logp: [..., T], log-probability of each target token.
-    weights: [..., T], >= 0; `logp` is not read where it is 0.
-
-  Returns:
-    Total: - sum w logp, and sum w.
+  The weight is both the mask and the share of a part of the answer: l_r on
+  reasoning, l_o on the ranking, 0 on prompt and padding. `logp` [..., T] is not
+  read where its weight is 0.
   """
   weights = jnp.asarray(weights, jnp.float32)
   kept = masking.keep(logp, weights > 0)
@@ -165,21 +134,15 @@ def token_cross_entropy(logp: chex.Array, weights: chex.Array) -> masking.Total:
 
 
 def listwise_softmax(
-  scores: chex.Array, grades: chex.Array, count: chex.Array
+  scores: Array, grades: Array, count: Array
 ) -> masking.Total:
   """Softmax cross-entropy of candidate scores with several positives.
 
   - sum_j (g_j / sum g) log softmax(scores)_j over the real candidates, per
-  slate.
+  slate. Negative grades count as 0.
 
-  Args:
-    scores: [..., K]; padding may hold anything.
-    grades: [..., K], used as weights, negative ones as 0.
-    count: int [...].
-
-  Returns:
-    Total: the sum over slates, and the number of slates with a positive; the
-    others contribute to neither.
+  Returns the sum over slates, and the number of slates with a positive; the
+  others contribute to neither.
   """
   chex.assert_equal_shape([scores, grades])
   real = masking.length_mask(count, jnp.shape(scores)[-1])
@@ -191,21 +154,12 @@ def listwise_softmax(
   return masking.masked_sum(loss, mass > 0)
 
 
-def plackett_luce(
-  scores: chex.Array, ranking: chex.Array, count: chex.Array
-) -> masking.Total:
+def plackett_luce(scores: Array, ranking: Array, count: Array) -> masking.Total:
   """Negative log-likelihood of a whole order under Plackett-Luce.
 
   sum_t [log sum_{j left at t} exp(s_j) - s_(t)], s_(t) the score of the
-  candidate put at rank t (ListMLE).
-
-  Args:
-    scores: [..., K].
-    ranking: int [..., K], the order to be likely.
-    count: int [...].
-
-  Returns:
-    Total: the sum over slates and ranks, and the number of real ranks.
+  candidate at rank t (ListMLE).
+  Returns the sum over slates and ranks, and the number of real ranks.
   """
   chex.assert_equal_shape([scores, ranking])
   real = masking.length_mask(count, jnp.shape(scores)[-1])
@@ -216,16 +170,11 @@ def plackett_luce(
   return masking.masked_sum(partition - taken, real)
 
 
-def remaining(ranking: chex.Array, count: chex.Array) -> jax.Array:
+def remaining(ranking: Array, count: Array) -> jax.Array:
   """Candidates not yet placed when each rank is filled.
 
-  Args:
-    ranking: int [..., K].
-    count: int [...].
-
-  Returns:
-    bool [..., K, K]: at rank t, candidate j is real and stands at t or later.
-    All False at ranks beyond the count.
+  Returns bool [..., K, K]: at rank t, candidate j is real and stands at t or
+  later; all False at ranks beyond the count.
   """
   chex.assert_type(ranking, int)
   ranking = jnp.asarray(ranking)
@@ -238,22 +187,17 @@ def remaining(ranking: chex.Array, count: chex.Array) -> jax.Array:
 
 
 def teacher_targets(
-  teacher_scores: chex.Array,
-  ranking: chex.Array,
-  count: chex.Array,
+  teacher_scores: Array,
+  ranking: Array,
+  count: Array,
   *,
   temperature: float = 1.0,
 ) -> jax.Array:
   """Soft targets: at each rank, softmax of the scores of those remaining.
 
-  Args:
-    teacher_scores: [..., K].
-    ranking: int [..., K], the order in which the answer places candidates.
-    count: int [...].
-    temperature: divides the scores; small makes the targets hard.
-
-  Returns:
-    float32 [..., K, K], rows sum to 1 at real ranks and to 0 beyond.
+  `ranking` is the order in which the answer places candidates. `temperature`
+  divides the scores; a small one makes the targets hard. Returns float32
+  [..., K, K]; rows sum to 1 at real ranks and to 0 beyond.
   """
   chex.assert_equal_shape([teacher_scores, ranking])
   left = remaining(ranking, count)
@@ -263,19 +207,12 @@ def teacher_targets(
   return jnp.where(left, soft, 0.0)
 
 
-def positive_targets(
-  grades: chex.Array, ranking: chex.Array, count: chex.Array
-) -> jax.Array:
-  """Multi-positive targets: at each rank, the positives remaining.
+def positive_targets(grades: Array, ranking: Array, count: Array) -> jax.Array:
+  """Multi-positive targets: at each rank, the positives remaining, by grade.
 
-  Args:
-    grades: [..., K], used as weights.
-    ranking: int [..., K], the order in which the answer places candidates.
-    count: int [...].
-
-  Returns:
-    float32 [..., K, K]: rows sum to 1 while a positive remains; rows of zeros,
-    which `answer_cross_entropy` does not count, once all are placed.
+  `ranking` is the order in which the answer places candidates. Returns float32
+  [..., K, K]: rows sum to 1 while a positive remains, and are zeros, which
+  `answer_cross_entropy` does not count, once all are placed.
   """
   chex.assert_equal_shape([grades, ranking])
   left = remaining(ranking, count)
@@ -285,17 +222,14 @@ def positive_targets(
   return masking.divide(weights, jnp.broadcast_to(mass, weights.shape))
 
 
-def answer_cross_entropy(
-  logp: chex.Array, targets: chex.Array
-) -> masking.Total:
+def answer_cross_entropy(logp: Array, targets: Array) -> masking.Total:
   """Distils soft targets into the positions of the answer.
 
   - sum_t sum_j target_tj logp_tj.
 
-  Args:
-    logp: [..., K, K], log-probability at rank t of the slot of candidate j.
-      Not read where the target is 0, so it may be -inf there.
-    targets: [..., K, K], from `teacher_targets` or `positive_targets`.
+  `logp` [..., K, K] is the log-probability at rank t of the slot of candidate
+  j. It is not read where the target is 0, so it may be -inf there. The targets
+  come from `teacher_targets` or `positive_targets`.
 
   Returns:
     Total: the sum over slates and ranks, and the number of ranks that have a
@@ -309,33 +243,21 @@ def answer_cross_entropy(
 
 
 def overlong_penalty(
-  lengths: chex.Array, *, max_length: int, buffer: int
+  lengths: Array, *, max_length: int, buffer: int
 ) -> jax.Array:
   """DAPO's soft punishment of long completions, in tokens.
 
   0 up to max_length - buffer, then falling by 1 / buffer a token to -1 at
-  max_length, and -1 beyond.
-
-  Args:
-    lengths: int [...], tokens of each completion.
-    max_length: tokens at which the penalty is full.
-    buffer: tokens over which it grows.
-
-  Returns:
-    float32 [...] in [-1, 0], to be added to the reward.
-
-  Raises:
-    ValueError: unless 0 < buffer <= max_length.
+  max_length, and -1 beyond. Returns float32 [...], to be added to the reward.
+  Raises ValueError unless 0 < buffer <= max_length.
   """
   if not 0 < buffer <= max_length:
-    raise ValueError(
-      f'buffer={buffer} must lie within 1..max_length={max_length}'
-    )
+    raise ValueError(f'buffer={buffer} is not in 1..max_length={max_length}')
   over = jnp.asarray(lengths, jnp.float32) - (max_length - buffer)
   return -jnp.clip(over / buffer, 0.0, 1.0)
 
 
-def _spread(scores, left):
+def _spread(scores: Array, left: Array) -> jax.Array:
   """Scores [..., K] at every rank, those not left excluded: [..., K, K]."""
   wide = jnp.broadcast_to(scores[..., None, :], left.shape)
   return jnp.where(left, wide, EXCLUDED)

@@ -1,8 +1,8 @@
 """From completion ids to a ranking, and the mask that keeps answers valid.
 
 An answer is `slot * count, <eos>`, after `reasoning..., <think_end>` where the
-policy thinks. It is read from the sampled ids themselves: there is no decoding
-to text and back.
+policy thinks. It is read from the sampled ids themselves, without decoding to
+text and back.
 
 Axis letters: T time, K candidates.
 """
@@ -13,39 +13,21 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gr2_jax.ops import masking
+from gr2_jax.ops import Array, masking
 
-VALID = 0
-WRONG_FORMAT = 1
-OUT_OF_SET = 2
-REPETITION = 3
-MISSING = 4
+VALID, WRONG_FORMAT, OUT_OF_SET, REPETITION, MISSING = range(5)
 VERDICTS = ('valid', 'wrong_format', 'out_of_set', 'repetition', 'missing')
 
 
 class Answer(NamedTuple):
-  """A parsed answer.
+  """A parsed answer."""
 
-  Attributes:
-    ranking: int32 [..., K]; the incoming order where the answer is invalid.
-    verdict: int32 [...], an index into `VERDICTS`.
-  """
-
-  ranking: jax.Array
-  verdict: jax.Array
+  ranking: jax.Array  # int32 [..., K]; the incoming order where it is invalid
+  verdict: jax.Array  # int32 [...], an index into `VERDICTS`
 
 
-def incoming_ranking(incoming: chex.Array, count: chex.Array) -> jax.Array:
-  """The ranking that repeats the incoming order.
-
-  Args:
-    incoming: int [..., K], incoming rank of each presented candidate; what
-      stands at padding is not read.
-    count: int [...].
-
-  Returns:
-    int32 [..., K].
-  """
+def incoming_ranking(incoming: Array, count: Array) -> jax.Array:
+  """The ranking that repeats the incoming order: int32 [..., K]."""
   incoming = jnp.asarray(incoming, jnp.int32)
   size = incoming.shape[-1]
   real = masking.length_mask(count, size)
@@ -54,10 +36,10 @@ def incoming_ranking(incoming: chex.Array, count: chex.Array) -> jax.Array:
 
 
 def parse_answer(
-  completion_ids: chex.Array,
-  lengths: chex.Array,
-  count: chex.Array,
-  incoming: chex.Array,
+  completion_ids: Array,
+  lengths: Array,
+  count: Array,
+  incoming: Array,
   *,
   num_candidates: int,
   slot_base: int,
@@ -69,35 +51,23 @@ def parse_answer(
   """Reads rankings from completions.
 
   The answer runs from the token after the first `think_end` (from the first
-  token when not thinking) to the first `eos`. Of several faults the first of
-  this list is the verdict:
+  token when not thinking) to the first `eos`. The verdict is the first fault of
+  this list:
 
   1. WRONG_FORMAT: no `eos` within the length, tokens after it, no `think_end`
      before it (when thinking), or a token in the answer that is no slot;
   2. OUT_OF_SET: a slot that holds no candidate of this slate;
-  3. REPETITION: a candidate twice;
-  4. MISSING: a candidate not at all. (More than `count` slots are always one
-     of the faults above.)
+  3. REPETITION: a candidate occurs twice;
+  4. MISSING: a candidate does not occur. (More than `count` slots are always
+     one of the faults above.)
 
   Slot tokens inside the reasoning are not read.
 
-  Args:
-    completion_ids: int [..., T]; ids at or beyond the length are not read.
-    lengths: int [...], tokens sampled, `eos` included.
-    count: int [...], real candidates.
-    incoming: int [..., K], the order an invalid answer falls back to.
-    num_candidates: K.
-    slot_base: id of the first slot token; candidate j is `slot_base + j`.
-    num_slots: how many slot tokens the vocabulary has, at least K.
-    eos: id that ends a completion.
-    think_end: id that ends the reasoning.
-    thinking: whether completions reason before they answer.
-
-  Returns:
-    Answer(ranking int32 [..., K], verdict int32 [...]).
-
-  Raises:
-    ValueError: if the vocabulary has fewer slots than there are candidates.
+  Ids [..., T] at or beyond `lengths` [...], the tokens sampled including `eos`,
+  are not read. Candidate j of K is the token `slot_base + j`; the vocabulary
+  has `num_slots` such tokens, at least K (otherwise ValueError). `thinking`
+  completions reason before they answer. An invalid answer falls back to the
+  order `incoming`.
   """
   if num_slots < num_candidates:
     raise ValueError(
@@ -114,14 +84,11 @@ def parse_answer(
   time = masking.index_like(ids.shape)
   inside = masking.length_mask(lengths, size)
 
-  def first(hits):
-    return jnp.min(jnp.where(hits, time, size), axis=-1)
-
-  stop = first(inside & (ids == eos))
+  stop = masking.first(inside & (ids == eos))
   broken = (stop == size) | (stop != lengths - 1)
   start = jnp.zeros_like(stop)
   if thinking:
-    end = first(inside & (ids == think_end))
+    end = masking.first(inside & (ids == think_end))
     broken |= end >= stop
     start = end + 1
 
@@ -139,14 +106,7 @@ def parse_answer(
   repeated = jnp.any(real & (times_named > 1), axis=-1)
   missing = jnp.any(real & (times_named == 0), axis=-1)
 
-  verdict = jnp.select(
-    [broken, outside, repeated, missing],
-    [
-      jnp.full_like(stop, fault)
-      for fault in (WRONG_FORMAT, OUT_OF_SET, REPETITION, MISSING)
-    ],
-    jnp.full_like(stop, VALID),
-  )
+  verdict = masking.first_fault(broken, outside, repeated, missing)
   place = jnp.min(jnp.where(named, time[..., None], size), axis=-2)
   order = masking.index_like(place.shape)
   answered = jnp.argsort(jnp.where(real, place, size + order), axis=-1)
@@ -158,21 +118,19 @@ def parse_answer(
   return Answer(ranking, verdict)
 
 
-def start_answer(batch_shape: tuple[int, ...], num_candidates: int):
+def start_answer(
+  batch_shape: tuple[int, ...], num_candidates: int
+) -> jax.Array:
   """`emitted` before the first slot: bool [*batch_shape, K], all False."""
   return jnp.zeros(tuple(batch_shape) + (num_candidates,), bool)
 
 
-def answer_mask(emitted: chex.Array, count: chex.Array) -> jax.Array:
-  """What the next token of an answer may be: the permutation mask.
+def answer_mask(emitted: Array, count: Array) -> jax.Array:
+  """The permutation mask: the tokens that an answer may continue with.
 
-  Args:
-    emitted: bool [..., K], candidates already named.
-    count: int [...], real candidates.
-
-  Returns:
-    bool [..., K + 1]: each candidate, once; then `eos`, allowed only when
-    every real candidate was named. At least one entry is always True.
+  `emitted` bool [..., K] marks the candidates already named. Returns bool
+  [..., K + 1]: each candidate once; then `eos`, allowed only when every real
+  candidate was named. At least one entry is always True.
   """
   real = masking.length_mask(count, emitted.shape[-1])
   left = real & ~emitted
@@ -180,15 +138,8 @@ def answer_mask(emitted: chex.Array, count: chex.Array) -> jax.Array:
   return jnp.concatenate([left, done], axis=-1)
 
 
-def step_answer(emitted: chex.Array, choice: chex.Array) -> jax.Array:
-  """`emitted` after one more token.
-
-  Args:
-    emitted: bool [..., K].
-    choice: int [...], index into the mask: a candidate, or K for `eos`.
-
-  Returns:
-    bool [..., K].
-  """
+def step_answer(emitted: Array, choice: Array) -> jax.Array:
+  """`emitted` [..., K] after a `choice` [...]: a candidate, or K for `eos`."""
   index = masking.index_like(emitted.shape)
-  return emitted | (index == jnp.asarray(choice)[..., None])
+  chosen = index == jnp.asarray(choice)[..., None]
+  return jnp.logical_or(emitted, chosen)

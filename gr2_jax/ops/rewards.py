@@ -1,11 +1,11 @@
 """Rewards of a ranking (GR2, Eq. 5-7).
 
-Every function maps arrays to one float32 per slate. A total is
+Every function maps arrays to one float32 per slate, [...]. A total is
 
   gate(R_rank + extras above 0) + a R_fmt + extras below 0
 
-where the gates (`gates`) differ in what they hold back from an answer that
-repeats the incoming order. Axis letters: K candidates. The worked examples
+where the gates (`gates`) differ in the part that they withhold from an answer
+that repeats the incoming order. Axis letters: K candidates. The worked examples
 share one slate of four candidates A B C D, presented in incoming order, with
 grades 0 2 0 1.
 """
@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gr2_jax.ops import gates, masking, parsing
+from gr2_jax.ops import Array, gates, masking, parsing
 
 Kind = Literal['auc', 'ndcg', 'auc+ndcg', 'promotion', 'rr', 'recall']
 KINDS = ('auc', 'ndcg', 'auc+ndcg', 'promotion', 'rr', 'recall')
@@ -26,24 +26,22 @@ KINDS = ('auc', 'ndcg', 'auc+ndcg', 'promotion', 'rr', 'recall')
 class Reward(NamedTuple):
   """A reward and its parts, each float32 [...].
 
-  Attributes:
-    total: what the policy is trained on, after the gate.
-    rank: the ranking reward before the gate; that of the incoming order where
-      the answer was invalid.
-    format: 1 where the answer is a permutation of the candidates, else 0.
-    copied: 1 where a valid answer repeats the incoming order, else 0.
-    extra: the extras in the total, after the gate.
+  The ranking reward of an invalid answer is that of the incoming order.
   """
 
-  total: jax.Array
-  rank: jax.Array
-  format: jax.Array
-  copied: jax.Array
-  extra: jax.Array
+  total: jax.Array  # The policy is trained on it; after the gate.
+  rank: jax.Array  # The ranking reward before the gate.
+  format: jax.Array  # 1 where the answer permutes the candidates, else 0.
+  copied: (
+    jax.Array
+  )  # 1 where a valid answer repeats the incoming order, else 0.
+  extra: jax.Array  # The extras in the total, after the gate.
 
 
-def _by_rank(ranking, values, count):
-  """Values in ranked order, 0 at padding: [..., K], and the mask of it."""
+def _by_rank(
+  ranking: Array, values: Array, count: Array
+) -> tuple[jax.Array, jax.Array]:
+  """Values in ranked order, 0 at padding: [..., K]; and where they are real."""
   chex.assert_equal_shape([ranking, values])
   chex.assert_type(ranking, int)
   chex.assert_shape(count, jnp.shape(ranking)[:-1])
@@ -53,132 +51,74 @@ def _by_rank(ranking, values, count):
   return jnp.where(real, taken, jnp.zeros_like(taken)), real
 
 
-def positives_by_rank(
-  ranking: chex.Array, grades: chex.Array, count: chex.Array
-) -> jax.Array:
-  """1 where the candidate at a rank has a positive grade.
+def positives_by_rank(ranking: Array, grades: Array, count: Array) -> jax.Array:
+  """1 where the candidate at a rank has a positive grade: float32 [..., K].
 
   Example: the order D B A C: 1 1 0 0.
-
-  Args:
-    ranking: int [..., K].
-    grades: [..., K]; what stands at padding is not read.
-    count: int [...].
-
-  Returns:
-    float32 [..., K].
   """
   ranked, _ = _by_rank(ranking, grades, count)
   return (ranked > 0).astype(jnp.float32)
 
 
 def misordered_pairs(
-  ranking: chex.Array, grades: chex.Array, count: chex.Array
+  ranking: Array, grades: Array, count: Array
 ) -> masking.Total:
-  """Pairs of a positive and a negative in the wrong order.
+  """Pairs of a positive and a negative in the wrong order, of all such pairs.
 
   Example: the order B A C D has 2 wrong pairs, (D, A) and (D, C), of 4.
-
-  Args:
-    ranking: int [..., K].
-    grades: [..., K].
-    count: int [...].
-
-  Returns:
-    Total of float32 [...]: wrong pairs, and all (positive, negative) pairs.
   """
   ranked, real = _by_rank(ranking, grades, count)
   positive = (real & (ranked > 0)).astype(jnp.float32)
   negative = (real & (ranked <= 0)).astype(jnp.float32)
   above = jnp.cumsum(negative, axis=-1)
   wrong = jnp.sum(positive * above, axis=-1)
-  return masking.Total(
-    wrong, jnp.sum(positive, axis=-1) * jnp.sum(negative, axis=-1)
-  )
+  return masking.Total(wrong, positive.sum(axis=-1) * negative.sum(axis=-1))
 
 
-def auc(
-  ranking: chex.Array, grades: chex.Array, count: chex.Array
-) -> jax.Array:
+def auc(ranking: Array, grades: Array, count: Array) -> jax.Array:
   """Share of (positive, negative) pairs in the right order (Eq. 5).
 
   A slate without a positive or without a negative has no pair to order: its
-  AUC is 0.5, what a coin would get.
+  AUC is 0.5, that of a random order.
 
   Example: the order B A C D has positives B, D over negatives A, C. Right are
   (B, A) and (B, C), wrong (D, A) and (D, C): 0.5. The order B D A C: 1.
-
-  Args:
-    ranking: int [..., K].
-    grades: [..., K], positive where > 0.
-    count: int [...].
-
-  Returns:
-    float32 [...] in [0, 1].
   """
   wrong, pairs = misordered_pairs(ranking, grades, count)
   share = 1.0 - masking.divide(wrong, pairs)
   return jnp.where(pairs > 0, share, 0.5)
 
 
-def ndcg(
-  ranking: chex.Array, grades: chex.Array, count: chex.Array, k: int
-) -> jax.Array:
-  """Normalised discounted cumulative gain of the top k (Eq. 6).
+def ndcg(ranking: Array, grades: Array, count: Array, k: int) -> jax.Array:
+  """Normalized discounted cumulative gain of the top k (Eq. 6).
 
   DCG@k = sum over ranks i = 1..k of (2^g_i - 1) / log2(i + 1), divided by that
-  of the best order. 0 where no grade is positive.
+  of the best order. 0 where no grade is positive; a k above K acts as K. Raises
+  ValueError if k < 1.
 
   Example: the order D B A C has gains 1 3 0 0, DCG 1 + 3 / log2(3) = 2.8928;
   the best order has 3 + 1 / log2(3) = 3.6309; NDCG@4 is 0.7967.
-
-  Args:
-    ranking: int [..., K].
-    grades: [..., K], 0, 1 or 2.
-    count: int [...].
-    k: how many ranks count; more than K is as K.
-
-  Returns:
-    float32 [...] in [0, 1].
-
-  Raises:
-    ValueError: if k < 1.
   """
   _check_k(k)
   ranked, real = _by_rank(ranking, grades, count)
-  gains = jnp.where(
-    real & (ranked > 0), jnp.exp2(ranked.astype(jnp.float32)) - 1.0, 0.0
-  )
+  gains = jnp.exp2(ranked.astype(jnp.float32)) - 1.0
+  gains = jnp.where(real & (ranked > 0), gains, 0.0)
   rank = masking.index_like(gains.shape)
   discount = jnp.where(rank < k, 1.0 / jnp.log2(rank + 2.0), 0.0)
   best = jnp.flip(jnp.sort(gains, axis=-1), axis=-1)
-  return masking.divide(
-    jnp.sum(gains * discount, axis=-1), jnp.sum(best * discount, axis=-1)
-  )
+  dcg, best_dcg = (jnp.sum(g * discount, axis=-1) for g in (gains, best))
+  return masking.divide(dcg, best_dcg)
 
 
 def target_rank(
-  ranking: chex.Array,
-  grades: chex.Array,
-  count: chex.Array,
-  incoming: chex.Array,
+  ranking: Array, grades: Array, count: Array, incoming: Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Where the one target stood and stands.
+  """Incoming rank and new rank of the target, and whether it is a positive.
 
   The target is the candidate of the highest grade; among several, the one
-  that the incoming order puts first.
+  that the incoming order puts first. Returns int32, int32 and bool, each [...].
 
   Example: the order D A B C moves the target, B, from rank 1 to rank 2.
-
-  Args:
-    ranking: int [..., K].
-    grades: [..., K].
-    count: int [...].
-    incoming: int [..., K].
-
-  Returns:
-    (its incoming rank int32 [...], its new rank int32 [...], whether the slate
-    has a positive at all bool [...]).
   """
   ranked, real = _by_rank(ranking, grades, count)
   came, _ = _by_rank(ranking, incoming, count)
@@ -192,10 +132,7 @@ def target_rank(
 
 
 def rank_promotion(
-  ranking: chex.Array,
-  grades: chex.Array,
-  count: chex.Array,
-  incoming: chex.Array,
+  ranking: Array, grades: Array, count: Array, incoming: Array
 ) -> jax.Array:
   """How far the target rose: (incoming rank - new rank) / count (v1).
 
@@ -203,84 +140,41 @@ def rank_promotion(
 
   Example: the target is B (grade 2), at incoming rank 1. The order B A C D
   promotes it by (1 - 0) / 4 = 0.25; the order A C D B by (1 - 3) / 4 = -0.5.
-
-  Args:
-    ranking: int [..., K].
-    grades: [..., K].
-    count: int [...].
-    incoming: int [..., K].
-
-  Returns:
-    float32 [...] in (-1, 1).
   """
   old, new, has = target_rank(ranking, grades, count, incoming)
   rise = jnp.where(has, old - new, 0).astype(jnp.float32)
   return masking.divide(rise, count)
 
 
-def reciprocal_rank(
-  ranking: chex.Array, grades: chex.Array, count: chex.Array
-) -> jax.Array:
+def reciprocal_rank(ranking: Array, grades: Array, count: Array) -> jax.Array:
   """One over the rank, from 1, of the first positive; 0 without one.
 
   Example: the order A C D B has its first positive, D, at rank 3: 0.3333.
-
-  Args:
-    ranking: int [..., K].
-    grades: [..., K].
-    count: int [...].
-
-  Returns:
-    float32 [...] in [0, 1].
   """
   positive = positives_by_rank(ranking, grades, count)
   rank = masking.index_like(positive.shape).astype(jnp.float32)
   return jnp.max(positive / (rank + 1.0), axis=-1)
 
 
-def recall(
-  ranking: chex.Array, grades: chex.Array, count: chex.Array, k: int
-) -> jax.Array:
+def recall(ranking: Array, grades: Array, count: Array, k: int) -> jax.Array:
   """Positives in the top k over min(k, positives); 0 without a positive.
 
   So recall@1 is whether the first candidate is a positive, and the best order
-  has recall 1 at every k.
+  has recall 1 at every k. Raises ValueError if k < 1.
 
   Example: the order B A D C has one positive in its top 2, of two that fit:
   recall@2 is 0.5; recall@1 and recall@3 are 1.
-
-  Args:
-    ranking: int [..., K].
-    grades: [..., K].
-    count: int [...].
-    k: how many ranks count.
-
-  Returns:
-    float32 [...] in [0, 1].
-
-  Raises:
-    ValueError: if k < 1.
   """
   _check_k(k)
   positive = positives_by_rank(ranking, grades, count)
-  found = jnp.sum(positive[..., :k], axis=-1)
-  return masking.divide(found, jnp.minimum(jnp.sum(positive, axis=-1), k))
+  hits = jnp.sum(positive[..., :k], axis=-1)
+  return masking.divide(hits, jnp.minimum(jnp.sum(positive, axis=-1), k))
 
 
-def copied(
-  ranking: chex.Array, incoming: chex.Array, count: chex.Array
-) -> jax.Array:
-  """Whether the ranking repeats the incoming order.
+def copied(ranking: Array, incoming: Array, count: Array) -> jax.Array:
+  """Whether the ranking repeats the incoming order: bool [...].
 
   Example: the order A B C D does, the order B A C D does not.
-
-  Args:
-    ranking: int [..., K].
-    incoming: int [..., K].
-    count: int [...].
-
-  Returns:
-    bool [...].
   """
   chex.assert_equal_shape([ranking, incoming])
   real = masking.length_mask(count, jnp.shape(ranking)[-1])
@@ -289,32 +183,21 @@ def copied(
 
 
 def rank_reward(
-  ranking: chex.Array,
-  grades: chex.Array,
-  count: chex.Array,
-  incoming: chex.Array,
+  ranking: Array,
+  grades: Array,
+  count: Array,
+  incoming: Array,
   *,
   kind: Kind,
   k: int,
 ) -> jax.Array:
-  """The ranking reward of a name; 'auc+ndcg' is the mean of the two.
+  """The ranking reward of a kind; 'auc+ndcg' is the mean of the two.
 
   Example: the order D B A C: auc 1, ndcg@4 0.7967, auc+ndcg 0.8984,
   promotion 0, rr 1, recall@1 1.
 
-  Args:
-    ranking: int [..., K].
-    grades: [..., K].
-    count: int [...].
-    incoming: int [..., K].
-    kind: one of `KINDS`.
-    k: cut-off of ndcg and recall; the others do not read it.
-
-  Returns:
-    float32 [...].
-
-  Raises:
-    ValueError: if the kind is none of `KINDS`, or k < 1 where it is read.
+  `k` is the cut-off of ndcg and recall; the others do not read it. Raises
+  ValueError if the kind is none of `KINDS`, or k < 1 where it is read.
   """
   slate = (ranking, grades, count)
   match kind:
@@ -334,17 +217,17 @@ def rank_reward(
 
 
 def reward(
-  ranking: chex.Array,
-  verdict: chex.Array,
-  grades: chex.Array,
-  count: chex.Array,
-  incoming: chex.Array,
+  ranking: Array,
+  verdict: Array,
+  grades: Array,
+  count: Array,
+  incoming: Array,
   *,
   kind: Kind,
   k: int,
   gate: gates.Gate = 'v2',
   format_weight: float = 0.2,
-  extras: Sequence[chex.Array] = (),
+  extras: Sequence[Array] = (),
 ) -> Reward:
   """The whole reward of parsed answers.
 
@@ -354,30 +237,17 @@ def reward(
   `losses.overlong_penalty(...)`, and `-c * metrics.order_disagreement(...)`.
   The last charges valid answers alone: with c <= a, and a ranking reward that
   is never negative, a valid answer still earns at least as much as an invalid
-  one; with more, giving no answer becomes the cheaper one.
+  one; with a larger c, giving no answer becomes cheaper.
 
   Example: the order D B A C, valid, kind 'ndcg', k 4, gate 'v2': rank 0.7967,
   format 1, copied 0, total 0.9967. The copy A B C D has rank 0.6399 and total
   0.2; an invalid answer, which falls back to A B C D, has total 0. With a
   judge's 0.1 and an order cost of 0.05 as extras they are 1.0467, 0.15, -0.05.
 
-  Args:
-    ranking: int [..., K], from `parsing.parse_answer`.
-    verdict: int [...], likewise.
-    grades: [..., K].
-    count: int [...].
-    incoming: int [..., K].
-    kind: one of `KINDS`.
-    k: cut-off of ndcg and recall.
-    gate: one of `gates.GATES`.
-    format_weight: weight a of the format reward.
-    extras: weighted terms float32 [...] beside them, see `gates.gated_extras`.
-
-  Returns:
-    Reward of float32 [...].
-
-  Raises:
-    ValueError: if kind or gate has no such name, or k < 1 where it is read.
+  `ranking` and `verdict` [...] come from `parsing.parse_answer`, kind and k are
+  those of `rank_reward`, and extras are weighted terms float32 [...], see
+  `gates.gated_extras`. Raises ValueError if kind or gate is unknown, or k < 1
+  where it is read.
   """
   earned = rank_reward(ranking, grades, count, incoming, kind=kind, k=k)
   valid = jnp.asarray(verdict) == parsing.VALID
@@ -405,6 +275,6 @@ def reward(
   )
 
 
-def _check_k(k):
+def _check_k(k: int) -> None:
   if k < 1:
     raise ValueError(f'k is {k}; a cut-off counts ranks from 1')

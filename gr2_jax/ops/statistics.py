@@ -2,7 +2,14 @@
 
 Slates of one user are not independent, and neither are slates scored by one
 trained seed: both are resampled whole. Axis letters: S seeds, U users (the
-clusters); n slates, R resamples.
+clusters); n slates, R resamples. Arguments shared by all functions:
+
+* `first`, `second` [n] or [S, n]: a metric of two rankers on the same slates;
+* `clusters` [n]: the user of each slate, any labels;
+* `resamples` R, `level` the coverage of the interval, `seed` of the resampling.
+
+All raise ValueError on shapes that do not fit, non-finite values, no slates, a
+level outside (0, 1) or fewer than one resample.
 """
 
 from typing import NamedTuple
@@ -10,17 +17,15 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+_SHAPES = {
+  1: '[slates]: use two_level_bootstrap for several seeds',
+  2: '[seeds, slates]: use paired_bootstrap for a single seed',
+}
 _CHUNK = 1 << 22  # Draws held at once: 32 MB of indices.
 
 
 class Interval(NamedTuple):
-  """An estimate and its interval.
-
-  Attributes:
-    estimate: the mean difference, first minus second.
-    low: lower end.
-    high: upper end.
-  """
+  """An estimated mean difference, first minus second, and its interval."""
 
   estimate: float
   low: float
@@ -28,13 +33,7 @@ class Interval(NamedTuple):
 
 
 class McNemar(NamedTuple):
-  """An exact McNemar test.
-
-  Attributes:
-    only_first: slates that only the first ranker hit.
-    only_second: slates that only the second hit.
-    p_value: two-sided.
-  """
+  """An exact McNemar test: slates that only one ranker hit, two-sided p."""
 
   only_first: int
   only_second: int
@@ -42,35 +41,21 @@ class McNemar(NamedTuple):
 
 
 class TwoLevelEquivalence(NamedTuple):
-  """Two one-sided bootstrap tests.
+  """Two one-sided bootstrap tests."""
 
-  Attributes:
-    estimate: the mean difference, first minus second.
-    low: lower end of the interval.
-    high: upper end.
-    p: of the worse side.
-    equivalent: whether the interval lies inside (-margin, margin).
-    not_worse: whether it lies above -margin.
-  """
-
-  estimate: float
-  low: float
+  estimate: float  # The mean difference, first minus second.
+  low: float  # Ends of the interval.
   high: float
-  p: float
-  equivalent: bool
-  not_worse: bool
+  p: float  # Of the worse side.
+  equivalent: bool  # The interval lies inside (-margin, margin).
+  not_worse: bool  # It lies above -margin.
 
 
 class Equivalence(NamedTuple):
-  """Two one-sided tests.
-
-  Attributes:
-    estimate: the mean difference.
-    p_value: of the worse side; equivalent within the margin where it is small.
-  """
+  """Two one-sided tests; equivalent within the margin where p is small."""
 
   estimate: float
-  p_value: float
+  p_value: float  # Of the worse side.
 
 
 def paired_bootstrap(
@@ -85,30 +70,10 @@ def paired_bootstrap(
   """Percentile interval of mean(first - second), clusters resampled.
 
   Each resample draws as many users as there are, with replacement, takes all
-  their slates, and averages over slates.
-
-  Args:
-    first: [n], a metric of the first ranker per slate.
-    second: [n], of the second, on the same slates.
-    clusters: [n], the user of each slate; any labels.
-    resamples: R.
-    level: coverage of the interval.
-    seed: of the resampling.
-
-  Returns:
-    Interval.
-
-  Raises:
-    ValueError: on arrays of other shapes, non-finite values, no slates, or a
-      level outside (0, 1).
+  their slates, and averages over slates. Both metrics are [n].
   """
-  difference = _difference(first, second, clusters)
-  if difference.ndim != 1:
-    raise ValueError(
-      f'first has shape {difference.shape}, not [slates]: '
-      'use two_level_bootstrap for several seeds'
-    )
-  return _bootstrap(difference[None], clusters, resamples, level, seed)
+  difference = _difference(first, second, clusters, 1)
+  return _bootstrap(difference[None], clusters, resamples, level, seed)[0]
 
 
 def two_level_bootstrap(
@@ -122,25 +87,13 @@ def two_level_bootstrap(
 ) -> Interval:
   """As `paired_bootstrap`, with training seeds resampled as well.
 
-  Seeds and users are crossed: a resample draws seeds and users apart, and
-  every drawn seed is averaged over the same drawn users.
-
-  Args:
-    first: [S, n], a metric of the first ranker per seed and slate.
-    second: [S, n], or [n] for a ranker without seeds (the incoming order).
-    clusters: [n], the user of each slate.
-    resamples: R.
-    level: coverage of the interval.
-    seed: of the resampling.
-
-  Returns:
-    Interval; with one seed, only users vary.
-
-  Raises:
-    ValueError: as `paired_bootstrap`.
+  Seeds and users are crossed: a resample draws seeds and users independently,
+  and every drawn seed is averaged over the same drawn users. `first` is [S, n];
+  `second` too, or [n] for a ranker without seeds (the incoming order). With one
+  seed, only users vary.
   """
-  difference = _of_seeds(first, second, clusters)
-  return _bootstrap(difference, clusters, resamples, level, seed)
+  difference = _difference(first, second, clusters, 2)
+  return _bootstrap(difference, clusters, resamples, level, seed)[0]
 
 
 def two_level_equivalence(
@@ -156,29 +109,14 @@ def two_level_equivalence(
   """Whether |mean(first - second)| is below a margin, over seeds and users.
 
   Two one-sided tests on the resamples of `two_level_bootstrap`, whose interval
-  it returns. A side's p-value is (1 + hits) / (1 + R), where hits are resamples
-  on or beyond that side's margin. Each side is tested at (1 - level) / 2.
-
-  Args:
-    first: [S, n], a metric of the first ranker per seed and slate.
-    second: [S, n], or [n] for a ranker without seeds.
-    clusters: [n], the user of each slate.
-    margin: the largest difference that is no difference, > 0.
-    resamples: R.
-    level: coverage of the interval.
-    seed: of the resampling.
-
-  Returns:
-    TwoLevelEquivalence; with one seed, only users vary.
-
-  Raises:
-    ValueError: as `two_level_bootstrap`, or on a margin that is not > 0.
+  it returns and whose shapes it takes. A side's p-value is (1 + hits) / (1 +
+  R), where hits are resamples on or beyond that side's margin. Each side is
+  tested at (1 - level) / 2. The margin must be > 0.
   """
   if not margin > 0:
     raise ValueError(f'margin is {margin}; it must be > 0')
-  difference = _of_seeds(first, second, clusters)
-  replicas = _replicas(difference, clusters, resamples, level, seed)
-  interval = _percentiles(float(difference.mean()), replicas, level)
+  difference = _difference(first, second, clusters, 2)
+  interval, replicas = _bootstrap(difference, clusters, resamples, level, seed)
   hits = max(np.sum(replicas <= -margin), np.sum(replicas >= margin))
   not_worse = interval.low > -margin
   return TwoLevelEquivalence(
@@ -199,28 +137,17 @@ def share_of_gain(
   level: float = 0.95,
   seed: int = 0,
 ) -> Interval:
-  """How much of a teacher's gain its students keep.
+  """The share of a teacher's gain that its students keep.
 
   (mean(student) - mean(base)) / (mean(teacher) - mean(base)); users are
-  resampled for all three at once, and seeds of the student.
+  resampled for all three at once, and seeds of the student. The ratio is
+  meaningless where the teacher gains nothing.
 
-  Args:
-    student: [S, n], a metric per seed and slate.
-    teacher: [n].
-    base: [n], of what both gain over: the incoming order.
-    clusters: [n], the user of each slate.
-    resamples: R.
-    level: coverage of the interval.
-    seed: of the resampling.
-
-  Returns:
-    Interval of the ratio; without meaning where the teacher gains nothing.
-
-  Raises:
-    ValueError: as `paired_bootstrap`.
+  `student` is [S, n]; `teacher` and `base`, the ranker that both improve on
+  (the incoming order), are [n].
   """
-  gained = _difference(student, base, clusters)
-  whole = _difference(teacher, base, clusters)
+  gained = _difference(student, base, clusters, 2)
+  whole = _difference(teacher, base, clusters, 1)
   rng = np.random.default_rng(seed)
   both = np.concatenate([gained, whole[None]])
   means = _resampled(both, clusters, resamples, rng)
@@ -230,20 +157,11 @@ def share_of_gain(
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
-  """Exact McNemar test of two paired hit-or-miss metrics, such as r@1.
+  """Exact McNemar test of two paired hit-or-miss metrics [n], such as r@1.
 
   Under the null each discordant slate is a fair coin. Slates are taken as
-  independent.
-
-  Args:
-    first: [n], 0 or 1.
-    second: [n], 0 or 1.
-
-  Returns:
-    McNemar; the p-value is 1 where no slate is discordant.
-
-  Raises:
-    ValueError: on shapes that differ or values other than 0 and 1.
+  independent. The p-value is 1 where no slate is discordant. Raises ValueError
+  on shapes that differ or values other than 0 and 1.
   """
   first, second = np.asarray(first), np.asarray(second)
   if first.shape != second.shape:
@@ -261,33 +179,15 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
 
 
 def equivalence(
-  first: np.ndarray,
-  second: np.ndarray,
-  clusters: np.ndarray,
-  *,
-  margin: float,
+  first: np.ndarray, second: np.ndarray, clusters: np.ndarray, *, margin: float
 ) -> Equivalence:
-  """Whether |mean(first - second)| is below a margin, by TOST.
+  """Whether |mean(first - second)| is below a margin > 0, by TOST.
 
   Two one-sided t-tests. The error is clustered by user, with U - 1 degrees of
-  freedom; with one slate a user it is the ordinary one-sample t-test.
-
-  Args:
-    first: [n].
-    second: [n].
-    clusters: [n], the user of each slate.
-    margin: the largest difference that is no difference, > 0.
-
-  Returns:
-    Equivalence.
-
-  Raises:
-    ValueError: on arrays of other shapes, non-finite values, a margin <= 0, or
-      fewer than two clusters.
+  freedom (so at least two users); with one slate a user it is the ordinary
+  one-sample t-test. Both metrics are [n].
   """
-  difference = _difference(first, second, clusters)
-  if difference.ndim != 1:
-    raise ValueError(f'first has shape {difference.shape}, not [slates]')
+  difference = _difference(first, second, clusters, 1)
   if margin <= 0:
     raise ValueError(f'margin is {margin}; it must be > 0')
   estimate = float(difference.mean())
@@ -304,8 +204,10 @@ def equivalence(
   return Equivalence(estimate, float(max(above, below)))
 
 
-def _difference(first, second, clusters):
-  """Differences in float64, checked against the clusters."""
+def _difference(
+  first: np.ndarray, second: np.ndarray, clusters: np.ndarray, axes: int
+) -> np.ndarray:
+  """Differences in float64 with that many axes; checks shapes and values."""
   first = np.asarray(first, np.float64)
   second = np.asarray(second, np.float64)
   clusters = np.asarray(clusters)
@@ -319,6 +221,8 @@ def _difference(first, second, clusters):
       f'second has shape {second.shape}; it must be that of first, '
       f'{first.shape}, or {first.shape[-1:]}'
     )
+  if first.ndim != axes:
+    raise ValueError(f'first has shape {first.shape}, not {_SHAPES[axes]}')
   if first.size == 0:
     raise ValueError(f'first has shape {first.shape}: nothing to compare')
   for name, values in (('first', first), ('second', second)):
@@ -327,42 +231,39 @@ def _difference(first, second, clusters):
   return first - second
 
 
-def _of_seeds(first, second, clusters):
-  """Differences [S, n], checked."""
-  difference = _difference(first, second, clusters)
-  if difference.ndim != 2:
-    raise ValueError(
-      f'first has shape {difference.shape}, not [seeds, slates]: '
-      'use paired_bootstrap for a single seed'
-    )
-  return difference
-
-
-def _by_cluster(values, clusters):
+def _by_cluster(
+  values: np.ndarray, clusters: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """Sums [S, U] and sizes [U] of values [S, n] by cluster."""
   labels, inverse = np.unique(clusters, return_inverse=True)
   sums = np.stack([np.bincount(inverse, row, len(labels)) for row in values])
   return sums, np.bincount(inverse, minlength=len(labels)).astype(np.float64)
 
 
-def _bootstrap(difference, clusters, resamples, level, seed):
-  """Interval of the mean of differences [S, n]."""
-  replicas = _replicas(difference, clusters, resamples, level, seed)
-  return _percentiles(float(difference.mean()), replicas, level)
-
-
-def _replicas(difference, clusters, resamples, level, seed):
-  """Means [R] of differences [S, n] over resamples; checks what it is told."""
+def _bootstrap(
+  difference: np.ndarray,
+  clusters: np.ndarray,
+  resamples: int,
+  level: float,
+  seed: int,
+) -> tuple[Interval, np.ndarray]:
+  """Interval of the mean of differences [S, n], and its replicas [R]."""
   if not 0 < level < 1:
     raise ValueError(f'level is {level}; it must lie between 0 and 1')
   if resamples < 1:
     raise ValueError(f'resamples is {resamples}; it must be at least 1')
   rng = np.random.default_rng(seed)
   means = _resampled(difference, clusters, resamples, rng)
-  return _over_seeds(means, rng)
+  replicas = _over_seeds(means, rng)
+  return _percentiles(float(difference.mean()), replicas, level), replicas
 
 
-def _resampled(values, clusters, resamples, rng):
+def _resampled(
+  values: np.ndarray,
+  clusters: np.ndarray,
+  resamples: int,
+  rng: np.random.Generator,
+) -> np.ndarray:
   """Means [R, S] of values [S, n] over users drawn with replacement."""
   sums, counts = _by_cluster(values, clusters)
   seeds, users = sums.shape
@@ -380,14 +281,16 @@ def _resampled(values, clusters, resamples, rng):
   return means
 
 
-def _over_seeds(means, rng):
+def _over_seeds(means: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Means [R] of means [R, S] over seeds drawn with replacement."""
   drawn = rng.integers(means.shape[1], size=means.shape)
   return np.take_along_axis(means, drawn, axis=1).mean(axis=1)
 
 
-def _percentiles(estimate, replicas, level):
-  """The interval that replicas [R] of an estimate make."""
+def _percentiles(
+  estimate: float, replicas: np.ndarray, level: float
+) -> Interval:
+  """The interval of an estimate with replicas [R]."""
   tail = 50.0 * (1.0 - level)
   low, high = np.percentile(replicas, [tail, 100.0 - tail])
   return Interval(estimate, float(low), float(high))

@@ -179,10 +179,7 @@ CHEATS = {
     '<history> a <candidates> x s0 y s1 <eos>',
     'malformed',
   ),
-  'something behind the end': (
-    'a <candidates> x s0 y s1 <eos> y',
-    'malformed',
-  ),
+  'something behind the end': ('a <candidates> x s0 y s1 <eos> y', 'malformed'),
   'two ends': ('a <candidates> x s0 y s1 <eos> <eos>', 'malformed'),
   'nothing but an end': ('<eos>', 'malformed'),
   'no end': ('a c <candidates> x s0 y v s1', 'cut_off'),

@@ -20,11 +20,7 @@ def test_ranking_metrics_equal_the_oracles(jitted):
   assert set(got) == set(metrics.RANKING_METRICS)
   for name, values in got.items():
     kind, _, k = name.partition('@')
-    oracle = {
-      'r': oracles.recall,
-      'n': oracles.ndcg,
-      'auc': oracles.auc,
-    }[kind]
+    oracle = {'r': oracles.recall, 'n': oracles.ndcg, 'auc': oracles.auc}[kind]
     oracle = functools.partial(oracle, k=int(k)) if k else oracle
     expected = [
       oracle(*row) for row in zip(ranking, grades, count, strict=True)

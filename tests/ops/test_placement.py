@@ -90,11 +90,11 @@ def group(seed=0, groups=3, size=6, ranks=4):
   return total, baseline, settled
 
 
-@pytest.mark.parametrize('normalise', [False, True])
-def test_placement_advantages_equal_numpy(normalise):
+@pytest.mark.parametrize('normalize', [False, True])
+def test_placement_advantages_equal_numpy(normalize):
   total, baseline, settled = group()
   run = jax.jit(
-    functools.partial(placement.placement_advantage, normalise=normalise)
+    functools.partial(placement.placement_advantage, normalize=normalize)
   )
   found = np.asarray(run(total, baseline, settled))
   for p in range(len(total)):
@@ -104,10 +104,10 @@ def test_placement_advantages_equal_numpy(normalise):
       open_ = ~settled[p, :, t]
       if open_.any():
         wanted[open_, t] = value[open_, t] - value[open_, t].mean()
-    if normalise:
+    if normalize:
       wanted /= np.sqrt(np.mean(wanted[~settled[p]] ** 2))
     np.testing.assert_allclose(found[p], wanted, atol=1e-5)
-    if not normalise:
+    if not normalize:
       own = advantages.group_advantage(total[p], kind='dr_grpo')
       np.testing.assert_allclose(found[p, :, 0], own, atol=1e-5)
   assert not found[settled].any()
@@ -119,7 +119,7 @@ def test_equal_placements_have_no_advantage():
   baseline = np.full((1, 4, 3), 0.5, np.float32)
   for settled in (np.zeros((1, 4, 3), bool), np.ones((1, 4, 3), bool)):
     found = placement.placement_advantage(
-      total, baseline, settled, normalise=True
+      total, baseline, settled, normalize=True
     )
     assert np.abs(found).max() < 1e-3
 
@@ -193,7 +193,7 @@ def test_credit_by_placement_has_the_gradient_of_the_answers_reward(
   first, second = (x.ravel() for x in np.indices((6, 6)))
   pair = np.stack([first, second], 1)
   group = placement.placement_advantage(
-    jnp.asarray(total)[pair], baseline[pair], settled[pair], normalise=False
+    jnp.asarray(total)[pair], baseline[pair], settled[pair], normalize=False
   )
   found = np.einsum(
     'n,nt,ntc->tc',

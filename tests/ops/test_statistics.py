@@ -212,7 +212,7 @@ def test_two_level_equivalence_is_the_interval_of_the_bootstrap():
   got = statistics.two_level_equivalence(*given, margin=0.1, seed=3)
   assert got[:3] == wanted
   # The p-value that a plain count over the same resamples gives.
-  replicas = statistics._replicas(first - second, clusters, 2000, 0.9, 3)
+  _, replicas = statistics._bootstrap(first - second, clusters, 2000, 0.9, 3)
   above = (1 + sum(replica >= 0.1 for replica in replicas)) / 2001
   below = (1 + sum(replica <= -0.1 for replica in replicas)) / 2001
   assert got.p == max(above, below)
