@@ -1,6 +1,7 @@
 """The smallest decoder and grammar, and random batches for them."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +36,22 @@ def one_device():
   )
 
 
-def spec(mesh=None, model=MODEL, trained=None):
-  """What a training loop needs of a spec: no data, no vocabulary."""
+def spec(model=MODEL, trained=None):
+  """What training needs of a spec: no data, and ids without their text."""
+  words = types.SimpleNamespace(
+    slot_base=GRAMMAR.slot_base,
+    layout=types.SimpleNamespace(num_slots=GRAMMAR.num_slots),
+    control={'</think>': GRAMMAR.think_end},
+    eos=GRAMMAR.eos,
+    pad=GRAMMAR.pad,
+  )
+  prompter = types.SimpleNamespace(
+    vocabulary=words, num_candidates=GRAMMAR.num_candidates
+  )
   return policy.PolicySpec(
     catalog=None,
-    prompter=None,
-    grammar=GRAMMAR,
+    prompter=prompter,
     model=model,
-    mesh=mesh or one_device(),
     adapters=trained or lora.Adapters(),
   )
 

@@ -129,6 +129,14 @@ def spec(world, own=None) -> policy.PolicySpec:
   return policy.load(own or config(), world)
 
 
+def mesh(own=None) -> jax.sharding.Mesh:
+  return sharding.make_mesh(**(own or config()).mesh)
+
+
+def source(world, split):
+  return policy.source(world, split)
+
+
 def on_one_device(patch):
   """Makes a mesh whose size is left open one of a single device."""
 
@@ -148,16 +156,16 @@ def on_all_devices(patch):
 def left(world, stage, workdir, own=None):
   """What a finished run has: chosen parameters and its last state, on host."""
   own = own or config()
-  here = spec(world, own)
+  here, devices = spec(world, own), mesh(own)
   optimizer = learner.make_optimizer(own[stage])
-  with sharding.activate(here.mesh):
+  with sharding.activate(devices):
     state, _ = learner.init_state(
-      here.model, optimizer, jax.random.key(0), here.mesh
+      here.model, optimizer, jax.random.key(0), devices
     )
     if here.adapters.rank:
       start = here.adapters.start(state.params, jax.random.key(0))
       state = learner.TrainState(state.step, start, optimizer.init(start))
   with checkpoint.Checkpointer(workdir / 'checkpoints') as saved:
     state, step, meta = saved.restore(state)
-  params = here.load_params(workdir, mesh)
+  params = here.load_params(workdir, devices)
   return jax.device_get({'params': params, 'state': state}), step, meta

@@ -1,11 +1,10 @@
-"""Compiles a training step for a TPU slice that nobody has, and reads it.
+"""Compiles a training step for a TPU slice, without the slice.
 
 python -m gr2_jax.aot --config=configs/rl.py:model=qwen3_8b --topology=v5p:4x4x4
 
-Nothing is read from a disk: the length of prompts and the rows of the
-vocabulary are flags. Where the config leaves the mesh open, the batch is split
-over as many chips as it can be, parameters with it, and the chips that are left
-split every layer. Needs the extra `tpu`.
+No data set is read: the lengths of prompts and vocabulary are flags. If the
+config sets no mesh, the batch and the parameters are split over as many chips
+as possible, and each layer over the remaining ones. Needs the extra `tpu`.
 """
 
 import sys
@@ -28,17 +27,17 @@ planning.define_flags()
 
 
 def main(argv: list[str]) -> None:
-  """Entry point of `app.run`."""
+  """Prints the report, and the smallest slice that fits."""
   del argv
   config, topology = _CONFIG.value, _TOPOLOGY.value
-  load = planning.load_of(flags.FLAGS)
+  load = planning.load_from_flags(flags.FLAGS)
   try:
     report = planning.plan(config, topology, load)
     print(planning.text(report), flush=True)
     if _SUGGEST.value:
       family = topology.partition(':')[0]
-      found = planning.suggest(config, family, load, report)
-      print(f'smallest that fits: {found.topology if found else "none"}')
+      best = planning.suggest(config, family, load, report)
+      print(f'smallest that fits: {best.topology if best else "none"}')
   except ValueError as e:
     if not isinstance(e, topologies.TopologyError) and _DEBUG.value:
       raise

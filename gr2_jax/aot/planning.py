@@ -1,9 +1,8 @@
 """Whether a training step fits a TPU slice, and how fast it could be there.
 
-Each program of the step is compiled for the slice, and its memory, its work and
-its collectives are read off: `hlo` counts what runs in loops as often as it
-runs. The seconds are a roofline: as if every program were as fast as the
-scarcest of its resources (matrix units, memory, network), all else for free.
+Each program of the step is compiled for the slice. The seconds are a roofline:
+each program runs as fast as the scarcest of its resources (matrix units,
+memory, network) allows, as if the others cost nothing.
 """
 
 import dataclasses
@@ -13,99 +12,82 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
+import ml_collections
 from absl import flags
 
-from gr2_jax.aot import abstract, hlo, topologies
+from gr2_jax.aot import abstract, costs, topologies
 from gr2_jax.pipeline import reporting
 
-LEVELS = ('O0', 'O1', 'O2', 'O3')  # How hard XLA tries.
+LEVELS = ('O0', 'O1', 'O2', 'O3')  # XLA's effort.
 COLUMNS = (
-  'program',
-  'GB a chip',
-  '% of HBM',
-  'TFLOP',
-  'GB moved',
-  'GB sent',
-  'seconds',
-  'bound by',
-  'compiled in',
-)
+  'program', 'GB a chip', '% of HBM', 'TFLOP', 'GB moved', 'GB sent', 'seconds',
+  'bound by', 'compiled in',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled function, as one chip sees it."""
+  """A compiled program; counts are of one chip."""
 
-  name: str
-  memory: float  # bytes at its peak, with what stays beside it
+  lowered: abstract.Lowered
+  memory: float  # bytes at the peak, resident ones included
   compile_seconds: float
-  runs: int = 1  # in a step
-  account: hlo.Account | None = None  # None: it did not fit
+  counts: costs.Costs | None = None  # None: the compiler ran out of memory
 
   def seconds(self, chip: topologies.Chip) -> dict[str, float]:
-    """Of each resource, if it alone were the limit."""
-    found = self.account
+    """Seconds of each resource, if it alone were the limit."""
     return {
-      'compute': found.flops / chip.flops,
-      'memory': found.bytes / chip.hbm_bandwidth,
-      'network': found.sent() / chip.ici_bandwidth,
+      'compute': self.lowered.flops / chip.flops,
+      'memory': self.counts.bytes / chip.hbm_bandwidth,
+      'network': self.counts.sent / chip.ici_bandwidth,
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """A step on a slice."""
+  """A step compiled for a slice."""
 
   topology: str
-  mesh: dict[str, int]
-  parameters: int
-  parameter_bytes: int  # of the whole tree, in the dtype of activations
-  layer_bytes: int  # of one layer, likewise
-  state_bytes: int  # of parameters and optimizer, on one chip
-  load: abstract.Load
-  group: int
-  completion: int
+  step: abstract.Step
   programs: tuple[Program, ...]
 
   @property
   def chip(self) -> topologies.Chip:
-    """What it runs on."""
+    """The chip of the slice."""
     return topologies.chip(self.topology)
+
+  @property
+  def memory(self) -> float:
+    """Bytes of a chip at the peak of the step."""
+    return max(p.memory for p in self.programs)
 
   @property
   def fits(self) -> bool:
     """Whether every program fits into a chip's memory."""
-    return all(
-      p.account is not None and p.memory <= self.chip.hbm for p in self.programs
-    )
+    return self.memory <= self.chip.hbm and all(p.counts for p in self.programs)
 
   @property
   def seconds(self) -> float:
-    """A step, if each program were as fast as its scarcest resource."""
+    """Lower bound of the seconds of a step."""
     return sum(
-      p.runs * max(p.seconds(self.chip).values()) for p in self.programs
+      p.lowered.runs * max(p.seconds(self.chip).values()) for p in self.programs
     )
 
 
-def read(lowered: abstract.Lowered) -> Program:
-  """Compiles a program and adds up what it does.
-
-  Returns:
-    The program; without an account where the compiler ran out of memory.
+def compile_program(lowered: abstract.Lowered) -> Program:
+  """Compiles a program and adds up its costs.
 
   Raises:
-    TopologyError: jaxlib and libtpu are no pair.
+    TopologyError: jaxlib cannot read the programs of the installed libtpu.
   """
-  name, beside, runs = lowered.name, lowered.beside, lowered.runs
   begin = time.monotonic()
   try:
     compiled = lowered.program.compile()
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    size = wanted(str(e)) + beside
-    return Program(name, size, time.monotonic() - begin, runs)
+    size = exhausted_bytes(str(e)) + lowered.resident
+    return Program(lowered, size, time.monotonic() - begin)
   seconds = time.monotonic() - begin
   memory = compiled.memory_analysis()
   peak = (
@@ -116,245 +98,207 @@ def read(lowered: abstract.Lowered) -> Program:
     + memory.generated_code_size_in_bytes
   )
   try:
-    written = compiled.as_text()
+    text = compiled.as_text()
   except jax.errors.JaxRuntimeError as e:
     raise topologies.TopologyError(
-      f'{name}: this libtpu writes programs that jaxlib {jax.lib.__version__} '
-      'cannot read; take the version that jax[tpu] asks for'
+      f'{lowered.name}: jaxlib {jax.lib.__version__} cannot read the programs '
+      'of this libtpu; install the version that jax[tpu] requires'
     ) from e
-  account = hlo.account(written, lowered.unknown_trips)
-  return Program(name, peak + beside, seconds, runs, account)
+  counts = costs.read(text, lowered.unknown_trips)
+  return Program(lowered, peak + lowered.resident, seconds, counts)
 
 
-def wanted(message: str) -> float:
-  """Bytes that the compiler asked for in vain, as far as it says so; else inf.
+def exhausted_bytes(message: str) -> float:
+  """Bytes in the compiler's out-of-memory message; inf if it has none.
 
-  It stops at what it sees first: all memory, or temporaries alone.
+  It is a lower bound: the message may count temporaries only.
   """
-  found = re.search(
+  match = re.search(
     r'(?:Used |temporaries \()([\d.]+)([KMGT])\)? (?:of|exceeds)', message
   )
-  if not found:
+  if not match:
     return math.inf
-  return float(found.group(1)) * 1024 ** ('KMGT'.index(found.group(2)) + 1)
+  return float(match[1]) * 1024 ** ('KMGT'.index(match[2]) + 1)
 
 
 def plan(
-  config, topology: str, load: abstract.Load, stop_early: bool = False
+  config: ml_collections.ConfigDict,
+  topology: str,
+  load: abstract.Load,
+  stop_early: bool = False,
 ) -> Report:
   """Compiles a step for a slice.
 
   Args:
     config: of `configs/rl.py`.
     topology: of `topologies.slices`.
-    load: what the data would say.
-    stop_early: begin with the update, and leave the rollouts out where it
-      does not fit.
+    load: sizes of the step.
+    stop_early: compile the update first, and the rollouts only if it fits.
   """
   mesh = abstract.open_mesh(config, topology, load.slates)
-  setup = abstract.make_setup(config, mesh, load.text_rows)
-  stage = config.rl
-  found = []
-  chip = topologies.chip(topology)
-  waiting = abstract.lower(stage, setup, load)
-  for lowered in reversed(waiting) if stop_early else waiting:
-    found.append(read(lowered))
-    if stop_early and not (found[-1].account and found[-1].memory <= chip.hbm):
+  step = abstract.make_step(config, mesh, load)
+  programs = abstract.lower(step)
+  report = Report(topology, step, ())
+  for lowered in reversed(programs) if stop_early else programs:
+    compiled = (*report.programs, compile_program(lowered))
+    report = dataclasses.replace(report, programs=compiled)
+    if stop_early and not report.fits:
       break
-  params = setup.abstract_params()
-  number, layers = (
-    sum(x.size for x in jax.tree.leaves(tree))
-    for tree in (params, params['layers'])
-  )
-  item = jnp.dtype(setup.model.dtype).itemsize
-  return Report(
-    topology=topology,
-    mesh=dict(mesh.shape),
-    parameters=number,
-    parameter_bytes=number * item,
-    layer_bytes=layers * item // setup.model.num_layers,
-    state_bytes=abstract.state_bytes(config.rl, setup),
-    load=load,
-    group=stage.group_size,
-    completion=setup.sampling(1, stage.thinking, 1.0, True).max_tokens,
-    programs=tuple(found),
-  )
+  return report
 
 
-def roomy(
-  config, family: str, load: abstract.Load
+def candidates(
+  config: ml_collections.ConfigDict, family: str, load: abstract.Load
 ) -> Iterator[tuple[str, int]]:
-  """Slices of a family that are not ruled out before anything is compiled.
+  """Slices that may fit, small to large, with `min_update_bytes` there.
 
   Args:
-    config: of `configs/rl.py`; its mesh is left open.
+    config: of `configs/rl.py`; its mesh is ignored.
     family: of `topologies.CHIPS`.
-    load: what the data would say.
-
-  Yields:
-    Topologies, small to large, and `abstract.least_bytes` there.
+    load: sizes of the step.
 
   Raises:
-    TopologyError: no such family, or `libtpu` is not installed.
+    TopologyError: an unknown family, or `libtpu` is not installed.
   """
-  config = config.copy_and_resolve_references()
-  config.mesh.update(data=-1, fsdp=1, tensor=1)
+  config = _any_mesh(config)
   for topology in topologies.slices(family):
     try:
       mesh = abstract.open_mesh(config, topology, load.slates)
-      setup = abstract.make_setup(config, mesh, load.text_rows)
-      size = abstract.least_bytes(config.rl, setup, load)
+      size = abstract.make_step(config, mesh, load).min_update_bytes()
     except topologies.TopologyError:
       raise
-    except ValueError:  # Heads or width that so many chips do not split.
+    except ValueError:  # So many chips do not split the heads or the width.
       continue
     if size <= topologies.chip(topology).hbm:
       yield topology, size
 
 
 def suggest(
-  config,
+  config: ml_collections.ConfigDict,
   family: str,
   load: abstract.Load,
   known: Report | None = None,
-  say: Callable[[str], None] = print,
+  log: Callable[[str], None] = print,
 ) -> Report | None:
-  """The smallest slice of a family that a step fits on, by compiling.
+  """Compiles for larger and larger slices until the step fits.
 
   Args:
-    config: of `configs/rl.py`; its mesh is left open.
+    config: of `configs/rl.py`; its mesh is ignored.
     family: of `topologies.CHIPS`.
-    load: what the data would say.
-    known: of a slice of that family, not compiled for again.
-    say: is told of every slice that was compiled for.
+    load: sizes of the step.
+    known: the report of a slice, which is not compiled for again if it fits.
+    log: receives the summary of each slice that was compiled for.
 
   Returns:
-    The report of that slice, or None where not even the largest will do.
+    The report of the smallest slice, or None if the step fits none.
 
   Raises:
-    TopologyError: no such family, or `libtpu` is not installed.
+    TopologyError: an unknown family, or `libtpu` is not installed.
   """
-  config = config.copy_and_resolve_references()
-  config.mesh.update(data=-1, fsdp=1, tensor=1)
-  for topology, _ in roomy(config, family, load):
+  for topology, _ in candidates(config, family, load):
     if known and known.topology == topology and known.fits:
       return known
-    report = plan(config, topology, load, stop_early=True)
-    say(summary(report))
+    report = plan(_any_mesh(config), topology, load, stop_early=True)
+    log(summary(report))
     if report.fits:
       return report
   return None
 
 
+def _any_mesh(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  config = config.copy_and_resolve_references()
+  config.mesh.update(data=-1, fsdp=1, tensor=1)
+  return config
+
+
 def summary(report: Report) -> str:
   """One line: the slice, whether the step fits, and how long it takes."""
-  most = max(p.memory for p in report.programs)
-  share = most / report.chip.hbm
-  mesh = ' '.join(f'{name}={n}' for name, n in report.mesh.items())
-  took = sum(p.compile_seconds for p in report.programs)
+  mesh = ' '.join(f'{name}={n}' for name, n in report.step.mesh.shape.items())
+  seconds = sum(p.compile_seconds for p in report.programs)
+  bound = 'at least ' if any(p.counts is None for p in report.programs) else ''
   verdict = (
     f'fits, at best {report.seconds:.2f} s a step'
     if report.fits
     else 'does not fit'
   )
-  stopped = any(p.account is None for p in report.programs)
   return (
-    f'{report.topology} ({mesh}): {"at least " * stopped}'
-    f'{most / 1e9:.1f} GB a chip, {share:.0%} of '
-    f'its HBM: {verdict} (compiled in {took:.0f} s)'
+    f'{report.topology} ({mesh}): {bound}{report.memory / 1e9:.1f} GB a chip, '
+    f'{report.memory / report.chip.hbm:.0%} of its HBM: {verdict} (compiled in '
+    f'{seconds:.0f} s)'
   )
 
 
 def text(report: Report) -> str:
   """The whole report: memory, work, collectives, seconds."""
-  load, chip = report.load, report.chip
-  rows = []
+  step, chip = report.step, report.chip
+  params = jax.tree.leaves(step.spec.abstract_params(step.mesh))
+  count = sum(x.size for x in params)
+  all_bytes = count * jax.numpy.dtype(step.spec.model.dtype).itemsize
+  rows, lines = [], []
   for program in report.programs:
+    name, counts = program.lowered.name, program.counts
     row = {
-      'program': program.name,
+      'program': name,
       'GB a chip': program.memory / 1e9,
       '% of HBM': f'{program.memory / chip.hbm:.1%}',
       'compiled in': f'{program.compile_seconds:.0f} s',
     }
-    if found := program.account:
-      seconds = program.seconds(chip)
-      row |= {
-        'TFLOP': found.flops / 1e12,
-        'GB moved': found.bytes / 1e9,
-        'GB sent': found.sent() / 1e9,
-        'seconds': max(seconds.values()),
-        'bound by': max(seconds, key=seconds.get),
-      }
     rows.append(row)
-  lines = [
-    f'{report.parameters / 1e9:.2f} B parameters; with optimizer '
-    f'{report.state_bytes / 1e9:.2f} GB a chip',
-    f'a step: {load.slates} slates x {report.group} rollouts, prompts of '
-    f'{load.prompt_tokens} tokens, completions of {report.completion}',
-    '',
-    reporting.table(rows, COLUMNS),
-    '',
-  ]
-  for program in report.programs:
-    if program.account is None:
-      lines.append(f'{program.name}: does not fit; the compiler gave up')
+    if counts is None:
+      lines.append(f'{name}: does not fit; the compiler ran out of memory')
       continue
-    for kind, (times, size) in program.account.by_kind().items():
-      lines.append(f'{program.name}: {times:,.0f} {kind}, {size / 1e9:.2f} GB')
-    if loops := program.account.unknown_loops:
+    seconds = program.seconds(chip)
+    row |= {
+      'TFLOP': program.lowered.flops / 1e12,
+      'GB moved': counts.bytes / 1e9,
+      'GB sent': counts.sent / 1e9,
+      'seconds': max(seconds.values()),
+      'bound by': max(seconds, key=seconds.get),
+    }
+    for kind, (times, size) in counts.by_kind().items():
+      lines.append(f'{name}: {times:,.0f} {kind}, {size / 1e9:.2f} GB')
+    if counts.unknown_loops:
       lines.append(
-        f'{program.name}: {loops} loop ends when the data says so, and is '
-        'counted in full'
+        f'{name}: {counts.unknown_loops} loop ends when the data allows, and '
+        f'counts as {program.lowered.unknown_trips} rounds, the most possible'
       )
-    lines += gathered(program, report)
-  return '\n'.join([*lines, '', summary(report)])
-
-
-def gathered(program: Program, report: Report) -> list[str]:
-  """Lines that say how much of the parameters a device holds together at once.
-
-  Args:
-    program: compiled.
-    report: it is of.
-  """
-  tree = report.parameter_bytes
-  lines = []
-  if most := program.account.largest_gather():
-    lines.append(
-      f'{program.name}: gathers at most {most.gathered / 1e9:.3f} GB at once '
-      f'({most.kind}), {most.gathered / tree:.1%} of all parameters, '
-      f'{most.gathered / report.layer_bytes:.2f} layers'
-    )
-  if other := program.account.largest_other():
-    lines.append(
-      f'{program.name}: its largest other collective is {other.kind}, '
-      f'{other.bytes / 1e9:.3f} GB, {other.bytes / tree:.1%}'
-    )
-  lines.append(
-    f'{program.name}: its peak is {program.memory / tree:.1%} of the bytes of '
-    'all parameters'
+    if largest := counts.largest:
+      lines.append(
+        f'{name}: the largest collective is {largest.kind}, '
+        f'{largest.bytes / 1e9:.3f} GB, {largest.bytes / all_bytes:.1%} of all '
+        'parameters'
+      )
+  state = abstract.bytes_per_chip(step.state()) / 1e9
+  return '\n'.join(
+    [
+      f'{count / 1e9:.2f} B parameters; with optimizer {state:.2f} GB a chip',
+      f'a step: {step.load.slates} slates x {step.stage.group_size} rollouts, '
+      f'prompts of {step.load.prompt_tokens} tokens, completions of '
+      f'{step.sampling.max_tokens}',
+      '',
+      reporting.table(rows, COLUMNS),
+      '',
+      *lines,
+      '',
+      summary(report),
+    ]
   )
-  return lines
 
 
 def define_flags() -> None:
-  """The flags of a load, for this module and for the planner."""
-  flags.DEFINE_integer('slates', abstract.Load.slates, 'Slates of a step.', 1)
+  """Defines the flags that `load_from_flags` reads."""
+  load = abstract.Load
+  flags.DEFINE_integer('slates', load.slates, 'Of a step.', 1)
+  flags.DEFINE_integer('prompt_tokens', load.prompt_tokens, 'Of a prompt.', 2)
   flags.DEFINE_integer(
-    'prompt_tokens', abstract.Load.prompt_tokens, 'Of a prompt.', 2
-  )
-  flags.DEFINE_integer(
-    'text_rows',
-    abstract.Load.text_rows,
-    'Rows of the embedding before our symbols.',
-    1,
+    'text_rows', load.text_rows, 'Of the embedding, before our symbols.', 1
   )
   flags.DEFINE_enum(
-    'level', 'O1', LEVELS, 'How hard XLA tries; O2 is what a run compiles with.'
+    'level', 'O1', LEVELS, "XLA's effort; a training run compiles with O2."
   )
 
 
-def load_of(values: flags.FlagValues) -> abstract.Load:
-  """What `define_flags` was given; the compiler is set, too."""
+def load_from_flags(values: flags.FlagValues) -> abstract.Load:
+  """Reads the load, and sets the effort of the compiler."""
   jax.config.update('jax_optimization_level', values.level)
   return abstract.Load(values.slates, values.prompt_tokens, values.text_rows)

@@ -1,7 +1,7 @@
-"""TPU slices that can be compiled for without having one.
+"""TPU slices that can be compiled for on a machine without them.
 
-`libtpu` (extra `tpu`) holds the compiler; it describes a slice by name, and
-`jax.jit(...).lower(...).compile()` works on the devices of that description.
+`libtpu` (extra `tpu`) holds the compiler and describes a slice by name;
+`jax.jit(...).lower(...).compile()` accepts the devices of that description.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip of a family, as Google Cloud documents it."""
+  """One chip of a family."""
 
   hbm: float  # bytes
   flops: float  # bf16, a second
@@ -25,51 +25,34 @@ class Chip:
 
 
 # Per chip, from docs.cloud.google.com/tpu/docs/{v5e,v5p-training,v6e}. The
-# interconnect of v5e and v6e is documented in both directions together (400 and
-# 800 GB/s): half of it leaves the chip. That of v5p is 4,800 Gb/s, read as one
-# direction, as the older 1,600 Gb/s of v5e is.
+# documented interconnect of v5e and v6e (400 and 800 GB/s) is the sum of both
+# directions: half of it leaves the chip. That of v5p, 4,800 Gb/s, is read as
+# one direction, as the older 1,600 Gb/s of v5e is.
+_SQUARES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8')
 CHIPS = {
-  'v5e': Chip(
-    hbm=16e9,
-    flops=197e12,
-    hbm_bandwidth=819e9,
-    ici_bandwidth=200e9,
-    slices=('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
-  ),
-  'v5p': Chip(
-    hbm=95e9,
-    flops=459e12,
-    hbm_bandwidth=2765e9,
-    ici_bandwidth=600e9,
-    slices=('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8'),
-  ),
-  'v6e': Chip(
-    hbm=32e9,
-    flops=918e12,
-    hbm_bandwidth=1638e9,
-    ici_bandwidth=400e9,
-    slices=('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
-  ),
+  'v5e': Chip(16e9, 197e12, 819e9, 200e9, _SQUARES),
+  'v5p': Chip(95e9, 459e12, 2765e9, 600e9, _CUBES),
+  'v6e': Chip(32e9, 918e12, 1638e9, 400e9, _SQUARES),
 }
 
-# What `libtpu` asks for where there is no TPU. It locks itself to one process,
-# for the sake of hardware that is not used here.
+# `libtpu` requires these where there is no TPU.
 _ENVIRONMENT = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
   'TPU_WORKER_HOSTNAMES': 'localhost',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # No TPU needs to be locked.
   'TPU_MIN_LOG_LEVEL': '3',
   'TPU_STDERR_LOG_LEVEL': '3',
 }
 
 
 class TopologyError(ValueError):
-  """A slice that cannot be compiled for; the message says what can."""
+  """A slice that cannot be compiled for; the message lists those that can."""
 
 
 def available() -> bool:
-  """Whether the extra `tpu` is there."""
+  """Whether the extra `tpu` is installed."""
   return importlib.util.find_spec('libtpu') is not None
 
 
@@ -80,25 +63,26 @@ def chip(topology: str) -> Chip:
     TopologyError: an unknown family or shape.
   """
   family, _, shape = topology.partition(':')
-  found = CHIPS.get(family)
-  if found is None or shape not in found.slices:
-    known = '; '.join(
-      f'{name}: {" ".join(one.slices)}'
-      for name, one in CHIPS.items()
-      if found is None or name == family
-    )
-    raise TopologyError(
-      f'unknown topology {topology!r}: write FAMILY:SHAPE, of {known}'
-    )
-  return found
+  if family in CHIPS and shape in CHIPS[family].slices:
+    return CHIPS[family]
+  known = '; '.join(
+    f'{name}: {" ".join(CHIPS[name].slices)}'
+    for name in ([family] if family in CHIPS else CHIPS)
+  )
+  raise TopologyError(
+    f'unknown topology {topology!r}: write FAMILY:SHAPE, of {known}'
+  )
 
 
 def slices(family: str) -> list[str]:
-  """Topologies of a family, small to large."""
-  found = CHIPS.get(family)
-  if found is None:
+  """Topologies of a family, small to large.
+
+  Raises:
+    TopologyError: an unknown family.
+  """
+  if family not in CHIPS:
     raise TopologyError(f'unknown family {family!r}: {", ".join(CHIPS)}')
-  return [f'{family}:{shape}' for shape in found.slices]
+  return [f'{family}:{shape}' for shape in CHIPS[family].slices]
 
 
 def size(topology: str) -> int:
@@ -110,16 +94,13 @@ def size(topology: str) -> int:
 def devices(topology: str) -> list[jax.Device]:
   """Describes a slice; the process itself computes on the CPU.
 
-  Args:
-    topology: of `slices`.
-
   Returns:
-    Its devices, one a chip. Nothing can be put on them.
+    Its devices, one a chip. They hold no arrays.
 
   Raises:
     TopologyError: an unknown topology, or `libtpu` is not installed.
   """
-  chip(topology)
+  count = size(topology)
   if not available():
     raise TopologyError(
       f'{topology}: its compiler is not installed; pip install "gr2_jax[tpu]" '
@@ -129,7 +110,6 @@ def devices(topology: str) -> list[jax.Device]:
     os.environ.setdefault(name, value)
   if not jax.config.jax_platforms:
     jax.config.update('jax_platforms', 'cpu')
-  # By default a host has four chips; a slice of one has a host of its own.
-  host = {'chips_per_host_bounds': (1, 1, 1)} if size(topology) == 1 else {}
-  found = topologies.get_topology_desc(topology, 'tpu', **host)
-  return list(found.devices)
+  # By default a host has four chips; a slice of one chip needs its own host.
+  host = {'chips_per_host_bounds': (1, 1, 1)} if count == 1 else {}
+  return list(topologies.get_topology_desc(topology, 'tpu', **host).devices)

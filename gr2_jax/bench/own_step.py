@@ -122,7 +122,7 @@ def make_step(
     eos=model.vocab_size,
     pad=0,
   )
-  sampler = sampling.SamplingConfig(
+  sampler = sampling.SamplingOptions(
     group=size.group, max_tokens=size.completion
   )
   optimizer = learner.make_optimizer(OPTIMIZER)

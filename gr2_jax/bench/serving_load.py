@@ -81,7 +81,7 @@ def slates_of(
   test = slates_lib.read(folder, 'test')
   names = slates_lib.read_catalog(folder).item_ids
   rows = np.random.default_rng(0).permutation(len(test))[:most]
-  records = slates_lib.source(folder, 'test')
+  records = slates_lib.SlateSource(folder, 'test')
   asked = [requests_lib.of_record(records[row], names) for row in rows]
   return asked, test.grades[rows], test.count[rows]
 

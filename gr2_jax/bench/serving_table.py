@@ -95,7 +95,9 @@ def ndcg(orders: Orders, grades_nxK: np.ndarray, count_n: np.ndarray) -> float:
   )
   for row, order in enumerate(orders):
     ranking[row, : len(order)] = order
-  return float(ranking_lib.watch(ranking, grades_nxK, count_n)['n@5'].mean())
+  return float(
+    ranking_lib.slate_metrics(ranking, grades_nxK, count_n)['n@5'].mean()
+  )
 
 
 def _rounded(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

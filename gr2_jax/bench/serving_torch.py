@@ -101,20 +101,21 @@ def beside(
     ValueError: prompts have memory tokens, of which `transformers` knows
       nothing.
   """
-  setup = policy.policy.setup
-  if setup.prompter.context.memory:
+  spec = policy.policy.spec
+  if spec.prompter.context.memory:
     raise ValueError(
       f'{policy.artifact}: this policy reads histories through memory tokens, '
       'and transformers has no mask for them: ask without this peer'
     )
-  devices = setup.mesh.shape['data'] * setup.mesh.shape['fsdp']
+  mesh = policy.policy.mesh
+  devices = mesh.shape['data'] * mesh.shape['fsdp']
   return dataclasses.replace(
     policy,
-    policy=policy_lib.Policy(setup, _load(policy)),
+    policy=policy_lib.Policy(spec, _load(policy), mesh),
     programs={
       mode: dict.fromkeys(
         range(devices, largest_batch + 1, devices),
-        functools.partial(_answer, setup, mode),
+        functools.partial(_answer, spec, mode),
       )
       for mode in modes
     },
@@ -125,8 +126,8 @@ def _load(
   policy: reranker_lib.Reranker,
 ) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
   """The model and the read-out vector [D], by way of a checkpoint."""
-  setup, params = policy.policy.setup, policy.policy.params
-  pieces = setup.vocabulary.pieces
+  spec, params = policy.policy.spec, policy.policy.params
+  pieces = spec.vocabulary.pieces
   if isinstance(pieces, vocabulary.PretrainedPieces):
     tokenizer_json = pieces.json
   else:
@@ -134,27 +135,27 @@ def _load(
     home = policy.artifact.parent / inputs['backbone']
     tokenizer_json = unigram.tokenizer_json(vocabulary.find(home).read_bytes())
   dtypes = {dtype: name for name, dtype in export.DTYPES.items()}
-  prompter = setup.prompter
+  prompter = spec.prompter
   with tempfile.TemporaryDirectory() as root:
     folder = pathlib.Path(root, export.CHECKPOINT)
     hf.export(
       folder,
-      'qwen3' if setup.model.qk_norm else 'llama',
+      'qwen3' if spec.model.qk_norm else 'llama',
       params,
-      setup.model,
+      spec.model,
       tokenizer_json,
       max_positions=prompter.prompt_tokens + prompter.thinking_tokens,
-      dtype=dtypes[setup.model.dtype],
+      dtype=dtypes[spec.model.dtype],
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-      folder, dtype=getattr(torch, setup.model.dtype)
+      folder, dtype=getattr(torch, spec.model.dtype)
     )
   return model.eval(), torch.tensor(np.asarray(params['readout']))
 
 
 @torch.inference_mode()
 def _answer(
-  setup: policy_lib.Setup, mode: str, params: Any, batch: Any
+  spec: policy_lib.PolicySpec, mode: str, params: Any, batch: Any
 ) -> dict[str, np.ndarray]:
   """A program of `Reranker`: a batch of `batches.requests` to `Ranked`."""
   model, readout_D = params
@@ -174,7 +175,7 @@ def _answer(
     )
     slots = slots + pad[:, None]
     hidden, tokens = _generate(
-      setup, mode == 'reason', model, prompts, pad, count
+      spec, mode == 'reason', model, prompts, pad, count
     )
   at_slots = hidden[torch.arange(len(slots))[:, None], torch.tensor(slots)]
   scores = (at_slots.float() @ readout_D).numpy()
@@ -193,7 +194,7 @@ def _answer(
       tokens=np.zeros((len(count), 1), np.int32),
       length=np.zeros_like(count),
     )
-  grammar = setup.grammar
+  grammar = spec.grammar
   written = np.argmax(tokens == grammar.eos, -1) + 1
   order = np.tile(np.arange(scores.shape[1]), (len(count), 1))
   for row, (end, n) in enumerate(zip(written - 1, count, strict=True)):
@@ -206,7 +207,7 @@ def _answer(
 
 
 def _generate(
-  setup: policy_lib.Setup,
+  spec: policy_lib.PolicySpec,
   thinking: bool,
   model: transformers.PreTrainedModel,
   prompts_BxT: np.ndarray,
@@ -214,8 +215,8 @@ def _generate(
   count_B: np.ndarray,
 ) -> tuple[torch.Tensor, np.ndarray]:
   """Hidden states of left-padded prompts [B, T, D], and completions."""
-  grammar, width = setup.grammar, prompts_BxT.shape[1]
-  budget = setup.sampling(1, thinking, 0.0, True).max_tokens
+  grammar, width = spec.grammar, prompts_BxT.shape[1]
+  budget = spec.sampling(1, thinking, 0.0, True).max_tokens
   seen = []
   hook = model.model.norm.register_forward_hook(
     lambda unused_module, unused_inputs, hidden: seen.append(hidden)

@@ -14,6 +14,7 @@ import numpy as np
 from configs import baselines as baselines_config
 from gr2_jax.baselines import gbdt
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.serving import answer as answer_lib
 from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
 
@@ -44,7 +45,7 @@ class Trees(reranker_lib.Reranker):
       own = scores_K[: len(request.names)]
       order = np.argsort(-own, kind='stable').tolist()
       lines.append(
-        reranker_lib.incoming_order(request, mode)
+        answer_lib.incoming_order(request, mode)
         | {
           'ranking': [request.names[rank] for rank in order],
           'order': order,

@@ -104,11 +104,11 @@ def watch(judged: Judgement) -> dict[str, jax.Array]:
   }
 
 
-def read_whole(setup: policy.Setup, params, rows) -> jax.Array:
+def read_whole(spec: policy.PolicySpec, params, rows) -> jax.Array:
   """A ranker's scores of whole contexts; pure.
 
   Args:
-    setup: of `compressor.of`.
+    spec: of `compressor.of`.
     params: the ranker's.
     rows: of prompts: prompt, prompt_length, slots.
 
@@ -116,13 +116,13 @@ def read_whole(setup: policy.Setup, params, rows) -> jax.Array:
     float32 [P, K].
   """
   hidden, _ = transformer.encode_prompt(
-    setup.model, params, rows['prompt'], rows['prompt_length']
+    spec.model, params, rows['prompt'], rows['prompt_length']
   )
   return transformer.slot_scores(params, hidden, rows['slots'])
 
 
 def make_likeness(
-  setup: policy.Setup, marks: compression.Symbols, stage
+  spec: policy.PolicySpec, marks: compression.Symbols, stage
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
   """How like what it is held to a ranker finds what it reads.
 
@@ -131,7 +131,7 @@ def make_likeness(
   whole context or, where it is held to the labels, these as shares.
 
   Args:
-    setup: of `compressor.of`.
+    spec: of `compressor.of`.
     marks: of `compressor.symbols`.
     stage: judge_by.
 
@@ -139,7 +139,7 @@ def make_likeness(
     `(ranker's parameters, rows) -> t`, float32 [P, K], and `(ranker's
     parameters, t, count, tokens, length) -> float32 [P, G]`; both are pure.
   """
-  read = make_reader(setup, marks)
+  read = make_reader(spec, marks)
 
   def shares(scores, count):
     real = masking.length_mask(count, scores.shape[-1])
@@ -149,7 +149,7 @@ def make_likeness(
     if stage.judge_by != 'order':
       grades = rows['grades'].astype(jnp.float32)
       return masking.divide(grades, grades.sum(-1, keepdims=True))
-    logs, _ = shares(read_whole(setup, params, rows), rows['count'])
+    logs, _ = shares(read_whole(spec, params, rows), rows['count'])
     return jnp.exp(logs)
 
   def likeness(params, target, count, tokens, length) -> jax.Array:
@@ -160,30 +160,30 @@ def make_likeness(
 
 
 def make_reader(
-  setup: policy.Setup, marks: compression.Symbols
+  spec: policy.PolicySpec, marks: compression.Symbols
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
   """How a ranker reads compressions in place of the whole.
 
   Args:
-    setup: of `compressor.of`.
+    spec: of `compressor.of`.
     marks: of `compressor.symbols`.
 
   Returns:
     `(ranker's parameters, tokens [P, G, T], length [P, G]) -> scores
     [P, G, K]`; pure.
   """
-  before = jnp.array([*setup.prompter.opening, marks.history], jnp.int32)
+  before = jnp.array([*spec.prompter.opening, marks.history], jnp.int32)
 
   def read(params, tokens: jax.Array, length: jax.Array) -> jax.Array:
     P, G, T = tokens.shape
-    K = setup.prompter.num_candidates
+    K = spec.prompter.num_candidates
     tokens = tokens.reshape(P * G, T)
     opening = jnp.broadcast_to(before, (P * G, len(before)))
     prompt = jnp.concatenate([opening, tokens], axis=1)
     slot = marks.slot_base + jnp.arange(K)
     places = jnp.argmax(tokens[:, None] == slot[:, None], axis=-1)
     hidden, _ = transformer.encode_prompt(
-      setup.model,
+      spec.model,
       params,
       prompt,
       length.reshape(-1) + len(before),
@@ -195,24 +195,24 @@ def make_reader(
 
 
 def make_ranker(
-  setup: policy.Setup, marks: compression.Symbols, stage
+  spec: policy.PolicySpec, marks: compression.Symbols, stage
 ) -> Callable[..., compression.Judged]:
   """How a ranker judges what it reads.
 
   Args:
-    setup: of `compressor.of`.
+    spec: of `compressor.of`.
     marks: of `compressor.symbols`.
     stage: judge_by, judge_k, judge_top.
 
   Returns:
     `(ranker's parameters, rows, rollouts, preservation) -> Judged`; pure.
   """
-  read = make_reader(setup, marks)
+  read = make_reader(spec, marks)
 
   def judge(params, rows, rollouts, preservation) -> compression.Judged:
     grades = rows['grades']
     if stage.judge_by == 'order':
-      scores = read_whole(setup, params, rows)
+      scores = read_whole(spec, params, rows)
       grades = compression.order_grades(scores, rows['count'])
     return compression.judge(
       read(params, rollouts.tokens, rollouts.length),
@@ -276,7 +276,9 @@ class Remote:
       | {'tokens': rollouts.tokens, 'length': rollouts.length, 'paid': paid}
     )
     empty = np.zeros((*host['paid'].shape, 3), np.float32)
-    marks = processes.broadcast_from_main(lambda: self._marks(host, empty), empty)
+    marks = processes.broadcast_from_main(
+      lambda: self._marks(host, empty), empty
+    )
     return sharding.shard_batch(judged(marks), self._mesh)
 
   def _marks(self, host: dict[str, np.ndarray], empty: np.ndarray):

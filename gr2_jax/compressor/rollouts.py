@@ -14,7 +14,6 @@ Axes: P prompts, G compressions of each, S prompt tokens, T compression tokens,
 K candidates.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -33,22 +32,17 @@ from gr2_jax.train import policy_gradient
 _COUNTED = 512  # training contexts of which an average one's tokens are known
 
 
-def of(setup: policy.Setup, slack: int) -> policy.Setup:
-  """The same tokens and shapes, to write compressions with.
+def grammar(prompter: prompt.Prompter, slack: int) -> grammar_lib.Extraction:
+  """The grammar of the compressions of a data set's prompts.
 
   Args:
-    setup: a ranker's.
+    prompter: of the data set.
     slack: tokens by which a candidate's line may be longer than the first, and
       the first shorter than its share.
 
   Raises:
     ValueError: the prompts do not begin with the history.
   """
-  return dataclasses.replace(setup, grammar=grammar(setup.prompter, slack))
-
-
-def grammar(prompter: prompt.Prompter, slack: int) -> grammar_lib.Extraction:
-  """What may be written of a prompt; see `of`."""
   words = prompter.vocabulary
   if prompter.layout != ('history', 'candidates'):
     raise ValueError(
@@ -67,25 +61,27 @@ def grammar(prompter: prompt.Prompter, slack: int) -> grammar_lib.Extraction:
   )
 
 
-def budgets(setup: policy.Setup, keeps: Collection[float]) -> dict[float, int]:
+def budgets(
+  prompter: prompt.Prompter, slates: Any, keeps: Collection[float]
+) -> dict[float, int]:
   """How many tokens a share of the context is.
 
   The share is of an average context of the training slates, so that a slate
   costs its readers the same whether its user is known for long or not.
 
   Args:
-    setup: of `of`.
+    prompter: of the data set.
+    slates: random access to the training slates.
     keeps: shares.
 
   Returns:
     Share -> tokens of a compression at most, <eos> included.
   """
-  slates, p = setup.source('train'), setup.prompter
   few = np.linspace(0, len(slates) - 1, _COUNTED).astype(int)
   orders = (np.arange(int(slates[i]['count'])) for i in few)
   mean = np.mean(
     [
-      context_tokens(p, p.prompt(slates[i], order)['prompt'])
+      context_tokens(prompter, prompter.prompt(slates[i], order)['prompt'])
       for i, order in zip(few, orders, strict=True)
     ]
   )
@@ -93,16 +89,16 @@ def budgets(setup: policy.Setup, keeps: Collection[float]) -> dict[float, int]:
 
 
 def sampler(
-  setup: policy.Setup,
+  grammar: grammar_lib.Extraction,
   budgets: Mapping[float, int],
   *,
   group: int = 1,
   temperature: float = 0.0,
   constrained: bool = True,
-) -> sampling.SamplingConfig:
+) -> sampling.SamplingOptions:
   """A sampler with room for the largest budget, and for every slate's marks."""
-  least = setup.grammar.least(setup.prompter.num_candidates)
-  return sampling.SamplingConfig(
+  least = grammar.least(grammar.num_candidates)
+  return sampling.SamplingOptions(
     group=group,
     max_tokens=max(least, *budgets.values()),
     temperature=temperature,
@@ -174,14 +170,20 @@ def facts(
   )
 
 
-def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
+def imitation_loss(
+  spec: policy.PolicySpec,
+  grammar: grammar_lib.Extraction,
+  config: sampling.SamplingOptions,
+  stage,
+):
   """Cross entropy of given compressions, under the sampler's own mask.
 
   Of several of a slate only the one counts that the ranker finds most like
   what it is held to, see `judge.make_likeness`.
 
   Args:
-    setup: of `of`.
+    spec: the policy's.
+    grammar: of `grammar`.
     config: of `sampler`, of temperature 1.
     stage: section `compress`.
 
@@ -189,13 +191,11 @@ def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
     `(params, ranker, rows) -> (loss, metrics)`; rows have `tokens` int32
     [P, G, T] and `length` int32 [P, G] beside the fields of `requests`.
   """
-  target, likeness = judge.make_likeness(
-    setup, symbols(setup.vocabulary), stage
-  )
+  target, likeness = judge.make_likeness(spec, symbols(spec.vocabulary), stage)
 
   def loss_fn(params, ranker, rows):
     tokens, length = rows['tokens'], rows['length']
-    source = facts(setup.grammar, rows)
+    source = facts(grammar, rows)
     like = likeness(ranker, target(ranker, rows), rows['count'], tokens, length)
     best = jnp.argmax(like, axis=1)[:, None]
     batch = policy_gradient.PolicyBatch(
@@ -208,9 +208,7 @@ def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
       advantage=None,
       use=None,
     )
-    scores = policy_gradient.score(
-      setup.model, params, batch, setup.grammar, config
-    )
+    scores = policy_gradient.score(spec.model, params, batch, grammar, config)
     written = masking.length_mask(batch.length, tokens.shape[-1])
     loss = losses.token_cross_entropy(scores.logp, written).mean()
     return loss, {
@@ -223,30 +221,34 @@ def imitation_loss(setup: policy.Setup, config: sampling.SamplingConfig, stage):
 
 
 def make_draw(
-  setup: policy.Setup, config: sampling.SamplingConfig, stage
+  spec: policy.PolicySpec,
+  grammar: grammar_lib.Extraction,
+  config: sampling.SamplingOptions,
+  stage,
 ) -> Callable[..., judge.Drawn]:
   """How compressions are sampled and verified.
 
   Args:
-    setup: of `of`.
+    spec: the policy's.
+    grammar: of `grammar`.
     config: how to roll out.
     stage: slack, ellipsis_cost.
 
   Returns:
     `(params, rows, key) -> Drawn`; pure.
   """
-  verify = make_verify(setup, stage)
+  verify = make_verify(spec, stage)
 
   def draw(params, rows, key) -> judge.Drawn:
-    source = facts(setup.grammar, rows)
+    source = facts(grammar, rows)
     rollouts = sampling.sample(
-      setup.model,
+      spec.model,
       params,
       rows['prompt'],
       rows['prompt_length'],
       source,
       key,
-      setup.grammar,
+      grammar,
       config,
     )
     return verify(rows, source, rollouts)
@@ -254,17 +256,17 @@ def make_draw(
   return draw
 
 
-def make_verify(setup: policy.Setup, stage) -> Callable[..., judge.Drawn]:
+def make_verify(spec: policy.PolicySpec, stage) -> Callable[..., judge.Drawn]:
   """What can be said of compressions without a judge.
 
   Args:
-    setup: of `of`.
+    spec: the policy's.
     stage: slack, ellipsis_cost.
 
   Returns:
     `(rows, facts, rollouts) -> Drawn`; pure.
   """
-  marks = symbols(setup.vocabulary)
+  marks = symbols(spec.vocabulary)
 
   def verify(rows, source, rollouts) -> judge.Drawn:
     tokens, length = rollouts.tokens, rollouts.length
@@ -292,8 +294,9 @@ def make_verify(setup: policy.Setup, stage) -> Callable[..., judge.Drawn]:
 
 
 def make_judged(
-  setup: policy.Setup,
-  config: sampling.SamplingConfig,
+  spec: policy.PolicySpec,
+  grammar: grammar_lib.Extraction,
+  config: sampling.SamplingOptions,
   stage,
   ranker: Any,
   remote: judge.Remote | None,
@@ -305,7 +308,8 @@ def make_judged(
   and the host between them.
 
   Args:
-    setup: of `of`.
+    spec: the policy's.
+    grammar: of `grammar`.
     config: how to roll out.
     stage: section `compress`.
     ranker: parameters of the ranker; None where nobody judges.
@@ -315,7 +319,7 @@ def make_judged(
   Returns:
     `(params, rows, key) -> result`.
   """
-  draw = make_draw(setup, config, stage)
+  draw = make_draw(spec, grammar, config, stage)
 
   def finish(rows, drawn: judge.Drawn, judged: compression.Judged):
     return use(rows, drawn, judge.pay(drawn, judged, stage.compression_weight))
@@ -323,7 +327,7 @@ def make_judged(
   if remote is None:
     read = judge.nobody
     if ranker is not None:
-      read = judge.make_ranker(setup, symbols(setup.vocabulary), stage)
+      read = judge.make_ranker(spec, symbols(spec.vocabulary), stage)
 
     @jax.jit
     def whole(ranker, params, rows, key):
@@ -351,8 +355,9 @@ def make_judged(
 
 
 def make_act(
-  setup: policy.Setup,
-  config: sampling.SamplingConfig,
+  spec: policy.PolicySpec,
+  grammar: grammar_lib.Extraction,
+  config: sampling.SamplingOptions,
   stage,
   ranker: Any,
   remote: judge.Remote | None = None,
@@ -360,7 +365,8 @@ def make_act(
   """Compiles rollouts and what they teach.
 
   Args:
-    setup: of `of`.
+    spec: the policy's.
+    grammar: of `grammar`.
     config: how to roll out.
     stage: section `compress`.
     ranker: parameters of the ranker that judges.
@@ -391,4 +397,4 @@ def make_act(
     }
     return batch, watches
 
-  return make_judged(setup, config, stage, ranker, remote, learn)
+  return make_judged(spec, grammar, config, stage, ranker, remote, learn)

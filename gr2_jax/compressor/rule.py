@@ -20,12 +20,17 @@ from gr2_jax.prompts import examples, prompt
 
 
 def most_telling(
-  setup: policy.Setup, ranker: Any, stage, order: str, slates: Any
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
+  ranker: Any,
+  stage,
+  order: str,
+  slates: Any,
 ) -> list[extracts.Unit]:
   """Places of a candidate's line in the order in which they are worth keeping.
 
   Args:
-    setup: of `rollouts.of`.
+    spec: the ranker's.
     ranker: its parameters.
     stage: section `compress`: judge_by, eval_batch_size.
     order: in which candidates are shown, of `prompt.ORDERS`.
@@ -34,12 +39,12 @@ def most_telling(
   Returns:
     All of `extracts.units`, the most telling first.
   """
-  prompter = setup.prompter
+  prompter = spec.prompter
   units = extracts.units(prompter.lines(slates[0]).candidates[0])
   place = {unit: i for i, unit in enumerate(units)}
   target, likeness = map(
     jax.jit,
-    judge.make_likeness(setup, rollouts.symbols(setup.vocabulary), stage),
+    judge.make_likeness(spec, rollouts.symbols(spec.vocabulary), stage),
   )
   whole = rollouts.requests(prompter, {1.0: prompter.prompt_tokens}, order)
 
@@ -49,10 +54,10 @@ def most_telling(
     return row | {'lines': _lines(prompter, slate, shown, units)}
 
   cases = []
-  with sharding.activate(setup.mesh):
+  with sharding.activate(mesh):
     for n, batch in examples.in_order(slates, render, stage.eval_batch_size, 0):
       lines, count = batch.pop('lines'), batch['count']
-      rows = sharding.shard_batch(batch, setup.mesh)
+      rows = sharding.shard_batch(batch, mesh)
       cases.append((n, lines, count, target(ranker, rows)))
 
   def worth(alternatives: list[list[extracts.Unit]]) -> np.ndarray:
@@ -61,11 +66,13 @@ def most_telling(
     # As many alternatives every time, so that all are one trace.
     kept = np.pad(kept, [(0, len(units) - len(kept)), (0, 0)], mode='edge')
     found = []
-    with sharding.activate(setup.mesh):
+    with sharding.activate(mesh):
       for n, lines, count, held_to in cases:
-        case = (count, *_written(setup, lines[:, :, kept], count, len(units)))
-        case = sharding.shard_batch(case, setup.mesh)
-        found.append(processes.gather_to_host(likeness(ranker, held_to, *case))[:n])
+        case = (count, *_written(spec, lines[:, :, kept], count, len(units)))
+        case = sharding.shard_batch(case, mesh)
+        found.append(
+          processes.gather_to_host(likeness(ranker, held_to, *case))[:n]
+        )
     return np.concatenate(found).mean(0)[: len(alternatives)]
 
   return extracts.most_telling(units, worth)
@@ -86,12 +93,12 @@ def _lines(
 
 
 def _written(
-  setup: policy.Setup, kept: np.ndarray, count: np.ndarray, most: int
+  spec: policy.PolicySpec, kept: np.ndarray, count: np.ndarray, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Compressions that keep these tokens and the marks alone.
 
   Args:
-    setup: of `rollouts.of`.
+    spec: the ranker's.
     kept: int32 [P, K, A, u], of every candidate's line.
     count: int32 [P].
     most: U, what a line may have.
@@ -100,16 +107,16 @@ def _written(
     int32 [P, A, T] and [P, A], with <eos>.
   """
   P, K, A, u = kept.shape
-  words, grammar = setup.vocabulary, setup.grammar
+  words = spec.vocabulary
   slots = words.slot_base + np.arange(K, dtype=np.int32)
   slots = np.broadcast_to(slots[:, None, None], (P, K, A, 1))
   lines = np.concatenate([kept, slots], axis=-1).transpose(0, 2, 1, 3)
   body = lines.reshape(P, A, K * (u + 1))
-  tokens = np.full((P, A, K * (most + 1) + 2), grammar.pad, np.int32)
+  tokens = np.full((P, A, K * (most + 1) + 2), words.pad, np.int32)
   tokens[..., 0] = words.control['<candidates>']
   tokens[..., 1 : 1 + K * (u + 1)] = body
   end = np.broadcast_to((1 + count * (u + 1))[:, None], (P, A))
   place = np.arange(tokens.shape[-1])
-  tokens = np.where(place < end[..., None], tokens, grammar.pad)
-  np.put_along_axis(tokens, end[..., None], grammar.eos, axis=-1)
+  tokens = np.where(place < end[..., None], tokens, words.pad)
+  np.put_along_axis(tokens, end[..., None], words.eos, axis=-1)
   return tokens, (end + 1).astype(np.int32)

@@ -43,7 +43,8 @@ class Written:
 
 
 def make_write(
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
   ranker: Any,
   config,
   stage,
@@ -53,7 +54,8 @@ def make_write(
   """How slates are compressed greedily, a batch after another.
 
   Args:
-    setup: of `rollouts.of`.
+    spec: the policy's.
+    mesh: where the parameters lie.
     ranker: parameters of the ranker that judges; None where nobody does.
     config: section prompt.
     stage: section `compress`.
@@ -65,9 +67,10 @@ def make_write(
     function of (seed, index), and an empty `desc` shows no progress.
   """
   render = rollouts_lib.requests(
-    setup.prompter, budgets, config.prompt.order, remote is not None
+    spec.prompter, budgets, config.prompt.order, remote is not None
   )
-  greedy = rollouts_lib.sampler(setup, budgets, constrained=stage.constrained)
+  grammar = rollouts_lib.grammar(spec.prompter, stage.slack)
+  greedy = rollouts_lib.sampler(grammar, budgets, constrained=stage.constrained)
 
   def tell(rows, drawn: judge.Drawn, judged: judge.Judgement):
     del rows
@@ -78,7 +81,9 @@ def make_write(
       **judged._asdict(),
     }
 
-  answer = rollouts_lib.make_judged(setup, greedy, stage, ranker, remote, tell)
+  answer = rollouts_lib.make_judged(
+    spec, grammar, greedy, stage, ranker, remote, tell
+  )
 
   def write(params, slates, seed: int, desc: str = '') -> Iterator[Written]:
     key = jax.random.key(0)  # The greedy draw nothing.
@@ -86,12 +91,12 @@ def make_write(
       reporting.progress(
         len(slates), desc or 'compress', unit='slate', quiet=not desc
       ) as bar,
-      sharding.activate(setup.mesh),
+      sharding.activate(mesh),
     ):
       for n, batch in examples.in_order(
         slates, render, stage.eval_batch_size, seed
       ):
-        rows = sharding.shard_batch(batch, setup.mesh)
+        rows = sharding.shard_batch(batch, mesh)
         found = processes.gather_to_host(answer(params, rows, key))
         found = {name: x[:n, 0] for name, x in found.items()}
         bar.update(n)
@@ -107,12 +112,12 @@ def make_write(
 
 
 def store(
-  setup: policy.Setup, slates: Any, parts: Iterable[Written]
+  spec: policy.PolicySpec, slates: Any, parts: Iterable[Written]
 ) -> Iterator[dict[str, np.ndarray]]:
   """Records of `compressions` of what was written, in order.
 
   Args:
-    setup: the ranker's, whose prompts have the whole context.
+    spec: the ranker's, whose prompts have the whole context.
     slates: those that were compressed.
     parts: of `make_write`.
   """
@@ -120,15 +125,15 @@ def store(
   at = 0
   for part in parts:
     for row, count in enumerate(part.count.tolist()):
-      whole = setup.prompter.context.reduce(
-        setup.prompter.lines(slates[at + row]), None
+      whole = spec.prompter.context.reduce(
+        spec.prompter.lines(slates[at + row]), None
       )
       fault, length = int(part.judged.verdict[row]), int(part.length[row])
       written = whole
       if fault == compression.VALID:
         written = compressed.split_up(
           part.tokens[row, :length],
-          setup.prompter,
+          spec.prompter,
           part.presented[row, :count],
         )
       elif fault == compression.OVER_BUDGET and length == count + 2:

@@ -1,4 +1,4 @@
-"""A policy's answers to test slates, made once: for `evaluate` and studies.
+"""A policy's answers to test slates, made once for `evaluate` and studies.
 
 Axes: n slates, K candidates.
 """
@@ -9,50 +9,52 @@ from typing import Any
 
 import numpy as np
 
+from gr2_jax.data import files
 from gr2_jax.ops import metrics
-from gr2_jax.policy import claims, policy, ranking
+from gr2_jax.policy import claims, ranking
+from gr2_jax.policy import policy as policy_lib
 
-CLAIMS = 'claims/'  # Before the names of what is found in the reasoning.
+CLAIMS = 'claims/'  # prefix of the marks of the reasoning
 
 
 def ranked(
   path: pathlib.Path,
-  load: Callable[[], tuple[policy.Setup, Any, Any]],
+  load: Callable[[], tuple[policy_lib.Policy, Any]],
   *,
   thinking: bool,
   order: str,
   batch_size: int,
   seed: int,
-  watches: Collection[str] = (),
+  extras: Collection[str] = (),
+  also: Callable[[policy_lib.Policy, Any], dict[str, np.ndarray]] | None = None,
   desc: str = '',
 ) -> dict[str, np.ndarray]:
-  """Ranks slates with a policy, or finds what it answered before.
+  """Ranks slates with a policy, or reads the answers of an earlier call.
 
   Args:
-    path: the file that keeps the answers; where it is, nothing is loaded.
-    load: `() -> (setup, parameters, random access to slates)`.
+    path: file of the answers; where it exists, nothing is loaded.
+    load: `() -> (policy, random access to slates)`.
     thinking: whether the policy reasons first.
-    order: in which candidates are shown, of `prompts.ORDERS`.
+    order: how candidates are presented, one of `prompt.ORDERS`.
     batch_size: slates at a time.
     seed: of the presentation.
-    watches: what is asked for beside the answers, some of `order_sensitivity`
-      and `free_verdict`, which cost another pass each, and `claims`.
-    desc: of a progress bar; empty for none.
+    extras: what to add: `order_sensitivity` and `free_verdict`, which rank all
+      slates once more, and `claims`.
+    also: `(policy, slates) -> name -> array`, more to store with the answers.
+    desc: label of the progress bar; empty for none.
 
   Returns:
-    generated, readout, verdict and length, as `ranking.Ranked` has them. Where
-    they are asked for: `order_sensitivity` float32 [n], how much an answer
-    changes with a shuffled presentation; `free_verdict` int32 [n], without the
-    permutation mask; what `claims.judge` finds in the reasoning, float64 [n]
-    under CLAIMS + name.
+    `generated`, `readout`, `verdict` and `length` of `ranking.Ranked`. With the
+    extras: `order_sensitivity` float32 [n], how much an answer changes with a
+    shuffled presentation; `free_verdict` int32 [n], without the permutation
+    mask; the marks of `claims.judge`, float64 [n] each, under CLAIMS + name.
   """
   if not path.exists():
-    setup, params, slates = load()
+    policy, slates = load()
 
     def answer(order: str, seed: int, constrained: bool) -> ranking.Ranked:
       return ranking.rank(
-        setup,
-        params,
+        policy,
         slates,
         thinking=thinking,
         order=order,
@@ -62,32 +64,33 @@ def ranked(
         desc=desc,
       )
 
-    own = answer(order, seed, True)
-    found = {
-      name: getattr(own, name)
+    answers = answer(order, seed, True)
+    fields = {
+      name: getattr(answers, name)
       for name in ('generated', 'readout', 'verdict', 'length')
     }
-    if 'order_sensitivity' in watches:
+    if 'order_sensitivity' in extras:
       again = answer('shuffled', seed + 1, True)
-      found['order_sensitivity'] = metrics.order_sensitivity(
-        own.generated, again.generated, own.count
+      fields['order_sensitivity'] = metrics.order_sensitivity(
+        answers.generated, again.generated, answers.count
       )
-    if 'free_verdict' in watches:
-      found['free_verdict'] = answer(order, seed, False).verdict
-    if 'claims' in watches:
-      judged = claims.judge(
-        setup.prompter,
-        setup.catalog,
+    if 'free_verdict' in extras:
+      fields['free_verdict'] = answer(order, seed, False).verdict
+    if 'claims' in extras:
+      marks = claims.judge(
+        policy.spec.prompter,
+        policy.spec.catalog,
         slates,
-        tokens=own.tokens,
-        length=own.length,
-        presented=own.presented,
-        generated=own.generated,
-        verdict=own.verdict,
+        tokens=answers.tokens,
+        length=answers.length,
+        presented=answers.presented,
+        generated=answers.generated,
+        verdict=answers.verdict,
       )
-      found |= {CLAIMS + name: values for name, values in judged.items()}
-    temporary = path.with_suffix('.tmp.npz')
-    np.savez(temporary, **found)
-    temporary.replace(path)
-  with np.load(path) as kept:
-    return dict(kept)
+      fields |= {CLAIMS + name: values for name, values in marks.items()}
+    if also:
+      fields |= also(policy, slates)
+    with files.atomic_write(path, 'wb') as file:
+      np.savez(file, **fields)
+  with np.load(path) as file:
+    return dict(file)

@@ -80,7 +80,7 @@ class Reader:
 
     Args:
       ids: int [T], without the token that ends it.
-      slate: one record of `slates.source`.
+      slate: one record of `slates.SlateSource`.
       presented: int [K], incoming rank of each slot; of a stored trace, whose
         slots are incoming ranks, `np.arange(K)`.
       first: incoming rank of the answer's first pick; None without an answer.

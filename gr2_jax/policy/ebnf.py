@@ -20,7 +20,7 @@ MOST = 10
 
 
 def ranking(
-  grammar: grammar_lib.Ranking, count: int, sampler: sampling.SamplingConfig
+  grammar: grammar_lib.Ranking, count: int, sampler: sampling.SamplingOptions
 ) -> str:
   """The rankings of a slate that a constrained sampler can write.
 

@@ -1,4 +1,4 @@
-"""A policy put together from finished artifacts: tokens, shapes, parameters."""
+"""A policy assembled from finished artifacts: tokens, shapes, parameters."""
 
 import dataclasses
 import os
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
@@ -24,7 +25,7 @@ from gr2_jax.semantic_ids import ids
 BINS = 'evidence_bins.json'
 PARAMS = 'params'
 
-# Stages that train the language model, and leave a policy that ranks.
+# Stages that train the language model and leave a policy that ranks.
 TRAINERS = tuple(
   name
   for name, stage in graph.STAGES.items()
@@ -33,78 +34,69 @@ TRAINERS = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-  """What every language-model stage shares."""
+class PolicySpec:
+  """Everything about a policy but its parameters and devices."""
 
-  catalog: Catalog
+  catalog: Catalog | None  # None where no data set is read
   prompter: prompt.Prompter
-  grammar: grammar_lib.Ranking
   model: transformer.TransformerConfig
-  mesh: jax.sharding.Mesh
   adapters: lora.Adapters
-  slates: pathlib.Path | None = None  # artifact of that stage
-  written: pathlib.Path | None = None  # of `compress`, whose contexts are read
 
   @property
   def vocabulary(self) -> vocabulary.Vocabulary:
-    """Token ids."""
+    """The prompter's vocabulary."""
     return self.prompter.vocabulary
 
-  def source(self, split: str) -> Any:
-    """A split's slates by random access, as `batches.requests` wants them."""
-    slates = slates_lib.source(self.slates, split)
-    if not self.written:
-      return slates
-    written = records.Records(compressed.file(self.written, split))
-    return compressed.Joined(slates, written)
+  @property
+  def grammar(self) -> grammar_lib.Ranking:
+    """The grammar of an answer to the prompter's slates."""
+    words = self.vocabulary
+    return grammar_lib.Ranking(
+      slot_base=words.slot_base,
+      num_slots=words.layout.num_slots,
+      num_candidates=self.prompter.num_candidates,
+      think_end=words.control['</think>'],
+      eos=words.eos,
+      pad=words.pad,
+    )
 
-  def reading(self, context: str) -> 'Setup':
-    """The same, with prompts that have another form of the context.
+  def with_context(self, context: str, written: int = 0) -> 'PolicySpec':
+    """The same policy, reading another form of the context.
 
     Args:
-      context: of `context.parse`, but `text`.
+      context: a form of `context.parse`.
+      written: of the form `text`, the tokens of the longest context that the
+        compressor wrote.
     """
     prompter = dataclasses.replace(
-      self.prompter, context=context_lib.parse(context)
+      self.prompter, context=context_lib.parse(context), written=written
     )
-    return dataclasses.replace(self, prompter=prompter, written=None)
+    return dataclasses.replace(self, prompter=prompter)
 
-  def reading_written(self, home: pathlib.Path, longest: int) -> 'Setup':
-    """The same, with the contexts that the compressor wrote.
-
-    Args:
-      home: artifact of `compress`.
-      longest: tokens of the longest of them.
-    """
-    prompter = dataclasses.replace(
-      self.prompter, context=context_lib.parse('text'), written=longest
-    )
-    return dataclasses.replace(self, prompter=prompter, written=home)
-
-  def abstract_params(self) -> Any:
-    """Shapes and shardings of the parameters, unboxed."""
+  def abstract_params(self, mesh: Mesh) -> Any:
+    """Shapes and shardings of the unboxed parameters."""
     boxed = jax.eval_shape(
       lambda key: transformer.init_params(self.model, key), jax.random.key(0)
     )
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       sharding.unbox(boxed),
-      sharding.param_shardings(self.mesh, boxed),
+      sharding.param_shardings(mesh, boxed),
     )
 
-  def load_params(self, artifact: os.PathLike[str] | str) -> Any:
-    """Parameters of a finished stage's directory, on the mesh."""
+  def load_params(self, artifact: os.PathLike[str] | str, mesh: Mesh) -> Any:
+    """Loads the parameters of a finished stage's folder onto a mesh."""
     path = pathlib.Path(artifact)
     if (path / PARAMS).is_dir():
       path = path / PARAMS
-    return checkpoint.load_params(path, self.abstract_params())
+    return checkpoint.load_params(path, self.abstract_params(mesh))
 
   def sampling(
     self, group: int, thinking: bool, temperature: float, constrained: bool
-  ) -> sampling.SamplingConfig:
-    """A sampler whose budget is what the grammar needs."""
+  ) -> sampling.SamplingOptions:
+    """Sampling options whose budget is the most that the grammar needs."""
     p = self.prompter
-    return sampling.SamplingConfig(
+    return sampling.SamplingOptions(
       group=group,
       max_tokens=p.thinking_tokens if thinking else p.answer_tokens,
       temperature=temperature,
@@ -114,183 +106,227 @@ class Setup:
 
 
 class Form(NamedTuple):
-  """What a stage made of the policy that its config describes."""
+  """How a stage changed the policy that its config describes."""
 
-  context: str = 'full'  # that it reads, of `context.parse`
-  layers: int = 0  # that are left of its model; 0: all
+  context: str = 'full'  # the form of the context it reads, `context.parse`
+  layers: int = 0  # layers left in the model; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """A trained policy, at rest."""
+  """A policy with its parameters."""
 
-  setup: Setup
-  params: Any  # unboxed, on the setup's mesh
+  spec: PolicySpec
+  params: Any  # unboxed, on the mesh
+  mesh: Mesh
 
 
 def restore(
   artifact: os.PathLike[str] | str,
-  mesh,
+  mesh_config: ml_collections.ConfigDict,
   same_as: dict[str, pathlib.Path] | None = None,
 ) -> Policy:
-  """A finished policy of any shape, from where its stage left it.
+  """Restores a finished policy of any shape from its stage's folder.
 
   Args:
-    artifact: of one of TRAINERS; what it was made from lies beside it.
-    mesh: section `mesh`, of whoever reads it.
-    same_as: artifacts of another policy, whose slates and semantic IDs this
-      one must have been made from.
+    artifact: folder of one of TRAINERS, beside the artifacts it was made from.
+    mesh_config: section `mesh` of the caller.
+    same_as: artifacts of another policy. The restored policy must have been
+      made from the same slates and semantic IDs.
 
   Raises:
-    ArtifactError: there is no such artifact, it is not finished, or it is of
-      other slates or semantic IDs.
+    ArtifactError: the artifact is missing, unfinished, or made from other
+      slates or semantic IDs.
   """
   path = pathlib.Path(artifact)
-  found = artifacts.read_run(path)
-  if found['stage'] not in TRAINERS:
+  run = artifacts.read_run(path)
+  if run['stage'] not in TRAINERS:
     raise artifacts.ArtifactError(
-      f'{path}: a run of {found["stage"]!r}, which leaves no policy; give the '
+      f'{path}: a run of {run["stage"]!r}, which leaves no policy; give the '
       f'folder of {", ".join(TRAINERS)}'
     )
   for name in ('slates', 'tokenizer') if same_as else ():
-    if found['inputs'].get(name) != same_as[name].name:
+    if run['inputs'].get(name) != same_as[name].name:
       raise artifacts.ArtifactError(
-        f'{path}: was made from {found["inputs"].get(name)}, this run from '
+        f'{path}: was made from {run["inputs"].get(name)}, this run from '
         f'{same_as[name].name}: train the teacher with the same sections data '
         'and tokenizer'
       )
-  config = ml_collections.ConfigDict(found['config'])
-  config.mesh = mesh
   inputs = {
-    name: path.parent / folder for name, folder in found['inputs'].items()
+    name: path.parent / folder for name, folder in run['inputs'].items()
   }
-  setup = load(config, inputs, *form_of(path))
-  return Policy(setup, setup.load_params(path))
+  config = ml_collections.ConfigDict(run['config'])
+  spec = load(config, inputs, *form_of(path))
+  mesh = sharding.make_mesh(**mesh_config)
+  return Policy(spec, spec.load_params(path, mesh), mesh)
 
 
-def form_of(artifact: os.PathLike[str] | str, own: bool = True) -> Form:
-  """What a finished stage made of the policy that its config describes.
+def form_of(artifact: os.PathLike[str] | str, own_slates: bool = True) -> Form:
+  """Reads how a finished stage changed the policy of its config.
 
   Args:
-    artifact: of one of TRAINERS.
-    own: whether the slates that it is to read are those it was trained beside,
-      of which alone the compressor has written.
+    artifact: folder of one of TRAINERS.
+    own_slates: whether the policy will rank slates of its own data set. The
+      compressor has written contexts for no others.
 
   Raises:
-    ArtifactError: they are not, and it reads what the compressor writes.
+    ArtifactError: the policy reads the compressor's contexts, and the slates
+      are from outside.
   """
-  found = artifacts.read_run(pathlib.Path(artifact))
-  section = found['config'][found['stage']]
+  run = artifacts.read_run(pathlib.Path(artifact))
+  section = run['config'][run['stage']]
   form = Form(section.get('context', 'full'), section.get('layers', 0))
-  if not own and context_lib.parse(form.context).text:
+  if not own_slates and context_lib.parse(form.context).text:
     raise artifacts.ArtifactError(
       f'{artifact}: this policy reads contexts that the compressor wrote, and '
-      'it wrote none of slates from outside; take one that reads them whole, '
-      'or through memory tokens'
+      'there are none for slates from outside; use a policy that reads whole '
+      'contexts or memory tokens'
     )
   return form
 
 
 def load(
-  config,
+  config: ml_collections.ConfigDict,
   inputs: dict[str, pathlib.Path],
   context: str = 'full',
   layers: int = 0,
-) -> Setup:
+) -> PolicySpec:
   """Reads a data set, its semantic IDs and a vocabulary.
 
   Args:
-    config: sections `prompt`, `model`, `mesh`.
+    config: sections `prompt` and `model`.
     inputs: artifacts of slates, tokenizer and backbone, where vocabulary and
-      BINS lie; of compress, where the context is what it wrote.
-    context: of `context.parse`.
-    layers: that are left of the model; 0: all.
-
-  Returns:
-    The setup.
+      BINS lie; of compress, where the policy reads its contexts.
+    context: the form of the context, of `context.parse`.
+    layers: layers left in the model; 0: all.
   """
   slates, home = inputs['slates'], inputs['backbone']
   catalog = slates_lib.read_catalog(slates)
   sids = ids.load(inputs['tokenizer'])
   bins = bins_lib.load(home / BINS)
   words = vocabulary.Vocabulary(
-    vocabulary.find(home), _layout(config.prompt, sids)
+    vocabulary.find(home), layout_of(config.prompt, sids)
   )
-  known = chat.KNOWLEDGE if config.prompt.knowledge else ''
-  turns = chat.turns(words, f'{config.prompt.system}\n\n{known}'.strip())
-  prompter = prompt.Prompter(
-    vocabulary=words,
+  knowledge = chat.KNOWLEDGE if config.prompt.knowledge else ''
+  spec = build(
+    config,
+    words,
+    num_candidates=slates_lib.read_meta(slates)['candidates'],
+    catalog=catalog,
     bins=bins,
     items=prompt.item_tokens(
       words, catalog, sids.codes, config.prompt.title_tokens
     ),
-    opening=turns.opening,
-    closing=turns.closing,
-    asks=turns.asks,
+    turns=chat.turns(words, f'{config.prompt.system}\n\n{knowledge}'.strip()),
+    layers=layers,
+  )
+  written = 0
+  if context_lib.parse(context).text:
+    written = artifacts.read_results(inputs['compress'])['longest']
+  return spec.with_context(context, written)
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  words: Any,
+  *,
+  num_candidates: int,
+  catalog: Catalog | None = None,
+  bins: Any = None,
+  items: dict[str, Any] | None = None,
+  turns: Any = None,
+  layers: int = 0,
+) -> PolicySpec:
+  """Builds a spec from a config and a vocabulary; the data may be missing.
+
+  Without `catalog`, `bins`, `items` and `turns` the spec has the shapes of a
+  policy, but renders no prompt.
+
+  Args:
+    config: sections `prompt` and `model`.
+    words: a `vocabulary.Vocabulary`, or an object with its length, `layout`,
+      `control`, the bases of its symbols, `first_symbol`, `eos` and `pad`.
+    num_candidates: K, of the longest slate.
+    catalog: the items.
+    bins: the fitted evidence bins.
+    items: field -> tokens of each item, of `prompt.item_tokens`.
+    turns: of `chat.turns`.
+    layers: layers left in the model; 0: all.
+  """
+  prompter = prompt.Prompter(
+    vocabulary=words,
+    bins=bins,
+    items=items or {},
+    opening=turns.opening if turns else (),
+    closing=turns.closing if turns else (),
+    asks=turns.asks if turns else {},
     layout=tuple(config.prompt.layout),
     fields=tuple(config.prompt.fields),
     history=config.prompt.history,
     history_fields=tuple(config.prompt.history_fields),
-    num_candidates=slates_lib.read_meta(slates)['candidates'],
+    num_candidates=num_candidates,
     reasoning=config.prompt.reasoning_tokens,
     budget=config.prompt.budget,
   )
-  own = config.model.to_dict()
-  own['num_layers'] = layers or own['num_layers']
-  del own['source'], own['new_rows']  # What `backbone` alone reads.
-  trained = lora.Adapters(
-    rank=own.pop('lora_rank'),
-    targets=tuple(own.pop('lora_targets')),
+  shape = config.model.to_dict()
+  shape['num_layers'] = layers or shape['num_layers']
+  del shape['source'], shape['new_rows']  # Only `backbone` reads these.
+  adapters = lora.Adapters(
+    rank=shape.pop('lora_rank'),
+    targets=tuple(shape.pop('lora_targets')),
     first_row=words.first_symbol,
   )
-  whole = Setup(
-    catalog=catalog,
-    prompter=prompter,
-    grammar=grammar_lib.Ranking(
-      slot_base=words.slot_base,
-      num_slots=words.layout.num_slots,
-      num_candidates=prompter.num_candidates,
-      think_end=words.control['</think>'],
-      eos=words.eos,
-      pad=words.pad,
-    ),
-    model=transformer.TransformerConfig(
-      vocab_size=len(words),
-      memory_base=words.memory_base,
-      num_memory=words.layout.num_memory,
-      **own,
-    ),
-    mesh=sharding.make_mesh(**config.mesh.to_dict()),
-    adapters=trained,
-    slates=slates,
+  model = transformer.TransformerConfig(
+    vocab_size=len(words),
+    memory_base=words.memory_base,
+    num_memory=words.layout.num_memory,
+    **shape,
   )
+  return PolicySpec(catalog, prompter, model, adapters)
+
+
+def source(
+  inputs: dict[str, pathlib.Path], split: str, context: str = 'full'
+) -> Any:
+  """A split's slates by random access, as `examples.generation_rows` reads.
+
+  Args:
+    inputs: artifacts of slates, and of compress for the context `text`.
+    split: of the slates.
+    context: the form of the context; `text` joins each slate with the context
+      that the compressor wrote.
+  """
+  slates = slates_lib.SlateSource(inputs['slates'], split)
   if not context_lib.parse(context).text:
-    return whole.reading(context)
-  longest = artifacts.read_results(inputs['compress'])['longest']
-  return whole.reading_written(inputs['compress'], longest)
+    return slates
+  written = records.Records(compressed.file(inputs['compress'], split))
+  return compressed.Joined(slates, written)
 
 
-def found_vocabulary(
-  config,
+def create_vocabulary(
+  config: ml_collections.ConfigDict,
   slates: pathlib.Path,
   tokenizer: pathlib.Path,
   home: pathlib.Path,
   phrases: tuple[str, ...],
   backbone: Any = None,
 ) -> None:
-  """Makes the vocabulary and fits the evidence bins.
+  """Creates the vocabulary and fits the evidence bins.
 
-  The vocabulary is trained on the catalog's text, or a pretrained model's with
-  our symbols added.
+  The vocabulary is trained on the catalog's text, or extends that of a
+  pretrained model by this project's symbols.
 
   Args:
     config: section `prompt`.
     slates: artifact of that stage.
-    tokenizer: likewise.
-    home: where vocabulary and BINS go.
-    phrases: text beside the catalog's whose words are worth a piece each, as
-      those of category names are.
+    tokenizer: artifact of that stage.
+    home: folder that gets the vocabulary and BINS.
+    phrases: text beside the catalog's; each of its words becomes one token, as
+      do the words of category names.
     backbone: an `hf.Backbone`, or None.
+
+  Raises:
+    ValueError: a slate has more candidates than there are slots.
   """
   meta = slates_lib.read_meta(slates)
   if meta['candidates'] > config.prompt.num_slots:
@@ -303,8 +339,7 @@ def found_vocabulary(
   bins = bins_lib.EvidenceBins.fit(
     train, meta['evidence'], tuple(config.prompt.evidence), config.prompt.bins
   )
-  sids = ids.load(tokenizer)
-  layout = _layout(config.prompt, sids)
+  layout = layout_of(config.prompt, ids.load(tokenizer))
   if backbone:
     vocabulary.extend(
       home / vocabulary.EXTENDED,
@@ -326,11 +361,18 @@ def found_vocabulary(
       config.prompt.text_tokens,
       words={word for text in (*phrases, *names) for word in text.split()},
     )
-  bins_lib.save(home / BINS, bins)  # Last: it says that both are there.
+  bins_lib.save(home / BINS, bins)  # Last: it marks both as finished.
 
 
-def _layout(config, sids: ids.SemanticIds) -> vocabulary.Layout:
-  """The symbol families that a prompt config and semantic IDs ask for."""
+def layout_of(
+  config: ml_collections.ConfigDict, sids: Any
+) -> vocabulary.Layout:
+  """The symbol families of section `prompt` and some semantic IDs.
+
+  Args:
+    config: section `prompt`.
+    sids: `ids.SemanticIds`, or any object with `levels` and `codebook_size`.
+  """
   return vocabulary.Layout(
     evidence=tuple(config.evidence),
     bins=config.bins,

@@ -1,10 +1,11 @@
 """Ranks a whole split with a policy: prompts in, permutations out.
 
-Used by validation, evaluation and bulk re-ranking. Greedy, under the
-permutation mask unless told, so that every answer is valid.
+Validation, evaluation and bulk re-ranking use it. Decoding is greedy, and by
+default under the permutation mask, so that every answer is valid.
 
-A prompt with memory tokens may be read in two programs: one makes what is kept
-of histories, one answers from that and the rest of the prompt.
+A prompt with memory tokens can be split over two programs: one encodes the
+history into memories that can be kept, one answers from a memory and the rest
+of the prompt.
 
 Axes: n slates, B batch, K candidates, T completion tokens, L layers, N
 key-value heads, M memory tokens, H head width.
@@ -12,26 +13,27 @@ key-value heads, M memory tokens, H head width.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import masking, metrics
 from gr2_jax.pipeline import reporting
-from gr2_jax.policy import policy, sampling
+from gr2_jax.policy import policy as policy_lib
+from gr2_jax.policy import sampling
 from gr2_jax.prompts import examples
 
-# What an answer is made of: the read-out at the slots, in one prefill; a
-# ranking that is decoded; one that is decoded after its reasoning.
+# How an answer is made: `score` sorts the read-out at the slots, in one
+# prefill; `rank` decodes a ranking; `reason` decodes reasoning first.
 MODES = ('score', 'rank', 'reason')
-SENSITIVITY_SLATES = 256  # Enough to see it, a fraction of a validation.
+SENSITIVITY_SLATES = 256  # enough for a mean, a fraction of a validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Ranked:
   """Answers to a split; rankings are in incoming ranks, best first.
 
   Attributes:
-    generated: int32 [n, K], the order the policy wrote.
+    generated: int32 [n, K], the order that the policy wrote.
     readout: int32 [n, K], the order of the scores at its slot tokens.
     scores: float32 [n, K], those scores, in the incoming order.
     verdict: int32 [n], of `parsing.VERDICTS`.
@@ -88,18 +90,18 @@ def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model, params, batch) -> dict[str, jax.Array]:
-  """One prefill of one batch: its read-out is the answer, nothing decodes."""
+  """Answers of one batch from the read-out of one prefill."""
   hidden, _ = _encode(model, params, batch)
-  found = _read_out(params, hidden, batch)
+  fields = _read_out(params, hidden, batch)
   none = jnp.zeros_like(batch['count'])
-  return found | dict(
-    generated=found['readout'], verdict=none, tokens=none[:, None], length=none
+  return fields | dict(
+    generated=fields['readout'], verdict=none, tokens=none[:, None], length=none
   )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _remember(model, num_memory, params, batch) -> jax.Array:
-  """What is kept of histories: [B, 2, L, N, M, H], keys and values."""
+  """Keys and values of histories' memory tokens: [B, 2, L, N, M, H]."""
   kv = transformer.encode_memory(
     model, params, batch['prompt'], batch['prompt_length'], num_memory
   ).kv
@@ -107,7 +109,7 @@ def _remember(model, num_memory, params, batch) -> jax.Array:
 
 
 def _encode(model, params, batch) -> tuple[jax.Array, transformer.Prefix]:
-  """Encodes prompts, or the rests of prompts behind their memories."""
+  """Encodes whole prompts, or rests of prompts after their memories."""
   memory = None
   if 'memory' in batch:
     k, v = jnp.moveaxis(batch['memory'], 0, 2)
@@ -124,7 +126,7 @@ def _encode(model, params, batch) -> tuple[jax.Array, transformer.Prefix]:
 
 
 def _read_out(params, hidden, batch) -> dict[str, jax.Array]:
-  """The fields of `Ranked` that a prefill gives."""
+  """The fields of `Ranked` that need no decoding."""
   incoming = batch['incoming']
   scores = transformer.slot_scores(params, hidden, batch['slots'])
   real = masking.length_mask(batch['count'], scores.shape[-1])
@@ -138,73 +140,72 @@ def _read_out(params, hidden, batch) -> dict[str, jax.Array]:
 
 
 def compiled(
-  setup: policy.Setup, mode: str, batch_size: int
+  spec: policy_lib.PolicySpec, mesh: Mesh, mode: str, batch_size: int
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
   """Compiles the answer to batches of one size, ahead of time.
 
   Args:
-    setup: tokens and shapes.
-    mode: of MODES; `score` decodes nothing, and its `generated` order is the
-      read-out's.
-    batch_size: a multiple of the devices that split a batch.
+    spec: tokens and shapes.
+    mesh: devices; those that split a batch divide `batch_size`.
+    mode: one of MODES; `score` decodes nothing, and its `generated` order is
+      the read-out's.
+    batch_size: B.
 
   Returns:
-    `(params, batch) -> arrays of Ranked`; the batch is of `examples.requests`
-    on the mesh, without its grades. Where prompts have memory tokens it is of
-    `examples.behind_memory`, the second, with a `memory` of `compiled_memory`.
+    `(params, batch) -> fields of Ranked`. The batch is of
+    `examples.generation_rows`, on the mesh, without its grades. Where prompts
+    have memory tokens it is the second of `examples.behind_memory`, with a
+    `memory` of `compiled_memory`.
   """
-  K, T = setup.prompter.num_candidates, setup.prompter.prompt_tokens
+  prompter, model = spec.prompter, spec.model
+  K, T, num_memory = (
+    prompter.num_candidates, prompter.prompt_tokens, prompter.context.memory,
+  )  # fmt: skip
   widths = dict(slots=(K,), incoming=(K,), count=())
-  model, num_memory = setup.model, setup.prompter.context.memory
   if num_memory:
-    T = setup.prompter.rest_tokens
+    T = prompter.rest_tokens
     widths |= dict(memory_length=())
-  batch = _abstract(setup, batch_size, prompt=(T,), prompt_length=(), **widths)
+  batch = _abstract(mesh, batch_size, prompt=(T,), prompt_length=(), **widths)
   if num_memory:
-    heads = model.num_kv_heads
-    shape = 2, model.num_layers, heads, num_memory, model.head_dim
-    batch |= _abstract(setup, batch_size, model.dtype, memory=shape)
-  params = setup.abstract_params()
-  with sharding.activate(setup.mesh):
+    shape = 2, model.num_layers, model.num_kv_heads, num_memory, model.head_dim
+    batch |= _abstract(mesh, batch_size, model.dtype, memory=shape)
+  params = spec.abstract_params(mesh)
+  with sharding.activate(mesh):
     if mode == 'score':
-      return _score.lower(setup.model, params, batch).compile()
-    config = setup.sampling(1, mode == 'reason', 0.0, True)
-    return _answer.lower(
-      setup.model, setup.grammar, config, params, batch
-    ).compile()
+      return _score.lower(model, params, batch).compile()
+    options = spec.sampling(1, mode == 'reason', 0.0, True)
+    return _answer.lower(model, spec.grammar, options, params, batch).compile()
 
 
 def compiled_memory(
-  setup: policy.Setup, batch_size: int
+  spec: policy_lib.PolicySpec, mesh: Mesh, batch_size: int
 ) -> Callable[[Any, Any], jax.Array]:
-  """Compiles what makes memories, for batches of one size, ahead of time.
+  """Compiles the encoder of memories for batches of one size.
 
   Args:
-    setup: whose prompts have memory tokens.
-    batch_size: a multiple of the devices that split a batch.
+    spec: a policy whose prompts have memory tokens.
+    mesh: devices; those that split a batch divide `batch_size`.
+    batch_size: B.
 
   Returns:
-    `(params, batch) -> [B, 2, L, N, M, H]`, the keys and values that are kept;
-    the batch is of `examples.behind_memory`, the first, on the mesh.
+    `(params, batch) -> [B, 2, L, N, M, H]`, keys and values; the batch is the
+    first of `examples.behind_memory`, on the mesh.
   """
-  prompter = setup.prompter
+  prompter = spec.prompter
   batch = _abstract(
-    setup,
-    batch_size,
-    prompt=(prompter.memory_prompt_tokens,),
-    prompt_length=(),
+    mesh, batch_size, prompt=(prompter.memory_prompt_tokens,), prompt_length=()
   )
-  with sharding.activate(setup.mesh):
+  with sharding.activate(mesh):
     return _remember.lower(
-      setup.model, prompter.context.memory, setup.abstract_params(), batch
+      spec.model, prompter.context.memory, spec.abstract_params(mesh), batch
     ).compile()
 
 
 def _abstract(
-  setup: policy.Setup, batch_size: int, dtype: Any = jnp.int32, **widths
+  mesh: Mesh, batch_size: int, dtype: Any = jnp.int32, **widths: tuple[int, ...]
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes of a batch on the mesh, split by rows."""
-  split = sharding.batch_sharding(setup.mesh)
+  split = sharding.batch_sharding(mesh)
   return {
     name: jax.ShapeDtypeStruct((batch_size, *width), dtype, sharding=split)
     for name, width in widths.items()
@@ -212,8 +213,7 @@ def _abstract(
 
 
 def rank(
-  setup: policy.Setup,
-  params: Any,
+  policy: policy_lib.Policy,
   slates: Any,
   *,
   thinking: bool,
@@ -227,44 +227,44 @@ def rank(
   """Ranks every slate once, in order.
 
   Args:
-    setup: tokens and shapes.
-    params: of the policy.
+    policy: the ranker.
     slates: random access to slate records.
     thinking: whether the policy reasons first.
-    order: in which candidates are shown, of `prompts.ORDERS`.
-    batch_size: slates at a time; one trace for all.
-    seed: of the presentation, a function of (seed, index).
-    constrained: the permutation mask.
-    desc: of a progress bar; empty for none.
-    first: index of the first slate in a longer run that these are a part of.
+    order: how candidates are presented, one of `prompt.ORDERS`.
+    batch_size: slates at a time; all batches share one compiled program.
+    seed: the presentation is a function of (seed, index).
+    constrained: whether the permutation mask applies.
+    desc: label of the progress bar; empty for none.
+    first: index of the first slate, where these are a part of a longer run.
 
   Returns:
     The answers, on the host.
   """
-  render = examples.requests(
-    setup.prompter, '<think>' if thinking else '<answer>', order
+  spec, mesh = policy.spec, policy.mesh
+  render = examples.generation_rows(
+    spec.prompter, '<think>' if thinking else '<answer>', order
   )
-  config = setup.sampling(1, thinking, 0.0, constrained)
-  answer = functools.partial(_answer, setup.model, setup.grammar, config)
+  options = spec.sampling(1, thinking, 0.0, constrained)
+  answer = functools.partial(_answer, spec.model, spec.grammar, options)
   parts = []
   with (
     reporting.progress(
       len(slates), desc or 'rank', unit='slate', quiet=not desc
     ) as bar,
-    sharding.activate(setup.mesh),
+    sharding.activate(mesh),
   ):
     for n, batch in examples.in_order(slates, render, batch_size, seed, first):
-      batch.pop('grades')  # What the policy must not see.
-      found = answer(params, sharding.shard_batch(batch, setup.mesh))
-      parts.append({k: v[:n] for k, v in processes.gather_to_host(found).items()})
+      batch.pop('grades')  # The policy must not see the labels.
+      fields = answer(policy.params, sharding.shard_batch(batch, mesh))
+      parts.append({k: v[:n] for k, v in processes.fetch(fields).items()})
       bar.update(n)
   return Ranked(**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 
 
-def watch(
+def slate_metrics(
   ranking: np.ndarray, grades: np.ndarray, count: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Per-slate ranking metrics and the watches for copying.
+  """Quality of each slate's ranking, and how much it copies the input.
 
   Args:
     ranking: int32 [n, K] in incoming ranks.
@@ -275,58 +275,67 @@ def watch(
     Name -> float32 [n]: r@1 .. auc, copied, top3_unchanged, kendall_tau,
     first_pick (the incoming rank of the first).
   """
-  incoming = jnp.broadcast_to(jnp.arange(ranking.shape[-1]), ranking.shape)
-  found = metrics.ranking_metrics(ranking, grades, count)
-  found = dict(found) | {
-    'copied': metrics.top_unchanged(
-      ranking, incoming, count, k=ranking.shape[-1]
-    ),
+  K = ranking.shape[-1]
+  incoming = jnp.broadcast_to(jnp.arange(K), ranking.shape)
+  values = dict(metrics.ranking_metrics(ranking, grades, count)) | {
+    'copied': metrics.top_unchanged(ranking, incoming, count, k=K),
     'top3_unchanged': metrics.top_unchanged(ranking, incoming, count, k=3),
     'kendall_tau': metrics.kendall_tau(ranking, incoming, count),
     'first_pick': ranking[..., 0],
   }
-  return {k: np.asarray(v, np.float32) for k, v in found.items()}
+  return {k: np.asarray(v, np.float32) for k, v in values.items()}
 
 
-def validator(config, setup: policy.Setup, slates: os.PathLike[str], stage):
-  """Held-out ranking while training, on the first validation slates.
+def validator(
+  spec: policy_lib.PolicySpec,
+  mesh: Mesh,
+  slates: Any,
+  labels: slates_lib.Slates,
+  *,
+  thinking: bool,
+  order: str,
+  num_slates: int,
+  batch_size: int,
+) -> Callable[[Any], dict[str, float]]:
+  """Ranks a fixed draw of validation slates, for use while training.
 
   Args:
-    config: sections prompt.
-    setup: tokens and shapes.
-    slates: the slates artifact.
-    stage: eval_slates, eval_batch_size, thinking.
+    spec: tokens and shapes.
+    mesh: where the parameters lie.
+    slates: random access to the validation slates.
+    labels: the same slates.
+    thinking: whether the policy reasons first.
+    order: how candidates are presented, one of `prompt.ORDERS`.
+    num_slates: slates of the draw, at most.
+    batch_size: slates at a time.
 
   Returns:
     `params -> {name: mean}` for the generated order, `readout_n@5`, and
-    `order_sensitivity`: how much the answer to the first of the slates changes
-    with a shuffled presentation.
+    `order_sensitivity`: how much an answer changes with a shuffled
+    presentation, over the first SENSITIVITY_SLATES of the draw.
   """
-  held_out = slates_lib.read(slates, 'validation')
-  rng = np.random.default_rng(0)
-  chosen = rng.permutation(len(held_out))[: stage.eval_slates]
-  source = Chosen(setup.source('validation'), chosen)
-  grades, count = held_out.grades[chosen], held_out.count[chosen]
+  draw = np.random.default_rng(0).permutation(len(labels))[:num_slates]
+  grades, count = labels.grades[draw], labels.count[draw]
+  chosen = Chosen(slates, draw)
+  few = Chosen(slates, draw[:SENSITIVITY_SLATES])
 
-  few = Chosen(source, np.arange(min(len(chosen), SENSITIVITY_SLATES)))
-
-  def validate(params) -> dict[str, float]:
-    def ranked_in(order: str, slates: Chosen, seed: int) -> Ranked:
-      return rank(
-        setup,
-        params,
-        slates,
-        thinking=stage.thinking,
-        order=order,
-        batch_size=stage.eval_batch_size,
+  def validate(params: Any) -> dict[str, float]:
+    ranked, shuffled = (
+      rank(
+        policy_lib.Policy(spec, params, mesh),
+        part,
+        thinking=thinking,
+        order=shown,
+        batch_size=batch_size,
         seed=seed,
       )
-
-    ranked = ranked_in(config.prompt.order, source, 0)
-    shuffled = ranked_in('shuffled', few, 1)
-    found = watch(ranked.generated, grades, count)
-    readout = watch(ranked.readout, grades, count)
-    means = {name: float(values.mean()) for name, values in found.items()}
+      for seed, (shown, part) in enumerate([(order, chosen), ('shuffled', few)])
+    )
+    means = {
+      name: float(values.mean())
+      for name, values in slate_metrics(ranked.generated, grades, count).items()
+    }
+    readout = slate_metrics(ranked.readout, grades, count)
     sensitivity = metrics.order_sensitivity(
       ranked.generated[: len(few)], shuffled.generated, shuffled.count
     )
@@ -341,11 +350,11 @@ def validator(config, setup: policy.Setup, slates: os.PathLike[str], stage):
 class Chosen:
   """Random access to some records of a source."""
 
-  def __init__(self, source, index: np.ndarray):
+  def __init__(self, source: Any, index: np.ndarray):
     self._source, self._index = source, index
 
   def __len__(self) -> int:
     return len(self._index)
 
-  def __getitem__(self, i: int):
+  def __getitem__(self, i: int) -> Any:
     return self._source[int(self._index[i])]

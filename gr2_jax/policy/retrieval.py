@@ -232,7 +232,8 @@ class Retriever:
   """A search for held-out questions, compiled once.
 
   Args:
-    setup: tokens, shapes, mesh.
+    spec: tokens and shapes.
+    mesh: where the parameters lie.
     sids: the catalog's.
     asked: the questions.
     batch_size: of them at a time.
@@ -241,13 +242,14 @@ class Retriever:
 
   def __init__(
     self,
-    setup: policy.Setup,
+    spec: policy.PolicySpec,
+    mesh: jax.sharding.Mesh,
     sids: ids_lib.SemanticIds,
     asked: Questions,
     batch_size: int,
     beams: int,
   ):
-    self._setup, self._batch_size = setup, batch_size
+    self._mesh, self._batch_size = mesh, batch_size
     self._trie = trie_lib.build_trie(sids)
     self._asked = asked
     codes = np.concatenate([sids.codes, np.full((1, sids.levels), -1)])
@@ -256,8 +258,8 @@ class Retriever:
     self._search = jax.jit(
       functools.partial(
         search,
-        setup.model,
-        sid_base=setup.vocabulary.sid_base,
+        spec.model,
+        sid_base=spec.vocabulary.sid_base,
         beams=beams,
       )
     )
@@ -265,7 +267,7 @@ class Retriever:
   def __call__(self, params: Any) -> dict[str, float]:
     """See `summary`."""
     parts = []
-    with sharding.activate(self._setup.mesh):
+    with sharding.activate(self._mesh):
       for begin in range(0, len(self._asked), self._batch_size):
         index = np.arange(begin, begin + self._batch_size)
         index = np.minimum(index, len(self._asked) - 1)
@@ -275,7 +277,7 @@ class Retriever:
             self._asked.length[index],
             self._excluded[index],
           ),
-          self._setup.mesh,
+          self._mesh,
         )
         found = self._search(params, self._trie, *batch)
         parts.append(processes.gather_to_host(found.items))

@@ -19,7 +19,7 @@ from gr2_jax.policy import grammar as grammar_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
+class SamplingOptions:
   """How to decode; every field is static, so each value is one trace."""
 
   group: int  # rollouts of one slate
@@ -96,7 +96,7 @@ def sample(
   facts: Any,
   key: jax.Array,
   grammar: grammar_lib.Grammar,
-  config: SamplingConfig,
+  config: SamplingOptions,
   encoded: tuple[jax.Array, transformer.Prefix] | None = None,
 ) -> Rollouts:
   """Samples a group of completions for every prompt.
@@ -205,7 +205,7 @@ def sample(
 
 def parse(
   grammar: grammar_lib.Ranking,
-  config: SamplingConfig,
+  config: SamplingOptions,
   tokens: jax.Array,
   length: jax.Array,
   count: jax.Array,
@@ -278,5 +278,5 @@ def generate(
       eos=eos,
       pad=pad,
     ),
-    SamplingConfig(group=1, max_tokens=max_tokens, temperature=0.0),
+    SamplingOptions(group=1, max_tokens=max_tokens, temperature=0.0),
   )

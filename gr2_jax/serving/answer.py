@@ -19,35 +19,67 @@ def records(slates: slates_lib.Slates) -> list[dict[str, np.ndarray]]:
 
 
 def answer(
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
   request: requests_lib.Request,
   ranked: ranking.Ranked,
   row: int,
 ) -> dict[str, Any]:
-  """One line of the output."""
-  count = len(request.names)
-  order = ranked.generated[row, :count].tolist()
+  """One line of the output.
+
+  Args:
+    spec: of the policy.
+    request: the slate. Its unknown candidates keep their places.
+    ranked: answers to the known parts of slates.
+    row: of the slate among these answers.
+  """
+  kept = np.array(request.known_ranks)
+  count = len(kept)
+  order: list[int] = list(range(len(request.names)))
+  scores: list[float | None] = [None] * len(request.names)
+  for place, rank, score in zip(
+    kept.tolist(),
+    kept[ranked.generated[row, :count]].tolist(),
+    ranked.scores[row, :count].tolist(),
+    strict=True,
+  ):
+    order[place], scores[place] = rank, round(score, 5)
   return {
     'id': request.id,
     'ranking': [request.names[rank] for rank in order],
     'order': order,
     'reasoning': _reasoning(
-      setup,
+      spec,
       ranked.tokens[row, : ranked.length[row]],
-      ranked.presented[row, :count],
+      kept[ranked.presented[row, :count]],
     ),
     'verdict': parsing.VERDICTS[ranked.verdict[row]],
-    'scores': [round(x, 5) for x in ranked.scores[row, :count].tolist()],
+    'scores': scores,
     'unknown_history': request.unknown,
     'described_candidates': request.described_candidates,
   }
 
 
+def incoming_order(request: requests_lib.Request, mode: str) -> dict[str, Any]:
+  """The answer to a slate that the policy does not rank."""
+  return {
+    'id': request.id,
+    'ranking': list(request.names),
+    'order': list(range(len(request.names))),
+    'reasoning': '',
+    'verdict': None,
+    'scores': [None] * len(request.names),
+    'unknown_history': request.unknown,
+    'described_candidates': request.described_candidates,
+    'mode': mode,
+    'unknown_candidates': request.unknown_candidates,
+  }
+
+
 def _reasoning(
-  setup: policy.Setup, tokens: np.ndarray, presented: np.ndarray
+  spec: policy.PolicySpec, tokens: np.ndarray, presented: np.ndarray
 ) -> str:
-  """Text before </think>, slots renamed from place to incoming rank."""
-  words = setup.vocabulary
+  """Text before </think>; slots are renamed from place to incoming rank."""
+  words = spec.vocabulary
   ends = np.flatnonzero(tokens == words.control['</think>'])
   ids = tokens[: ends[0]] if len(ends) else tokens[:0]
   place = ids - words.slot_base

@@ -1,30 +1,31 @@
-"""The HTTP service: routes, bodies, errors. What it does is in `service.py`."""
+"""The routes of the HTTP service, on top of `service.py`."""
 
 import asyncio
 import contextlib
 import hmac
 import json
 import pathlib
-from collections.abc import Awaitable, Callable
-from typing import Any
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
-import starlette.applications
-import starlette.exceptions
-import starlette.requests
-import starlette.responses
-import starlette.routing
 from absl import logging
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from gr2_jax.data import log as log_lib
 from gr2_jax.serving import batching, metrics, schema
 from gr2_jax.serving import examples as examples_lib
 from gr2_jax.serving import service as service_lib
 
-Request = starlette.requests.Request
-Response = starlette.responses.Response
-
+T = TypeVar('T')
 PAGE = pathlib.Path(__file__).parent / 'page.html'
-_MOST_THROWN_AWAY = 64 << 20  # bytes of a body that is too large
-_SAFE = {
+_LARGEST_DISCARDED = 64 << 20  # bytes of a body above the limit
+_PAGE_HEADERS = {
+  'content-type': 'text/html; charset=utf-8',
   'content-security-policy': (
     "default-src 'none'; style-src 'unsafe-inline'; script-src "
     "'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action "
@@ -36,11 +37,14 @@ _SAFE = {
 
 
 class _Refusal(Exception):
-  """An answer other than 200; `close` where the body was not read."""
+  """An error response; `close` ends the connection, its body being unread."""
 
-  def __init__(self, status: int, message: str, close: bool = False, **headers):
+  def __init__(
+    self, status: int, message: str, close: bool = False, **headers: str
+  ):
     super().__init__(message)
-    self.status, self.close, self.headers = status, close, headers
+    self.status = status
+    self.headers = headers | ({'connection': 'close'} if close else {})
 
 
 def build(
@@ -48,16 +52,16 @@ def build(
   *,
   token: str = '',
   examples: bool = False,
-) -> starlette.applications.Starlette:
-  """The application.
+) -> Starlette:
+  """Builds the application.
 
   Args:
-    start: makes the service, once the event loop runs.
-    token: that /reload asks for; empty: there is no /reload.
-    examples: /example shows test slates of the data set: what its users did.
+    start: makes the service once the event loop runs.
+    token: that /reload requires; without one there is no /reload.
+    examples: whether /example shows test slates: data of users.
   """
   routes = _Routes(start, token)
-  table = {
+  handlers = {
     '/rank': ('POST', routes.rank),
     '/health': ('GET', routes.health),
     '/metrics': ('GET', routes.metrics),
@@ -66,22 +70,19 @@ def build(
     '/': ('GET', routes.page),
   }
   if examples:
-    table['/example'] = ('GET', routes.example)
+    handlers['/example'] = ('GET', routes.example)
   if token:
-    table['/reload'] = ('POST', routes.reload)
-  app = starlette.applications.Starlette(
+    handlers['/reload'] = ('POST', routes.reload)
+  routes.paths = tuple(handlers)
+  app = Starlette(
     routes=[
-      starlette.routing.Route(path, routes.counted(path, act), methods=[method])
-      for path, (method, act) in table.items()
+      Route(path, routes.counted(path, handler), methods=[method])
+      for path, (method, handler) in handlers.items()
     ],
-    exception_handlers={
-      starlette.exceptions.HTTPException: _http_error,
-      Exception: _bug,
-    },
+    exception_handlers={HTTPException: _http_error, Exception: _bug},
     lifespan=routes.life,
   )
   app.router.redirect_slashes = False
-  routes.paths = tuple(table)
   return app
 
 
@@ -93,27 +94,24 @@ class _Routes:
     self.paths: tuple[str, ...] = ()
 
   @contextlib.asynccontextmanager
-  async def life(self, unused_app):
-    """Makes the service; at the end answers what waits."""
+  async def life(self, unused_app: Starlette) -> AsyncIterator[None]:
+    """Makes the service, and drains it at the end."""
     self.service = self._start()
     yield
     await self.service.drain()
 
   def counted(
-    self, path: str, act: Callable[[Request], Awaitable[Response]]
+    self, path: str, handler: Callable[[Request], Awaitable[Response]]
   ) -> Callable[[Request], Awaitable[Response]]:
-    """The handler; refusals become answers, and every answer is counted."""
+    """Wraps a handler: refusals become responses, all responses are counted."""
 
     async def handle(request: Request) -> Response:
       status = 500
       try:
         try:
-          response = await act(request)
+          response = await handler(request)
         except _Refusal as e:
-          closes = {'connection': 'close'} if e.close else {}
-          response = _json({'error': str(e)}, e.status, e.headers | closes)
-        except service_lib.BadRequest as e:
-          response = _json({'error': str(e)}, 400)
+          response = _json({'error': str(e)}, e.status, e.headers)
         status = response.status_code
         return response
       finally:
@@ -123,11 +121,7 @@ class _Routes:
 
   async def rank(self, request: Request) -> Response:
     """Ranks slates."""
-    body = await self._body(request)
-    try:
-      checked = self.service.check(body)
-    except RecursionError:
-      raise _Refusal(400, 'the body is nested too deeply') from None
+    checked = await self._body(request, self.service.check)
     try:
       answers = await self.service.rank(checked)
     except batching.Refused as e:
@@ -137,7 +131,7 @@ class _Routes:
     return _json({'artifact': checked.policy.artifact.name, 'answers': answers})
 
   async def health(self, unused_request: Request) -> Response:
-    """What it serves; a service that cannot answer does not answer."""
+    """The state of the service, for a load balancer."""
     policy = self.service.policy
     return _json(
       {
@@ -157,63 +151,56 @@ class _Routes:
     )
 
   async def openapi(self, unused_request: Request) -> Response:
-    """What can be asked, and what is answered."""
+    """The OpenAPI document."""
     service = self.service
     return _json(schema.openapi(service.policy, service.limits, self.paths))
 
   async def items(self, request: Request) -> Response:
     """Titles of items, for people."""
-    names = request.query_params.getlist('id')
-    most = examples_lib.MOST
-    if len(names) > most:
-      raise _Refusal(400, f"field 'id': {len(names)} items: at most {most}")
+    names = _check(
+      lambda names: examples_lib.NAMES.check(names, '', 'id'),
+      request.query_params.getlist('id'),
+    )
     return _json(examples_lib.items(self.service.policy, names))
 
   async def example(self, request: Request) -> Response:
     """A test slate of the data set."""
-    place = request.query_params.get('place', '0')
-    if not (place.isascii() and place.isdecimal() and len(place) < 10):
-      raise _Refusal(400, "field 'place': it must be a whole number from 0")
-    found = await asyncio.to_thread(
-      examples_lib.example, self.service.policy, int(place)
+    text = request.query_params.get('place', '0')
+    place = _check(
+      lambda place: examples_lib.PLACE.check(place, '', 'place'),
+      int(text) if re.fullmatch('[0-9]{1,9}', text) else text,
     )
-    return _json(found)
+    return _json(
+      await asyncio.to_thread(examples_lib.example, self.service.policy, place)
+    )
 
   async def page(self, unused_request: Request) -> Response:
     """The page for people."""
     text = await asyncio.to_thread(PAGE.read_bytes)
-    return Response(
-      text, headers={'content-type': 'text/html; charset=utf-8'} | _SAFE
-    )
+    return Response(text, headers=_PAGE_HEADERS)
 
   async def reload(self, request: Request) -> Response:
-    """Swaps the policy, for who knows the token."""
+    """Swaps the policy, for clients that have the token."""
     given = request.headers.get('authorization', '').encode()
-    wanted = f'Bearer {self._token}'.encode()
-    if not hmac.compare_digest(given, wanted):
+    if not hmac.compare_digest(given, f'Bearer {self._token}'.encode()):
       raise _Refusal(
         401,
         'the header Authorization: Bearer <token> is missing or wrong',
         close=True,
         **{'www-authenticate': 'Bearer'},
       )
-    body = await self._body(request)
-    name = body.get('artifact') if isinstance(body, dict) else None
-    if not isinstance(name, str):
-      raise _Refusal(400, 'write {"artifact": "<name of a folder>"}')
+    name = (await self._body(request, service_lib.RELOAD.check))['artifact']
     try:
       await self.service.reload(name)
     except service_lib.Busy:
       raise _Refusal(409, 'another reload is under way') from None
-    except service_lib.BadRequest:
-      raise
-    except Exception as e:  # Whatever it is, the present policy serves on.
+    except Exception as e:  # In any case the present policy stays.
       logging.exception('reload of %r failed', name)
       raise _Refusal(400, f'the present policy stays: {e}') from e
     return _json({'artifact': self.service.policy.artifact.name})
 
-  async def _body(self, request: Request) -> object:
-    """The JSON of a request that comes in within limits of size and time."""
+  async def _body(self, request: Request, check: Callable[[Any], T]) -> T:
+    """Reads a body within the limits of size and time, and checks its JSON."""
     limits = self.service.limits
     too_large = _Refusal(
       413,
@@ -221,55 +208,64 @@ class _Routes:
       'smaller slates',
       close=True,
     )
-    if int(request.headers.get('content-length', '0')) > _MOST_THROWN_AWAY:
+    if int(request.headers.get('content-length', '0')) > _LARGEST_DISCARDED:
       raise too_large
-    read, size = bytearray(), 0
+    body, size = bytearray(), 0
     try:
       async with asyncio.timeout(limits.read_seconds):
         async for part in request.stream():
           size += len(part)
-          # Who sends too much hears of it, most often, if it is still read.
-          if size > _MOST_THROWN_AWAY:
+          # Most clients read the error only after they have sent everything.
+          if size > _LARGEST_DISCARDED:
             raise too_large
           if size <= limits.body_bytes:
-            read += part
+            body += part
     except TimeoutError:
       raise _Refusal(
         408,
-        f'the body took more than {limits.read_seconds:g} s to come in',
+        f'the body took more than {limits.read_seconds:g} s to arrive',
         close=True,
       ) from None
-    except starlette.requests.ClientDisconnect:
+    except ClientDisconnect:
       raise _Refusal(400, 'the connection was cut', close=True) from None
     if size > limits.body_bytes:
       raise too_large
     try:
-      return json.loads(bytes(read))
+      value = json.loads(bytes(body))
     except (ValueError, RecursionError) as e:
-      what = ' '.join(str(e).split())
-      raise _Refusal(400, f'the body is not valid JSON: {what}') from None
+      reason = ' '.join(str(e).split())
+      raise _Refusal(400, f'the body is not valid JSON: {reason}') from None
+    return _check(check, value)
+
+
+def _check(check: Callable[[Any], T], value: Any) -> T:
+  """Runs a check; its errors become refusals."""
+  try:
+    return check(value)
+  except log_lib.DataError as e:
+    raise _Refusal(400, str(e)) from None
+  except RecursionError:
+    raise _Refusal(400, 'the body is nested too deeply') from None
 
 
 def _json(
-  content: Any, status: int = 200, headers: dict[str, str] | None = None
+  content: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-  """ASCII, so that whatever text a client sent can be sent back."""
+  """ASCII, so that any text that a client sent can be sent back."""
   return Response(
     json.dumps(content, allow_nan=False).encode('ascii'),
     status,
-    headers={'content-type': 'application/json'} | (headers or {}),
+    headers={'content-type': 'application/json'} | dict(headers or {}),
   )
 
 
 async def _http_error(
-  unused_request: Request, error: starlette.exceptions.HTTPException
+  unused_request: Request, error: HTTPException
 ) -> Response:
   """No such path, or not this method."""
-  return _json(
-    {'error': error.detail}, error.status_code, dict(error.headers or {})
-  )
+  return _json({'error': error.detail}, error.status_code, error.headers)
 
 
 async def _bug(unused_request: Request, unused_error: Exception) -> Response:
-  """The server logs it, and goes on."""
-  return _json({'error': 'internal error: the log of the service has it'}, 500)
+  """The error is logged, and the service goes on."""
+  return _json({'error': "internal error: see the service's log"}, 500)

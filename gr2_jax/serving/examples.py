@@ -1,4 +1,4 @@
-"""What people look at: items by name, and slates that the data set has."""
+"""Items by id and test slates of the data set, for the page."""
 
 import functools
 import pathlib
@@ -6,64 +6,52 @@ from collections.abc import Iterable
 from typing import Any
 
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.serving import fields
 from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
 
-MOST = 256  # items of one look-up
+NAMES = fields.List(fields.text(), most=256, cure='look up fewer')
+PLACE = fields.whole(0, 999_999_999)
 
 
 def items(
   policy: reranker_lib.Reranker, names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-  """Title, categories and year of each item that the catalog has.
-
-  Args:
-    policy: whose catalog it is.
-    names: item ids.
-  """
-  known = policy.knowledge
-  catalog = known.log.catalog
-  found = {}
-  for name in names:
-    item = known.index.get(name)
-    if item is not None:
-      found[name] = {
-        'title': catalog.titles[item],
-        'categories': list(catalog.categories[item]),
-        'year': int(catalog.years[item]) or None,
-      }
-  return found
+  """Title, categories and year of each item id that the catalog has."""
+  index, catalog = policy.knowledge.index, policy.knowledge.log.catalog
+  return {
+    name: {
+      'title': catalog.titles[item],
+      'categories': list(catalog.categories[item]),
+      'year': int(catalog.years[item]) or None,
+    }
+    for name in names
+    if (item := index.get(name)) is not None
+  }
 
 
 def example(policy: reranker_lib.Reranker, place: int) -> dict[str, Any]:
-  """A test slate, with what its user did next.
+  """A test slate, and the candidates that its user chose.
 
   Args:
-    policy: whose data set it is of.
-    place: of the slate; counted around.
+    policy: trained on the data set.
+    place: of the slate, modulo the number of test slates.
 
   Returns:
-    slate, to be sent to /rank; relevant, item ids of the positives; slates, how
-    many there are.
+    slate, to be sent to /rank; relevant, item ids of the positives; slates, the
+    number of test slates.
   """
   records = _records(policy.knowledge.source)
   record = records[place % len(records)]
-  names = policy.knowledge.log.catalog.item_ids
-  slate = requests_lib.of_record(record, names)
+  slate = requests_lib.of_record(record, policy.knowledge.log.catalog.item_ids)
+  grades = zip(slate['candidates'], record['grades'], strict=False)
   return {
     'slate': slate,
-    'relevant': [
-      name
-      for name, grade in zip(
-        slate['candidates'], record['grades'], strict=False
-      )
-      if grade > 0
-    ],
+    'relevant': [name for name, grade in grades if grade > 0],
     'slates': len(records),
   }
 
 
 @functools.lru_cache(maxsize=1)
-def _records(source: pathlib.Path):
-  """Random access to the test slates."""
-  return slates_lib.source(source, 'test')
+def _records(source: pathlib.Path) -> slates_lib.SlateSource:
+  return slates_lib.SlateSource(source, 'test')

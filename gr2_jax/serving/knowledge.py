@@ -1,18 +1,21 @@
-"""What evidence is looked up in: of one data set, not of one policy."""
+"""The log that evidence is looked up in; policies of one data set share it."""
 
 import dataclasses
 import importlib
 import pathlib
 from collections.abc import Mapping
 
+import ml_collections
+
 from gr2_jax.data import evidence as evidence_lib
+from gr2_jax.data import item_text, preranker
 from gr2_jax.data import log as log_lib
-from gr2_jax.serving import request as requests_lib
+from gr2_jax.data import splits as splits_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Knowledge:
-  """The log that a policy was trained on, and what was fitted to it."""
+  """The log that a policy was trained on, and the facts fitted to it."""
 
   source: pathlib.Path  # the slates artifact
   log: log_lib.Log
@@ -20,16 +23,20 @@ class Knowledge:
   index: Mapping[str, int]  # item id -> catalog index
 
 
-def load(slates: pathlib.Path, catalog: log_lib.Catalog, config) -> Knowledge:
-  """Reads the log, and fits the evidence.
+def load(
+  slates: pathlib.Path,
+  catalog: log_lib.Catalog,
+  config: ml_collections.ConfigDict,
+) -> Knowledge:
+  """Reads the log and fits the evidence.
 
   Args:
     slates: artifact of that stage.
-    catalog: of it.
+    catalog: stored in it.
     config: section `data`.
 
   Raises:
-    DataError: the data is no longer what the slates were made of.
+    DataError: the data has changed since the slates were made.
   """
   module = importlib.import_module(f'gr2_jax.data.sources.{config.source}')
   log = module.load(config)
@@ -38,9 +45,24 @@ def load(slates: pathlib.Path, catalog: log_lib.Catalog, config) -> Knowledge:
       f'{config.source}: its items are no longer those of {slates}: give the '
       'data that the policy was trained on'
     )
-  return Knowledge(
-    source=slates,
-    log=log,
-    facts=requests_lib.fit(log, config),
-    index={name: i for i, name in enumerate(catalog.item_ids)},
+  index = {name: i for i, name in enumerate(catalog.item_ids)}
+  return Knowledge(slates, log, fit(log, config), index)
+
+
+def fit(
+  log: log_lib.Log, config: ml_collections.ConfigDict
+) -> evidence_lib.Facts:
+  """Fits the facts that slates of validation, of test and from outside may use.
+
+  Args:
+    log: that the policy's slates were built from.
+    config: section `data`.
+  """
+  statistics = preranker.fit(
+    log,
+    splits_lib.known_rows(log, config),
+    config.knn_decay,
+    config.knn_window,
+    config.knn_neighbours,
   )
+  return evidence_lib.fit(log, statistics, item_text.fit(log.catalog))

@@ -1,4 +1,7 @@
-"""What a service counts, for Prometheus."""
+"""The counters of a service, for Prometheus."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import prometheus_client as prometheus
 
@@ -17,73 +20,72 @@ class Metrics:
   def __init__(self):
     self.registry = prometheus.CollectorRegistry()
 
-    def make(kind, name, text, labels=(), **more):
-      return kind(f'gr2_{name}', text, labels, registry=self.registry, **more)
+    def add(
+      kind: Any, name: str, help: str, labels: Sequence[str] = (), **options
+    ) -> Any:
+      return kind(
+        f'gr2_{name}', help, labels, registry=self.registry, **options
+      )
 
     counter, gauge = prometheus.Counter, prometheus.Gauge
     histogram = prometheus.Histogram
-    self.requests = make(
+    mode, seconds = ('mode',), {'buckets': _SECONDS}
+    self.requests = add(
       counter, 'requests', 'HTTP requests answered.', ('route', 'status')
     )
-    self.slates = make(
+    self.slates = add(
       counter,
       'slates',
       'Slates by outcome: ranked, timed_out, refused.',
       ('mode', 'outcome'),
     )
-    self.unknown = make(
-      counter, 'unknown_candidates', 'Candidates of which nothing is known.'
+    self.unknown = add(
+      counter, 'unknown_candidates', 'Candidates neither known nor described.'
     )
-    self.described = make(
-      counter, 'described_candidates', 'Candidates known by description alone.'
+    self.described = add(
+      counter, 'described_candidates', 'Candidates known by description only.'
     )
-    self.seconds = make(
+    self.seconds = add(
       histogram,
       'rank_seconds',
       'From a checked request to its answer.',
-      ('mode',),
-      buckets=_SECONDS,
+      mode,
+      **seconds,
     )
-    self.batch_seconds = make(
+    self.batch_seconds = add(
       histogram,
       'batch_seconds',
       'One batch, evidence included.',
-      ('mode',),
-      buckets=_SECONDS,
+      mode,
+      **seconds,
     )
-    self.batch_slates = make(
-      histogram, 'batch_slates', 'Slates of a batch.', ('mode',), buckets=_SIZES
+    self.batch_slates = add(
+      histogram, 'batch_slates', 'Slates of a batch.', mode, buckets=_SIZES
     )
-    self.prefills = make(
-      counter, 'prefills', 'Prompts that were encoded.', ('mode',)
+    self.prefills = add(counter, 'prefills', 'Prompts encoded.', mode)
+    self.decoded = add(counter, 'decoded_tokens', 'Tokens decoded.', mode)
+    self.memory_hits = add(
+      counter, 'memory_hits', 'Prompts whose history was not encoded again.'
     )
-    self.decoded = make(
-      counter, 'decoded_tokens', 'Tokens that were written.', ('mode',)
+    self.memory_misses = add(
+      counter, 'memory_misses', 'Histories encoded into memory tokens.'
     )
-    self.memory_hits = make(
-      counter, 'memory_hits', 'Prompts whose history was not read again.'
+    self._memory_bytes = add(gauge, 'memory_bytes', 'Bytes of kept histories.')
+    self.waiting = add(gauge, 'queue_slates', 'Slates that wait.')
+    self.reloads = add(
+      counter, 'reloads', 'Reloads of a policy by outcome.', ('outcome',)
     )
-    self.memory_misses = make(
-      counter, 'memory_misses', 'Histories that were read into memory tokens.'
-    )
-    self._memory_bytes = make(
-      gauge, 'memory_bytes', 'Of histories that are kept.'
-    )
-    self.waiting = make(gauge, 'queue_slates', 'Slates that wait.')
-    self.reloads = make(
-      counter, 'reloads', 'Policies swapped in.', ('outcome',)
-    )
-    self._policy = make(
+    self._policy = add(
       gauge, 'policy_info', 'The policy that answers.', ('artifact',)
     )
     prometheus.ProcessCollector(registry=self.registry)
 
-  def serves(self, policy: reranker_lib.Reranker) -> None:
-    """Names the policy that answers from now on; its memories are counted."""
+  def set_policy(self, policy: reranker_lib.Reranker) -> None:
+    """Sets the policy that answers from now on."""
     self._policy.clear()
     self._policy.labels(policy.artifact.name).set(1)
     self._memory_bytes.set_function(lambda: policy.memories.bytes)
 
   def text(self) -> bytes:
-    """What Prometheus reads."""
+    """The exposition that Prometheus scrapes."""
     return prometheus.generate_latest(self.registry)

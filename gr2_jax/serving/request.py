@@ -1,67 +1,142 @@
-"""Slates that come from outside: one JSON object a line.
+"""Slates from outside: a JSON object each, from a file or an HTTP request.
 
-  candidates: list of item ids, all different, in the incoming order
-  history: list of item ids, oldest first; may be empty. Items that the
-    catalog lacks, and that are not described, are dropped and counted
-  items: list of descriptions of items that the catalog lacks, see
-    `descriptions.py`; optional. They are read and ranked with the others, by
-    their text. Of an item that the catalog has, the catalog's own description
-    counts, and this one is only checked
-  history_grades: list of 1 or 2, one per item of the history, null where it
-    is not known; optional
-  history_times: list of numbers like `time`, one per item of the history, null
-    where it is not known; optional
-  scores: list of numbers, the incoming ranker's, one per candidate; optional,
-    falling with the rank where missing
-  time: number, in the unit of the log; optional, the log's last time where
-    missing
-  user: text or whole number; optional, no model reads it
-  id: text or whole number that the answer carries; optional, the line's
-    number where missing
-
-Item ids are text or whole numbers; 7 and "7" are the same item. Blank lines are
-no slates. A file is checked as a whole before anything is ranked, and read as a
-stream.
+`slate` and `DESCRIPTION` declare the fields. Item ids are text or whole
+numbers; 7 and "7" are the same item. Items that the catalog lacks are unknown,
+unless the slate describes them. A file holds one slate a line; blank lines are
+skipped. It is checked as a whole before anything is ranked, then streamed.
 
 Axes: n slates, K candidates, H history, I items of the catalog.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 
-from gr2_jax.data import descriptions, preranker
+from gr2_jax.data import descriptions, files, preranker
 from gr2_jax.data import evidence as evidence_lib
-from gr2_jax.data import item_text as content_lib
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import splits as splits_lib
-from gr2_jax.data import validation as fields_lib
+from gr2_jax.serving import fields as fields_lib
+from gr2_jax.serving.fields import ID, Field, List, number, one_of, text, whole
+
+NO_ITEMS = log_lib.Catalog((), (), (), np.zeros(0, np.int32))
+
+_TIME = number(-(2**53), 2**53)  # Every JSON writer keeps these whole numbers.
+_LARGEST_SCORE = float(np.finfo(np.float32).max)
+_NAME = text(200)
+
+DESCRIPTION = fields_lib.Object(
+  'description',
+  'descriptions',
+  '{"item_id": .., "title": ..}',
+  (
+    Field('item_id', ID, required=True),
+    Field(
+      'title',
+      text(1000, pattern=r'\S', noun='text that is not blank,'),
+      required=True,
+    ),
+    Field(
+      'categories', List(_NAME, most=32, cure='keep fewer'), 'wide to narrow'
+    ),
+    Field('brand', _NAME, 'is put in front of the title'),
+    Field('year', whole(0, 9999), '0 where unknown'),
+  ),
+)
+
+
+@functools.cache
+def slate(candidates: int, history: int | None = None) -> fields_lib.Object:
+  """The fields of a slate.
+
+  Args:
+    candidates: K, the most that the policy has room for.
+    history: the longest history; None for any length.
+  """
+  return fields_lib.Object(
+    'slate',
+    'slates',
+    '{"history": [...], "candidates": [...]}',
+    (
+      Field(
+        'candidates',
+        List(
+          ID,
+          least=1,
+          most=candidates,
+          cure='cut the list, or train with a larger data.candidates',
+          unique=str,
+        ),
+        'item ids in the incoming order; 7 and "7" are the same item',
+        required=True,
+      ),
+      Field(
+        'history',
+        List(ID, most=history, cure='send the last ones'),
+        'item ids, oldest first; unknown items are dropped and counted',
+        required=True,
+      ),
+      Field(
+        'items',
+        List(
+          DESCRIPTION,
+          most=candidates + evidence_lib.REACH,
+          cure='describe only items that the catalog lacks',
+          unique=lambda item: str(item['item_id']),
+        ),
+        'descriptions of items of both lists that the catalog lacks; the '
+        "catalog's own descriptions take precedence",
+      ),
+      Field(
+        'history_grades',
+        List(one_of(1, 2).or_null()),
+        'grade of each item of the history, 2 the better',
+        like='history',
+      ),
+      Field(
+        'history_times',
+        List(_TIME.or_null()),
+        'time of each item of the history, in the unit of the log',
+        like='history',
+      ),
+      Field(
+        'scores',
+        List(number(-_LARGEST_SCORE, _LARGEST_SCORE)),
+        "the incoming ranker's, one per candidate; fall with the rank where "
+        'missing',
+        like='candidates',
+      ),
+      Field('time', _TIME, "in the unit of the log; the log's last if missing"),
+      Field('user', ID, 'no model reads it'),
+      Field('id', ID, 'the answer carries it; counts from 1 where missing'),
+    ),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One line of the file.
+  """A checked slate.
 
   Attributes:
-    id: what the answer is to be called.
-    names: the candidates' ids as they are written.
-    candidates: catalog indices of them; I, I + 1, .. for `described` ones; -1
-      for those that nothing is known of.
+    id: that the answer carries.
+    names: ids of the candidates, as they were given.
+    candidates: their catalog indices; from I on for `described` items, -1 for
+      unknown ones.
     scores: of the incoming ranker, float32 values.
-    history: likewise, without unknown ones, oldest first.
-    grades: of the history's items, 0 where they are not given.
-    times: of the history's items, None where they are not given.
-    unknown: items of the history that nothing is known of.
+    history: catalog indices likewise, oldest first, without unknown items.
+    grades: of the history's items, 0 where missing.
+    times: of the history's items, None where missing.
+    unknown: number of unknown items of the history.
     time: of the slate, or None.
-    described: items of the candidates or the history that the catalog lacks.
+    described: items of both lists that the catalog lacks.
   """
 
   id: str | int
@@ -73,33 +148,51 @@ class Request:
   times: tuple[int | None, ...]
   unknown: int
   time: int | None
-  described: log_lib.Catalog = descriptions.NONE
+  described: log_lib.Catalog = NO_ITEMS
+
+  @property
+  def known_ranks(self) -> list[int]:
+    """Incoming ranks of the candidates that are known or described."""
+    return [rank for rank, item in enumerate(self.candidates) if item >= 0]
+
+  @property
+  def unknown_candidates(self) -> list[str | int]:
+    """Ids of the candidates that are neither known nor described."""
+    pairs = zip(self.names, self.candidates, strict=True)
+    return [name for name, item in pairs if item < 0]
 
   @property
   def described_candidates(self) -> list[str | int]:
-    """Names of the candidates that are described."""
+    """Ids of the candidates that are described."""
     return [name for name in self.names if str(name) in self.described.item_ids]
+
+  def known_part(self) -> 'Request':
+    """The request without its unknown candidates."""
+    kept = self.known_ranks
+    return dataclasses.replace(
+      self,
+      names=tuple(self.names[rank] for rank in kept),
+      candidates=tuple(self.candidates[rank] for rank in kept),
+      scores=tuple(self.scores[rank] for rank in kept),
+    )
 
 
 def read(
   path: str | os.PathLike,
   catalog: log_lib.Catalog,
-  most: int,
+  width: int,
   unreadable: str = '',
 ) -> Iterator[Request]:
   """Yields a file's requests, each checked.
 
   Args:
     path: the file.
-    catalog: the items there are.
-    most: K, candidates that the policy has room for.
-    unreadable: see `parse`.
-
-  Yields:
-    One request for each line that is not blank.
+    catalog: of the policy.
+    width: K, candidates that the policy has room for.
+    unreadable: as of `resolve`.
 
   Raises:
-    DataError: what is wrong, with file, line, field and cure.
+    DataError: with file, line, field, finding and cure; a candidate is unknown.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -109,120 +202,101 @@ def read(
   index = {name: i for i, name in enumerate(catalog.item_ids)}
   empty = True
   with path.open('rb') as file:
-    for number, text in enumerate(file, start=1):
-      if text.strip():
-        empty = False
-        where = f'{path}, line {number}'
-        yield parse(
-          _row(text, where),
+    for number, line in enumerate(file, start=1):
+      if not line.strip():
+        continue
+      empty = False
+      where = f'{path}, line {number}'
+      request = resolve(
+        slate(width).check(_json(line, where), where), number, index, unreadable
+      )
+      if unknown := request.unknown_candidates:
+        reason = f' (not here: {unreadable})' if unreadable else ''
+        fields_lib.fail(
           where,
-          number,
-          index,
-          most,
-          unreadable=unreadable,
+          'candidates',
+          f'{unknown[0]!r} is not in the catalog',
+          f'remove it, describe it in the field items{reason}, or train on '
+          'items that have it',
         )
+      yield request
   if empty:
     raise log_lib.DataError(
       f'{path}: the file is empty: it needs at least one slate'
     )
 
 
-def parse(
-  row: object,
-  where: str,
+def resolve(
+  fields: Mapping[str, Any],
   default_id: int,
-  index: dict[str, int],
-  most: int,
-  strict: bool = True,
+  index: Mapping[str, int],
   unreadable: str = '',
 ) -> Request:
-  """Checks one slate.
+  """Looks up the items of a slate.
 
   Args:
-    row: what JSON holds.
-    where: it stands, for messages.
-    default_id: of a slate that gives none.
+    fields: returned by the check of `slate`.
+    default_id: id of a slate that gives none.
     index: item id -> catalog index.
-    most: K, candidates that the policy has room for.
-    strict: a candidate that nothing is known of is an error; otherwise its
-      catalog index is -1.
-    unreadable: why descriptions cannot be read, if so: of items that they
-      describe nothing is known.
-
-  Raises:
-    DataError: what is wrong, with place, field and cure.
+    unreadable: the reason why descriptions cannot be read, or ''; described
+      items are unknown if it is given.
   """
-  fields = fields_lib.Fields(where)
-  if not isinstance(row, dict):
-    raise log_lib.DataError(
-      f'{where}: not a JSON object: write {{"history": [...], "candidates": '
-      '[...]}'
+  names, shown = fields['candidates'], fields['history']
+  described = NO_ITEMS
+  if fields['items'] and not unreadable:
+    needed = {*map(str, names), *map(str, shown)} - index.keys()
+    described = _described(
+      [item for item in fields['items'] if str(item['item_id']) in needed]
     )
-  names = fields.names(row, 'candidates')
-  if not names:
-    fields.fail('candidates', 'an empty list', 'give one candidate or more')
-  if len(names) > most:
-    fields.fail(
-      'candidates',
-      f'{len(names)} of them, the policy has room for {most}',
-      'cut the list, or train with a larger data.candidates',
-    )
-  shown = fields.names(row, 'history')
-  described = descriptions.NONE
-  if row.get('items') is not None:
-    room = most + evidence_lib.REACH
-    items = descriptions.read(row['items'], where, room)
-    described = _needed(
-      items, {*map(str, names), *map(str, shown)} - index.keys()
-    )
-  if unreadable:
-    described = descriptions.NONE
   new = {name: len(index) + i for i, name in enumerate(described.item_ids)}
 
   def find(name: str | int) -> int:
     return index.get(str(name), new.get(str(name), -1))
 
-  candidates = [find(name) for name in names]
-  if strict and -1 in candidates:
-    found = names[candidates.index(-1)]
-    fields.fail(
-      'candidates',
-      f'{found!r} is not in the catalog',
-      'remove it, describe it in the field items'
-      f'{unreadable and f" (not here: {unreadable})"}, or train on items that '
-      'have it',
-    )
-  for place, name in enumerate(names):
-    if str(name) in map(str, names[:place]):
-      fields.fail(
-        'candidates', f'{fields_lib.short(name)} again', 'each item once'
-      )
-  known = [find(name) for name in shown]
-  kept = [place for place, item in enumerate(known) if item >= 0]
-  grades = fields.grades(row, len(known))
-  times = fields.times(row, len(known))
-  fields.name(row, 'user')
+  items = [find(name) for name in shown]
+  kept = [place for place, item in enumerate(items) if item >= 0]
+  grades = fields['history_grades'] or [None] * len(items)
+  times = fields['history_times'] or [None] * len(items)
+  scores = fields['scores']
+  if scores is None:
+    scores = np.linspace(1, 0, len(names), endpoint=False)
   return Request(
-    id=fields.name(row, 'id', default_id),
+    id=default_id if fields['id'] is None else fields['id'],
     names=tuple(names),
-    candidates=tuple(candidates),
-    scores=fields.scores(row, len(names)),
-    history=tuple(known[place] for place in kept),
-    grades=tuple(grades[place] for place in kept),
-    times=tuple(times[place] for place in kept),
-    unknown=len(known) - len(kept),
-    time=fields.time(row),
+    candidates=tuple(find(name) for name in names),
+    scores=tuple(np.asarray(scores, np.float32).tolist()),
+    history=tuple(items[place] for place in kept),
+    grades=tuple(int(grades[place] or 0) for place in kept),
+    times=tuple(_whole(times[place]) for place in kept),
+    unknown=len(items) - len(kept),
+    time=_whole(fields['time']),
     described=described,
   )
 
 
-def _needed(items: log_lib.Catalog, names: set[str]) -> log_lib.Catalog:
-  """Those items that are asked for, in their order."""
-  rows = [row for row, name in enumerate(items.item_ids) if name in names]
-  return items.take(np.array(rows, int))
+def _whole(time: float | None) -> int | None:
+  return None if time is None else int(time)
 
 
-def _row(text: bytes, where: str) -> object:
+def _described(items: Sequence[Mapping[str, Any]]) -> log_lib.Catalog:
+  """Checked descriptions as a catalog."""
+  return log_lib.Catalog(
+    tuple(str(item['item_id']) for item in items),
+    tuple(
+      _plain(descriptions.with_brand(item['title'], item['brand'] or ''))
+      for item in items
+    ),
+    tuple(tuple(map(_plain, item['categories'] or ())) for item in items),
+    np.array([item['year'] or 0 for item in items], np.int32),
+  )
+
+
+def _plain(text: str) -> str:
+  """The text without halves of surrogate pairs, which no tokenizer reads."""
+  return text.encode('utf-8', 'replace').decode()
+
+
+def _json(text: bytes, where: str) -> object:
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
@@ -232,36 +306,18 @@ def _row(text: bytes, where: str) -> object:
     ) from error
 
 
-def fit(log: log_lib.Log, config) -> evidence_lib.Facts:
-  """Fits what slates of validation, of test and from outside may know.
-
-  Args:
-    log: the log that the policy's slates were built from.
-    config: section `data`.
-
-  Returns:
-    The facts of `slates.build` for these slates.
-  """
-  statistics = preranker.fit(
-    log,
-    splits_lib.known_rows(log, config),
-    config.knn_decay,
-    config.knn_window,
-    config.knn_neighbours,
-  )
-  return evidence_lib.fit(
-    log,
-    statistics,
-    content_lib.fit(log.catalog),
-  )
-
-
 def described(requests: Sequence[Request]) -> log_lib.Catalog:
-  """What the requests describe, one after the other.
+  """The described items of all requests, one request after the other.
 
   In the slates of `to_slates` their indices are I, I + 1, .., in this order.
   """
-  return descriptions.join([request.described for request in requests])
+  parts = [request.described for request in requests]
+  return log_lib.Catalog(
+    tuple(name for part in parts for name in part.item_ids),
+    tuple(title for part in parts for title in part.titles),
+    tuple(path for part in parts for path in part.categories),
+    np.concatenate([NO_ITEMS.years, *(part.years for part in parts)]),
+  )
 
 
 def to_slates(
@@ -271,12 +327,12 @@ def to_slates(
   num_candidates: int,
   history: int,
 ) -> slates_lib.Slates:
-  """Slates with evidence; grade 0 and user -1, for nobody knows them.
+  """Slates with evidence. Grades are 0 and users -1: they are not known.
 
   Args:
     requests: n of them.
-    log: what the facts were fitted on.
-    facts: of `fit`.
+    log: that the facts were fitted on.
+    facts: returned by `knowledge.fit`.
     num_candidates: K, width of the slates.
     history: H, last items kept.
 
@@ -284,9 +340,9 @@ def to_slates(
     The slates, in the order of the requests.
   """
   n, size = len(requests), len(log.catalog)
-  beside = described(requests)
-  if len(beside):
-    facts = facts.beside(beside)
+  new_items = described(requests)
+  if len(new_items):
+    facts = facts.beside(new_items)
   candidates = np.full((n, num_candidates), -1, np.int32)
   scores = np.zeros((n, num_candidates), np.float32)
   shown = np.full((n, history), -1, np.int32)
@@ -299,19 +355,20 @@ def to_slates(
   )
   before = 0  # Items that earlier requests describe.
   for row, request in enumerate(requests):
-    count, all_read = len(request.candidates), np.array(request.history, int)
+    count = len(request.candidates)
+    items = np.array(request.history, int)
     candidates[row, :count] = request.candidates
     candidates[row, :count] += before * (candidates[row, :count] >= size)
-    all_read += before * (all_read >= size)
+    items += before * (items >= size)
     before += len(request.described)
-    scores[row, : len(request.scores)] = request.scores
-    recent = all_read[-history:]
+    scores[row, :count] = request.scores
+    recent = items[-history:]
     shown[row, : len(recent)] = recent
     grades[row, : len(recent)] = request.grades[-history:]
     for place, time in enumerate(request.times[-history:]):
       if time is not None:
         ages[row, place] = max(int(times[row]) - time, 0)
-    recent = all_read[: -evidence_lib.REACH - 1 : -1]
+    recent = items[: -evidence_lib.REACH - 1 : -1]
     latest[row, : len(recent)] = recent
   positions = np.array([len(r.history) for r in requests], np.int64)
   return slates_lib.Slates(
@@ -326,7 +383,7 @@ def to_slates(
     history_length=np.minimum(positions, history).astype(np.int32),
     time=times,
     evidence=evidence_lib.of_histories(
-      log, facts, latest, positions, times, candidates, scores
+      facts, latest, positions, times, candidates, scores
     ),
     utility=np.full(candidates.shape, np.nan, np.float32),
   )
@@ -335,12 +392,7 @@ def to_slates(
 def of_record(
   slate: dict[str, np.ndarray], names: Sequence[str]
 ) -> dict[str, Any]:
-  """A slate of a data set as a request.
-
-  Args:
-    slate: one record of `slates.source`.
-    names: item ids by catalog index.
-  """
+  """A record of `slates.source` as a JSON slate; `names` are the item ids."""
   count, length = int(slate['count']), int(slate['history_length'])
   now, ages = int(slate['time']), slate['history_ages'][:length].tolist()
   grades = slate['history_grades'][:length].tolist()
@@ -357,27 +409,25 @@ def of_record(
 def write_test(
   path: str | os.PathLike,
   log: log_lib.Log,
-  config,
+  config: ml_collections.ConfigDict,
   statistics: preranker.Statistics,
 ) -> None:
-  """Writes the test slates as requests, in their order in the data set.
+  """Writes the test slates as a file of slates, in the order of the data set.
 
   Args:
-    path: the file; appears whole or not at all.
-    log: the log that the data set was built from.
+    path: the file; it appears as a whole or not at all.
+    log: that the data set was built from.
     config: section `data`.
-    statistics: of `fit`.
+    statistics: of the facts of `knowledge.fit`.
   """
-  requests = splits_lib.requests(log, config)
+  positions = splits_lib.slate_positions(log, config)
   test = splits_lib.SPLITS.index('test')
   kept, slates, _ = slates_lib.retrieve(
-    log, config, statistics, splits_lib.take(requests, requests.split == test)
+    log, config, statistics, splits_lib.take(positions, positions.split == test)
   )
   names = log.catalog.item_ids
   offsets = log.offsets()
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
+  with files.atomic_write(path) as file:
     for row in np.lexsort((kept.time, kept.user)):
       user = kept.user[row]
       begin = offsets[user]
@@ -394,4 +444,3 @@ def write_test(
         'time': int(kept.time[row]),
       }
       file.write(json.dumps(line, ensure_ascii=False) + '\n')
-  os.replace(temporary, path)

@@ -1,45 +1,22 @@
-"""The OpenAPI description of the service, with the limits that it has."""
+"""The OpenAPI document of the service, with the limits in force.
+
+The bodies of requests come from the declarations that also check them.
+"""
 
 from collections.abc import Iterable
 from typing import Any
 
 import gr2_jax
-from gr2_jax.data import descriptions
-from gr2_jax.data import evidence as evidence_lib
 from gr2_jax.ops import parsing
 from gr2_jax.serving import examples as examples_lib
+from gr2_jax.serving import fields
 from gr2_jax.serving import reranker as reranker_lib
 from gr2_jax.serving import service as service_lib
 
-_ITEM = {
-  'oneOf': [{'type': 'string'}, {'type': 'integer'}],
-  'description': 'an item id',
-}
-_DESCRIPTION = {
-  'type': 'object',
-  'required': ['item_id', 'title'],
-  'properties': {
-    'item_id': _ITEM,
-    'title': {
-      'type': 'string',
-      'maxLength': descriptions.TITLE,
-      'pattern': '\\S',
-    },
-    'categories': {
-      'type': ['array', 'null'],
-      'items': {'type': 'string', 'maxLength': descriptions.NAME},
-      'maxItems': descriptions.CATEGORIES,
-      'description': 'wide to narrow',
-    },
-    'brand': {'type': ['string', 'null'], 'maxLength': descriptions.NAME},
-    'year': {'type': ['integer', 'null'], 'minimum': 0, 'maximum': 9999},
-  },
-}
-_MOMENT = {'minimum': -(2**53), 'maximum': 2**53}
-_ERROR = {
-  'type': 'object',
-  'required': ['error'],
-  'properties': {'error': {'type': 'string'}},
+_IDS = fields.List(fields.ID).schema
+_BODY_ERRORS = {
+  408: 'The body took too long to arrive',
+  413: 'The body is too large',
 }
 
 
@@ -48,16 +25,46 @@ def openapi(
   limits: service_lib.Limits,
   paths: Iterable[str],
 ) -> dict[str, Any]:
-  """OpenAPI 3.1, of the paths that are served."""
-  known = {
-    '/rank': {'post': _rank(policy, limits)},
-    '/health': {'get': _get('What it serves')},
-    '/metrics': {'get': _get('Counters for Prometheus', kind='text/plain')},
-    '/openapi.json': {'get': _get('This description')},
-    '/items': {'get': _items()},
-    '/example': {'get': _example()},
-    '/reload': {'post': _reload()},
-    '/': {'get': _get('A page for people', kind='text/html')},
+  """The OpenAPI 3.1 document of the paths that are served."""
+  body = service_lib.rank_body(policy, limits)
+  rank = _operation(
+    'Ranks slates',
+    _answers(list(policy.programs)),
+    {400: 'The error names place, field and cure'} | _BODY_ERRORS,
+    body=body.schema,
+  )
+  rank['operationId'] = 'rank'
+  rank['responses']['503'] = _response(
+    'The queue is full, or the service is shutting down', _error()
+  ) | {'headers': {'Retry-After': {'schema': {'type': 'integer'}}}}
+  reload = _operation(
+    'Swaps the policy for one whose folder lies beside it',
+    {'type': 'object'},
+    {
+      400: 'The present policy stays',
+      401: 'The token is missing or wrong',
+      409: 'Another reload is under way',
+    }
+    | _BODY_ERRORS,
+    body=service_lib.RELOAD.schema,
+  )
+  reload['security'] = [{'token': []}]
+  bad_query = {400: 'The error names the field'}
+  operations = {
+    '/rank': {'post': rank},
+    '/health': {'get': _operation('The state of the service')},
+    '/metrics': {'get': _operation('Counters for Prometheus', 'text/plain')},
+    '/openapi.json': {'get': _operation('This document')},
+    '/items': {
+      'get': _operation('Titles of items', {}, bad_query)
+      | _query('id', examples_lib.NAMES.schema)
+    },
+    '/example': {
+      'get': _operation('A test slate of the data set', {}, bad_query)
+      | _query('place', examples_lib.PLACE.schema)
+    },
+    '/reload': {'post': reload},
+    '/': {'get': _operation('A page for people', 'text/html')},
   }
   return {
     'openapi': '3.1.0',
@@ -66,127 +73,22 @@ def openapi(
       'version': gr2_jax.__version__,
       'description': 'Re-ranks slates of candidates for a history.',
     },
-    'paths': {path: known[path] for path in paths},
+    'paths': {path: operations[path] for path in paths},
     'components': {
       'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}}
     },
   }
 
 
-def _rank(
-  policy: reranker_lib.Reranker, limits: service_lib.Limits
-) -> dict[str, Any]:
-  slate = {
-    'type': 'object',
-    'required': ['candidates', 'history'],
-    'properties': {
-      'candidates': {
-        'type': 'array',
-        'items': _ITEM,
-        'minItems': 1,
-        'maxItems': policy.candidates,
-        'uniqueItems': True,
-        'description': 'in the incoming order; 7 and "7" are the same item',
-      },
-      'history': {
-        'type': 'array',
-        'items': _ITEM,
-        'maxItems': limits.history,
-        'description': 'oldest first; unknown items are dropped and counted',
-      },
-      'items': {
-        'type': ['array', 'null'],
-        'items': _DESCRIPTION,
-        'maxItems': policy.candidates + evidence_lib.REACH,
-        'description': (
-          'those of both lists that the catalog lacks; of items '
-          'that it has, its own description counts'
-        ),
-      },
-      'history_grades': {
-        'type': ['array', 'null'],
-        'items': {'enum': [1, 2, None]},
-        'description': 'how the user took to each item, 2 the better',
-      },
-      'history_times': {
-        'type': ['array', 'null'],
-        'items': {'type': ['number', 'null']} | _MOMENT,
-        'description': 'when, one per item of the history',
-      },
-      'scores': {
-        'type': ['array', 'null'],
-        'items': {'type': 'number', 'minimum': -3e38, 'maximum': 3e38},
-        'description': "the incoming ranker's, one per candidate",
-      },
-      'time': {
-        'type': ['number', 'null'],
-        **_MOMENT,
-        'description': 'in the unit of the log; the last one where missing',
-      },
-      'user': {'type': ['string', 'integer', 'null']},
-      'id': {'type': ['string', 'integer', 'null']},
-    },
-  }
-  modes = list(policy.programs)
-  request = {
-    'type': 'object',
-    'required': ['slates'],
-    'additionalProperties': False,
-    'properties': {
-      'slates': {
-        'type': 'array',
-        'items': slate,
-        'minItems': 1,
-        'maxItems': limits.slates,
-      },
-      'mode': {
-        'enum': modes,
-        'default': modes[0],
-        'description': (
-          'score: one pass, no decoding; rank: the ranking is decoded; reason: '
-          'reasoning is, then the ranking'
-        ),
-      },
-      'timeout': {
-        'type': 'number',
-        'exclusiveMinimum': 0,
-        'maximum': limits.seconds,
-        'default': limits.seconds,
-        'description': 'seconds until the incoming order is the answer',
-      },
-    },
-  }
-  return {
-    'operationId': 'rank',
-    'summary': 'Ranks slates',
-    'requestBody': {
-      'required': True,
-      'content': _content(request),
-    },
-    'responses': {
-      '200': _response('An answer for each slate', _content(_answers(modes))),
-      **_errors(
-        {
-          400: 'The request names field and cure',
-          408: 'The body took too long to come in',
-          413: 'The body is too large',
-        }
-      ),
-      '503': _response('The queue is full, or it drains', _content(_ERROR))
-      | {'headers': {'Retry-After': {'schema': {'type': 'integer'}}}},
-    },
-  }
-
-
 def _answers(modes: list[str]) -> dict[str, Any]:
-  ids = {'type': 'array', 'items': _ITEM}
-  fields = {
-    'id': {'type': ['string', 'integer']},
-    'ranking': ids | {'description': 'candidates, best first'},
+  """Schema of the answer of /rank."""
+  line = {
+    'id': fields.ID.schema,
+    'ranking': _IDS | {'description': 'candidates, best first'},
     'order': {
       'type': 'array',
       'items': {'type': 'integer'},
-      'description': 'the same in incoming ranks, from 0',
+      'description': 'the ranking in incoming ranks, from 0',
     },
     'reasoning': {
       'type': 'string',
@@ -194,7 +96,7 @@ def _answers(modes: list[str]) -> dict[str, Any]:
     },
     'verdict': {
       'enum': [*parsing.VERDICTS, None],
-      'description': 'null: the policy has not ranked it',
+      'description': 'null: the policy has not ranked the slate',
     },
     'scores': {
       'type': 'array',
@@ -202,99 +104,63 @@ def _answers(modes: list[str]) -> dict[str, Any]:
       'description': 'of the read-out, one per candidate as given',
     },
     'unknown_history': {'type': 'integer'},
-    'described_candidates': ids
+    'described_candidates': _IDS
     | {'description': 'the catalog lacks them; ranked by their description'},
     'mode': {'enum': modes},
-    'unknown_candidates': ids | {'description': 'they kept their places'},
+    'unknown_candidates': _IDS | {'description': 'they keep their places'},
     'timed_out': {
       'type': 'boolean',
       'description': 'the ranking is the incoming order',
     },
   }
-  line = {'type': 'object', 'required': list(fields), 'properties': fields}
-  return {
-    'type': 'object',
-    'required': ['artifact', 'answers'],
-    'properties': {
-      'artifact': {'type': 'string', 'description': 'the policy'},
-      'answers': {'type': 'array', 'items': line},
-    },
-  }
+  return _object(
+    artifact={'type': 'string', 'description': 'the policy'},
+    answers={'type': 'array', 'items': _object(**line)},
+  )
 
 
-def _items() -> dict[str, Any]:
-  return _get('Titles of items', 400) | {
-    'parameters': [
-      {
-        'name': 'id',
-        'in': 'query',
-        'schema': {
-          'type': 'array',
-          'items': {'type': 'string'},
-          'maxItems': examples_lib.MOST,
-        },
-      }
-    ]
-  }
-
-
-def _example() -> dict[str, Any]:
-  return _get('A test slate of the data set', 400) | {
-    'parameters': [
-      {
-        'name': 'place',
-        'in': 'query',
-        'schema': {'type': 'integer', 'minimum': 0, 'maximum': 999_999_999},
-      }
-    ]
-  }
-
-
-def _reload() -> dict[str, Any]:
-  request = {
-    'type': 'object',
-    'required': ['artifact'],
-    'properties': {'artifact': {'type': 'string'}},
-  }
-  return {
-    'summary': 'Swaps the policy for one whose folder lies beside it',
-    'security': [{'token': []}],
-    'requestBody': {'required': True, 'content': _content(request)},
-    'responses': {
-      '200': _response('It answers from now on', _content({'type': 'object'})),
-      **_errors(
-        {
-          400: 'The present policy stays',
-          401: 'The token is missing or wrong',
-          408: 'The body took too long to come in',
-          409: 'Another reload is under way',
-          413: 'The body is too large',
-        }
-      ),
-    },
-  }
-
-
-def _get(
-  summary: str, *statuses: int, kind: str = 'application/json'
+def _operation(
+  summary: str,
+  answer: dict[str, Any] | str = 'application/json',
+  errors: dict[int, str] | None = None,
+  body: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-  found = {'200': _response(summary, {kind: {}})}
-  return {
+  """An operation; `answer` is its schema, or a media type without one."""
+  if isinstance(answer, str):
+    content = {answer: {}}
+  else:
+    content = _json(answer)
+  operation = {
     'summary': summary,
-    'responses': found | _errors(dict.fromkeys(statuses, 'It says why')),
+    'responses': {'200': {'description': summary, 'content': content}},
   }
+  for status, text in (errors or {}).items():
+    operation['responses'][str(status)] = _response(text, _error())
+  if body:
+    operation['requestBody'] = {'required': True, 'content': _json(body)}
+  return operation
 
 
-def _errors(texts: dict[int, str]) -> dict[str, Any]:
-  return {
-    str(status): _response(text, _content(_ERROR))
-    for status, text in texts.items()
-  }
+def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+  return {'parameters': [{'name': name, 'in': 'query', 'schema': schema}]}
 
 
-def _response(text: str, content: dict[str, Any]) -> dict[str, Any]:
-  return {'description': text, 'content': content}
+def _response(text: str, schema: dict[str, Any]) -> dict[str, Any]:
+  return {'description': text, 'content': _json(schema)}
 
 
-def _content(schema: dict[str, Any]) -> dict[str, Any]:
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
   return {'application/json': {'schema': schema}}
+
+
+def _error() -> dict[str, Any]:
+  return _object(error={'type': 'string'})
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+  """An object that has all of these properties."""
+  return {
+    'type': 'object',
+    'required': list(properties),
+    'properties': properties,
+  }

@@ -1,10 +1,11 @@
-"""uvicorn, with a deadline that it lacks: for the head of a request.
+"""uvicorn, with a deadline for the head of a request.
 
 uvicorn closes a connection that idles between two requests, and bounds the size
-of a head; who sends a head slowly keeps the connection for ever.
+of a head, but a client that sends a head slowly keeps its connection for ever.
 """
 
 import asyncio
+from typing import Any
 
 import h11
 import uvicorn
@@ -19,14 +20,14 @@ _TOO_SLOW = (
 
 
 def make(
-  app, limits: service_lib.Limits, drain_seconds: int, **address
+  app: Any, limits: service_lib.Limits, drain_seconds: int, **address: Any
 ) -> uvicorn.Server:
-  """A server that is not started yet.
+  """Makes a server that is not started yet.
 
   Args:
     app: ASGI application.
-    limits: on requests.
-    drain_seconds: that requests under way may take after SIGTERM or SIGINT.
+    limits: on clients.
+    drain_seconds: time for pending requests after SIGTERM or SIGINT.
     **address: host and port, for uvicorn.
   """
   config = uvicorn.Config(
@@ -38,7 +39,7 @@ def make(
     access_log=False,
     server_header=False,
     proxy_headers=False,
-    # It counts the connection that asks, and answers 503 at the limit.
+    # uvicorn answers 503 at the limit, and counts the new connection as well.
     limit_concurrency=limits.connections + 1,
     timeout_graceful_shutdown=drain_seconds,
     **address,
@@ -47,7 +48,7 @@ def make(
 
 
 def _protocol(seconds: float) -> type[asyncio.Protocol]:
-  """Uvicorn's HTTP/1.1; a head must come in within so many seconds."""
+  """HTTP/1.1 of uvicorn; a head must arrive within so many seconds."""
 
   class Protocol(h11_impl.H11Protocol):
     """The clock runs from the connection, or the first byte after an answer."""
@@ -79,7 +80,7 @@ def _protocol(seconds: float) -> type[asyncio.Protocol]:
 
     def _too_slow(self):
       self._clock = None
-      text = b'{"error": "the head took more than %g s to come in"}' % seconds
+      text = b'{"error": "the head took more than %g s to arrive"}' % seconds
       self.transport.write(_TOO_SLOW % (len(text), text))
       self.transport.close()
 

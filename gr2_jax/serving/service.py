@@ -1,37 +1,81 @@
-"""What the service does, apart from HTTP: check, queue, answer, reload.
+"""The service without HTTP: check, queue, answer, reload.
 
-A request is checked by the policy that is to answer it, and stays with it: a
-reload swaps the policy between two requests, never under one.
+The policy that checks a request also answers it: a reload swaps the policy
+between two requests, never during one.
 """
 
 import asyncio
 import dataclasses
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from gr2_jax.data import log as log_lib
+from gr2_jax.serving import answer as answer_lib
 from gr2_jax.serving import batching, metrics
 from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
+from gr2_jax.serving.fields import Field, List, Object, number, one_of, text
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What a client may ask for."""
+  """Limits of the service on its clients."""
 
   body_bytes: int = 1 << 20  # of one request
   slates: int = 64  # of one request
   history: int = 1000  # items of one slate's
   queue: int = 256  # slates that wait
   seconds: float = 2.0  # until the incoming order is the answer
-  read_seconds: float = 10.0  # for a request to come in, head and body each
+  read_seconds: float = 10.0  # for a request to arrive, head and body each
   connections: int = 512  # at a time
 
 
-class BadRequest(ValueError):
-  """What is wrong with a request: place, field and cure."""
+RELOAD = Object(
+  'body',
+  '',
+  '{"artifact": "<name of a folder>"}',
+  (
+    Field(
+      'artifact',
+      text(
+        pattern=r'^(?!\.{1,2}$)[^/]+$',
+        noun="the name of a folder beside the present policy's, without a path",
+      ),
+      required=True,
+    ),
+  ),
+)
+
+
+def rank_body(policy: reranker_lib.Reranker, limits: Limits) -> Object:
+  """The fields of a body of /rank."""
+  slate = requests_lib.slate(policy.candidates, limits.history)
+  modes = tuple(policy.programs)
+  return Object(
+    'body',
+    '',
+    '{"slates": [...]}',
+    (
+      Field(
+        'slates',
+        List(slate, 1, limits.slates, 'send more in further requests'),
+        required=True,
+      ),
+      Field(
+        'mode',
+        one_of(*modes),
+        'score: the read-out, no decoding; rank: the ranking is decoded; '
+        'reason: reasoning is decoded, then the ranking',
+        default=modes[0],
+      ),
+      Field(
+        'timeout',
+        number(0, limits.seconds, above=True),
+        'seconds until the incoming order is the answer',
+        default=limits.seconds,
+      ),
+    ),
+  )
 
 
 class Busy(Exception):
@@ -39,10 +83,10 @@ class Busy(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-  """A checked request for answers."""
+class RankRequest:
+  """A checked body of /rank, and the policy that will answer it."""
 
-  policy: reranker_lib.Reranker  # that checked it, and will answer
+  policy: reranker_lib.Reranker
   mode: str
   slates: tuple[requests_lib.Request, ...]
   seconds: float
@@ -52,118 +96,81 @@ class Service:
   """Serves one policy at a time; lives in one event loop.
 
   Args:
-    policy: that answers first.
-    limits: on requests.
+    policy: the first one.
+    limits: on clients.
     moment: seconds that a short batch waits for more slates.
   """
 
   def __init__(
     self, policy: reranker_lib.Reranker, limits: Limits, moment: float = 0.002
   ):
-    self.limits, self.metrics = limits, metrics.Metrics()
-    self.policy = policy
+    self.policy, self.limits, self.metrics = policy, limits, metrics.Metrics()
     self._batcher = batching.Batcher(self._run, limits.queue, moment)
     self._reloading = asyncio.Lock()
-    self.metrics.serves(policy)
+    self.metrics.set_policy(policy)
     self.metrics.waiting.set_function(lambda: len(self._batcher))
 
-  def check(self, body: object) -> Request:
-    """Checks a request, see `schema.py`.
+  def check(self, body: Any) -> RankRequest:
+    """Checks a body of /rank.
 
     Raises:
-      BadRequest: it names place, field and cure.
+      DataError: with place, field, finding and cure.
     """
-    if not isinstance(body, dict):
-      raise BadRequest('the body is not a JSON object: write {"slates": [...]}')
-    known = ('slates', 'mode', 'timeout')
-    for name in body:
-      if name not in known:
-        raise BadRequest(
-          f'field {_short(name)}: unknown: known are {", ".join(known)}'
-        )
-    policy, limits = self.policy, self.limits
-    modes = tuple(policy.programs)
-    mode = body.get('mode', modes[0])
-    if mode not in modes:
-      raise BadRequest(
-        f"field 'mode': {_short(mode)}: it must be one of {', '.join(modes)}"
-      )
-    seconds = body.get('timeout', limits.seconds)
-    if (
-      isinstance(seconds, bool)
-      or not isinstance(seconds, int | float)
-      or not 0 < seconds <= limits.seconds
-    ):
-      raise BadRequest(
-        f"field 'timeout': {_short(seconds)}: it must be a number of seconds "
-        f'above 0, at most {limits.seconds:g}'
-      )
-    rows = body.get('slates')
-    if not isinstance(rows, list) or not 0 < len(rows) <= limits.slates:
-      found = f'{len(rows)} slates' if isinstance(rows, list) else _short(rows)
-      raise BadRequest(
-        f"field 'slates': {found}: it must be a list of 1 to {limits.slates}; "
-        'send more in further requests'
-      )
+    policy = self.policy
+    fields = rank_body(policy, self.limits).check(body)
     slates = tuple(
-      self._slate(policy, row, place) for place, row in enumerate(rows)
+      policy.request(slate, place)
+      for place, slate in enumerate(fields['slates'])
     )
-    return Request(policy, mode, slates, float(seconds))
+    return RankRequest(policy, fields['mode'], slates, float(fields['timeout']))
 
-  async def rank(self, request: Request) -> list[dict[str, Any]]:
+  async def rank(self, request: RankRequest) -> list[dict[str, Any]]:
     """Answers a request.
 
     Returns:
-      What `Reranker.rank` gives, and `timed_out`: the answer is the incoming
-      order, for there was no time for another.
+      The lines of `Reranker.rank` with `timed_out`: whether the time was up and
+      the line is the incoming order.
 
     Raises:
-      batching.Refused: not now.
+      batching.Refused: the queue is full, or the service is shutting down.
     """
-    mode, count = request.mode, self.metrics.slates
-    asked = list(zip(request.slates, range(len(request.slates)), strict=True))
+    mode, slates = request.mode, request.slates
+    count = self.metrics.slates
     begin = time.monotonic()
     try:
-      found = await self._batcher.answer(
+      answers = await self._batcher.answer(
         (request.policy, mode),
         request.policy.largest_batch,
-        asked,
+        [(slate, place) for place, slate in enumerate(slates)],
         request.seconds,
       )
     except batching.Refused:
-      count.labels(mode, 'refused').inc(len(asked))
+      count.labels(mode, 'refused').inc(len(slates))
       raise
     self.metrics.seconds.labels(mode).observe(time.monotonic() - begin)
-    late = sum(line is None for line in found)
+    late = sum(answer is None for answer in answers)
     count.labels(mode, 'timed_out').inc(late)
-    count.labels(mode, 'ranked').inc(len(found) - late)
+    count.labels(mode, 'ranked').inc(len(answers) - late)
     lines = []
-    for slate, line in zip(request.slates, found, strict=True):
-      late = line is None
-      line = reranker_lib.incoming_order(slate, mode) if late else line
+    for slate, answer in zip(slates, answers, strict=True):
+      line = answer or answer_lib.incoming_order(slate, mode)
       self.metrics.unknown.inc(len(line['unknown_candidates']))
       self.metrics.described.inc(len(line['described_candidates']))
-      lines.append(line | {'timed_out': late})
+      lines.append(line | {'timed_out': answer is None})
     return lines
 
   async def reload(self, name: str) -> None:
-    """Loads an artifact that lies beside the present one, then swaps.
+    """Loads another policy, then swaps it for the present one.
 
-    Requests are answered by the present policy meanwhile.
+    The present policy answers requests in the meantime.
 
     Args:
-      name: of the artifact's folder, without any path.
+      name: folder of the artifact beside the present one, see RELOAD.
 
     Raises:
       Busy: another reload is under way.
-      BadRequest: it is no name of a folder.
-      ValueError: of `Reranker.load`; the present policy stays.
+      ValueError: raised by `Reranker.load`; the present policy stays.
     """
-    if pathlib.PurePath(name).name != name or name in ('', '.', '..'):
-      raise BadRequest(
-        f"field 'artifact': {_short(name)}: give the name of a folder beside "
-        f'{self.policy.artifact.name}, without a path'
-      )
     if self._reloading.locked():
       raise Busy
     async with self._reloading:
@@ -174,10 +181,10 @@ class Service:
       finally:
         self.metrics.reloads.labels(outcome).inc()
       self.policy = policy
-      self.metrics.serves(policy)
+      self.metrics.set_policy(policy)
 
   async def drain(self) -> None:
-    """Refuses what comes from now on, and answers what waits."""
+    """Refuses new requests, and answers those that wait."""
     await self._batcher.drain()
 
   @staticmethod
@@ -186,44 +193,23 @@ class Service:
       present.artifact.parent / name,
       modes=tuple(present.programs),
       largest_batch=present.largest_batch,
-      tensor=present.policy.setup.mesh.shape['tensor'],
+      tensor=present.policy.mesh.shape['tensor'],
       memory_cache_bytes=present.memories.limit,
       beside=present,
     )
 
-  def _slate(
-    self, policy: reranker_lib.Reranker, row: object, place: int
-  ) -> requests_lib.Request:
-    where = f'slates[{place}]'
-    try:
-      request = policy.parse(row, where, place)
-    except log_lib.DataError as e:
-      raise BadRequest(str(e)) from e
-    items = len(request.history) + request.unknown
-    if items > self.limits.history:
-      raise BadRequest(
-        f"{where}, field 'history': {items} items, room for "
-        f'{self.limits.history}: send the last ones'
-      )
-    return request
-
   def _run(
     self,
     key: tuple[reranker_lib.Reranker, str],
-    asked: Sequence[tuple[requests_lib.Request, int]],
+    requests: Sequence[reranker_lib.Placed],
   ) -> list[dict[str, Any]]:
-    """Answers one batch; called in the batcher's thread."""
+    """Answers one batch; runs in the batcher's thread."""
     policy, mode = key
     with self.metrics.batch_seconds.labels(mode).time():
-      answers = policy.answer(asked, mode)
-    self.metrics.batch_slates.labels(mode).observe(len(asked))
+      answers = policy.answer(requests, mode)
+    self.metrics.batch_slates.labels(mode).observe(len(requests))
     self.metrics.prefills.labels(mode).inc(answers.prompts)
     self.metrics.decoded.labels(mode).inc(answers.decoded)
     self.metrics.memory_hits.inc(answers.remembered)
     self.metrics.memory_misses.inc(answers.memorized)
     return answers.lines
-
-
-def _short(value: object) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f'{text[:57]}...'

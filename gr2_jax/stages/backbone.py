@@ -14,6 +14,7 @@ import jax
 
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import splits
+from gr2_jax.distributed import sharding
 from gr2_jax.models import embedding_init
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.policy import policy
@@ -24,20 +25,11 @@ from gr2_jax.teachers import heuristic
 def run(
   config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Founds the vocabulary and imports the parameters.
+  """Creates the vocabulary and imports the parameters.
 
-  Args:
-    config: sections prompt, model, mesh.
-    inputs: slates, tokenizer.
-    workdir: of this stage.
-
-  Returns:
-    Sizes of vocabulary and prompts, where the model came from, and how many
-    rows its embedding was given.
-
-  Raises:
-    ValueError: the model there is another than the config says; tells how to
-      name it.
+  Returns sizes of vocabulary and prompts, the model's source, and the number of
+  rows added to its embedding. Raises ValueError where the config describes
+  another model than the source holds; the message gives the flags that fit.
   """
   backbone = None
   if config.model.source:
@@ -48,7 +40,7 @@ def run(
 
   # Vocabulary and evidence bins.
   if not (workdir / policy.BINS).exists():
-    policy.found_vocabulary(
+    policy.create_vocabulary(
       config,
       inputs['slates'],
       inputs['tokenizer'],
@@ -56,38 +48,36 @@ def run(
       (*heuristic.PHRASES, *documents.PHRASES),
       backbone,
     )
-  setup = policy.load(config, inputs | {'backbone': workdir})
-  words = setup.vocabulary
-  found = {
+  spec = policy.load(config, inputs | {'backbone': workdir})
+  words = spec.vocabulary
+  results = {
     'vocabulary': len(words),
     'symbols': len(words.layout.symbols()),
-    'prompt_tokens': setup.prompter.prompt_tokens,
+    'prompt_tokens': spec.prompter.prompt_tokens,
     'source': config.model.source,
-    'history_left_out': left_out(setup.prompter, inputs['slates']),
+    'history_left_out': left_out(spec.prompter, inputs['slates']),
   }
   if not backbone:
-    return found
+    return results
 
   # Parameters.
-  texts = symbol_texts(setup)[backbone.vocab_size - words.first_symbol :]
+  texts = symbol_texts(spec)[backbone.vocab_size - words.first_symbol :]
   rows = {
     name: embedding_init.new_rows(
-      backbone.read(name),
-      texts,
-      config.model.new_rows,
+      backbone.read(name), texts, config.model.new_rows
     )
     for name in ('embedding', 'unembedding')[: 2 - config.model.tie_embeddings]
   }
-  abstract = setup.abstract_params()
+  abstract = spec.abstract_params(sharding.make_mesh(**config.mesh))
   params = hf.import_params(
     backbone,
-    setup.model,
+    spec.model,
     jax.tree.map(lambda leaf: leaf.sharding, abstract),
     rows['embedding'],
     rows.get('unembedding'),
   )
   checkpoint.save_params(workdir / policy.PARAMS, params)
-  return found | {
+  return results | {
     'family': backbone.family,
     'added_rows': len(texts),
     'parameters': sum(leaf.size for leaf in jax.tree.leaves(abstract)),
@@ -97,31 +87,31 @@ def run(
 def left_out(
   prompter: prompt.Prompter, slates: pathlib.Path
 ) -> dict[str, dict[str, int]]:
-  """What the budget of a prompt costs: split -> slates cut, items left out."""
-  found = {}
+  """Slates cut and items omitted by the budget of a prompt, by split."""
+  omitted = {}
   for split in splits.SPLITS if prompter.budget else ():
-    records = slates_lib.source(slates, split)
+    records = slates_lib.SlateSource(slates, split)
     missing = [
       min(int(slate['history_length']), prompter.history)
       - len(prompter.shown(slate))
       for slate in map(records.__getitem__, range(len(records)))
     ]
-    found[split] = {
+    omitted[split] = {
       'slates': len(missing),
       'cut': sum(n > 0 for n in missing),
       'items': sum(missing),
     }
-    logging.info('backbone: prompt.budget in %s: %s', split, found[split])
-  return found
+    logging.info('backbone: prompt.budget in %s: %s', split, omitted[split])
+  return omitted
 
 
-def symbol_texts(setup: policy.Setup) -> list[list[int]]:
-  """Ids of the words that tell what each symbol of ours stands for.
+def symbol_texts(spec: policy.PolicySpec) -> list[list[int]]:
+  """Ids of the words that describe each added symbol.
 
-  A semantic-ID code stands for the titles of the items that carry it, a slot
-  for its number, the others for the words in their names.
+  A semantic-ID code is described by the titles of the items that carry it, a
+  slot by its number, the others by the words in their names.
   """
-  words, items = setup.vocabulary, setup.prompter.items
+  words, items = spec.vocabulary, spec.prompter.items
   texts: dict[int, list[int]] = {}
   for symbol in (vocabulary.PAD, *words.layout.symbols()):
     number = words.pieces.id(symbol)
@@ -136,21 +126,17 @@ def symbol_texts(setup: policy.Setup) -> list[list[int]]:
 
 
 def _check_shape(config, backbone) -> None:
-  """Compares a config's fields with a checkpoint's, stretching included."""
-  differ = {
-    name: value
-    for name, value in backbone.fields.items()
-    if config[name] != value
-  }
-  if not backbone.fields.get('rope_scaling'):  # The user may stretch it.
-    differ = {
-      name: value
-      for name, value in differ.items()
-      if name == 'rope_base' or not name.startswith('rope_')
-    }
+  """Raises where config and checkpoint differ, except in a new stretching."""
+  stretchable = not backbone.fields.get('rope_scaling')
+  differ = {}
+  for name, value in backbone.fields.items():
+    is_stretch = name.startswith('rope_') and name != 'rope_base'
+    if config[name] != value and not (stretchable and is_stretch):
+      differ[name] = value
   if differ:
+    name, value = next(iter(differ.items()))
+    flags = ' '.join(f'--config.model.{k}={v}' for k, v in differ.items())
     raise ValueError(
-      f'{backbone.source}: model.{next(iter(differ))} is '
-      f'{next(iter(differ.values()))} there; describe the model it holds with '
-      + ' '.join(f'--config.model.{k}={v}' for k, v in differ.items())
+      f'{backbone.source}: model.{name} is {value} there; describe the model '
+      f'with {flags}'
     )

@@ -1,14 +1,14 @@
 """Baselines: scores of validation and test by rankers that read no language.
 
-  incoming  the order as it came; what every gain is measured against
+  incoming  the incoming order; every gain is measured against it
   random    a seeded shuffle
   best      by true utility where it is known, else by the labels: the ceiling
-  legacy    a pointwise click model, see models/legacy.py
-  gbdt      gradient-boosted trees on the evidence, see models/trees.py
+  legacy    a pointwise click model, see baselines/click_model.py
+  gbdt      gradient-boosted trees on the evidence, see baselines/gbdt.py
 
 Resume: a trained ranker leaves `<name>-<seed>/scores.npz` and is not trained
-again; the legacy ranker is saved at every look at validation, and goes on from
-there bit for bit.
+again; the click model is saved at every validation and resumes from there bit
+for bit.
 
 Axis letters: S seeds, K candidates; n slates of a split.
 """
@@ -16,6 +16,7 @@ Axis letters: S seeds, K candidates; n slates of a split.
 import os
 import pathlib
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -32,23 +33,15 @@ SPLITS = ('validation', 'test')
 def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
   """Trains the rankers and scores validation and test.
 
-  Leaves `<split>/scores.npz` in `workdir`, see `read_scores`. Labels of test
-  are read for `best` alone, and nothing is measured there.
-
-  Args:
-    config: reads section `baselines`.
-    inputs: upstream artifact directories; 'slates' is read.
-    workdir: this stage's directory.
-
-  Returns:
-    `validation`: baseline -> metric -> mean over slates and seeds; `rounds` of
-    gbdt and `steps` of legacy that validation chose, per seed; `seconds` of
-    this process.
+  Writes `<split>/scores.npz`, see `read_scores`. Labels of test are read for
+  `best` alone, and no metric is computed there. Returns metrics of `validation`
+  as means over slates and seeds, and per seed the `rounds` of gbdt and the
+  `steps` of the click model that validation chose.
 
   Raises:
-    ValueError: a config field has no meaning.
+    ValueError: baselines.seeds is below 1.
     ImportError: LightGBM is not installed.
-    FloatingPointError: the legacy ranker diverged.
+    FloatingPointError: the click model diverged.
   """
   started = time.monotonic()
   config = config.baselines
@@ -62,7 +55,7 @@ def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
   splits = {name: slates_lib.read(inputs['slates'], name) for name in SPLITS}
 
   # ------------------------------------------------------------- Train
-  # The trees come first: a missing LightGBM is then told at once.
+  # The trees come first: a missing LightGBM then fails at once.
   trained = {'gbdt': [], 'legacy': []}
   for name, fits in trained.items():
     for seed in range(config.seeds):
@@ -74,11 +67,10 @@ def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
           columns = tuple(meta['evidence'])
           fit = _fit_gbdt(config.gbdt, train, splits, columns, seed)
         else:
-          fit = _fit_legacy(
+          fit = _fit_click_model(
             config.legacy, train, splits, meta['items'], seed, directory
           )
-        with files.atomic_write(path, 'wb') as file:
-          np.savez(file, **fit)
+        _write_npz(path, fit)
       fits.append(_read_npz(path))
 
   # ------------------------------------------------- Write and measure
@@ -89,9 +81,7 @@ def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
       for name, fits in trained.items()
     }
     (workdir / split).mkdir(exist_ok=True)
-    path = workdir / split / 'scores.npz'
-    with files.atomic_write(path, 'wb') as file:
-      np.savez(file, **scores[split])
+    _write_npz(workdir / split / 'scores.npz', scores[split])
   held_out = splits['validation']
   return {
     'validation': {
@@ -110,34 +100,21 @@ def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
 def read_scores(
   directory: os.PathLike[str] | str, split: str
 ) -> dict[str, np.ndarray]:
-  """Reads what the finished stage left of a split.
+  """Scores of one of `SPLITS` by the finished stage: baseline -> float32.
 
-  Args:
-    directory: of the artifact.
-    split: one of `SPLITS`.
-
-  Returns:
-    Baseline -> float32, -inf at padding, larger first: `incoming`, `random`
-    and `best` [n, K]; `legacy` and `gbdt` [S, n, K].
+  `incoming`, `random` and `best` are [n, K]; `legacy` and `gbdt` [S, n, K].
+  Larger is better; -inf at padding.
   """
   return _read_npz(pathlib.Path(directory) / split / 'scores.npz')
 
 
 def rankings(scores: np.ndarray, count: np.ndarray) -> np.ndarray:
-  """Orders candidates by falling score.
+  """Candidates by falling score: int32 [..., K], the candidate at each rank.
 
-  Ties keep the incoming order; padding comes last, as it stands.
-
-  Args:
-    scores: float [..., K], candidates in the incoming order.
-    count: int, real candidates, the last axes of [...]: one count of a slate
-      may serve several seeds.
-
-  Returns:
-    int32 [..., K], the candidate at each rank.
-
-  Raises:
-    ValueError: a real candidate's score is NaN, or the shapes do not fit.
+  Ties keep the incoming order, in which the scores [..., K] are given; padding
+  comes last, as it stands. The axes of `count` are the last ones of [...]: one
+  count of a slate may serve several seeds. Raises ValueError where a real
+  candidate's score is NaN, or the shapes do not fit.
   """
   scores, count = np.asarray(scores, np.float64), np.asarray(count)
   leading = scores.shape[:-1]
@@ -183,7 +160,16 @@ def _measure(
   return metrics.ranking_metrics(rankings(scores, count), grades, count)
 
 
-def _fit_gbdt(config, train, splits, columns, seed):
+Splits = Mapping[str, slates_lib.Slates]
+
+
+def _fit_gbdt(
+  config,
+  train: slates_lib.Slates,
+  splits: Splits,
+  columns: tuple[str, ...],
+  seed: int,
+) -> dict[str, np.ndarray]:
   """Trains trees; returns scores by split, and `rounds`."""
   booster = gbdt.fit(config, train, splits['validation'], columns, seed)
   scores = {
@@ -192,11 +178,18 @@ def _fit_gbdt(config, train, splits, columns, seed):
   return scores | {'rounds': np.int32(booster.best_iteration)}
 
 
-def _fit_legacy(config, train, splits, items, seed, directory):
+def _fit_click_model(
+  config,
+  train: slates_lib.Slates,
+  splits: Splits,
+  items: int,
+  seed: int,
+  directory: pathlib.Path,
+) -> dict[str, np.ndarray]:
   """Trains the click model; returns scores by split, and `steps`.
 
-  Validation is looked at every `eval_every` steps; its best N@5 chooses the
-  parameters, and `patience` looks without a better one end the training.
+  N@5 on validation, every `eval_every` steps, chooses the parameters; training
+  ends after `patience` evaluations without a better one.
   """
   held_out = splits['validation']
   scaler = click_model.fit_scaler(train)
@@ -205,24 +198,23 @@ def _fit_legacy(config, train, splits, items, seed, directory):
   update = click_model.make_update(model, optimizer, seed)
   score = click_model.make_score(model)
 
-  def batch_of(step):
+  def batch_of(step: int) -> click_model.Batch:
     rows = click_model.batch_rows(len(train), config.batch_size, seed, step)
     return click_model.make_batch(train, rows, scaler)
 
   saver = checkpoint.Checkpointer(directory / 'checkpoints')
   state = click_model.init(model, optimizer, batch_of(0), seed)
   best, chosen = state.params, {'n@5': -1.0, 'step': 0}
-  # 1. Own workdir: go on from the last checkpoint.  2. Scratch.
   first = 0
   restored = saver.restore({'state': state, 'best': best})
   if restored:
-    found, first, chosen = restored
-    state, best = found['state'], found['best']
+    saved, first, chosen = restored
+    state, best = saved['state'], saved['best']
 
   with (
     saver,
     reporting.MetricsWriter(directory, first) as writer,
-    reporting.progress(config.steps, f'legacy {seed}', first) as bar,
+    reporting.progress(config.steps, f'click model {seed}', first) as bar,
   ):
     for step in range(first, config.steps):
       if step - chosen['step'] >= config.patience * config.eval_every:
@@ -243,6 +235,11 @@ def _fit_legacy(config, train, splits, items, seed, directory):
     name: score(best, slates, scaler) for name, slates in splits.items()
   }
   return scores | {'steps': np.int32(chosen['step'])}
+
+
+def _write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  with files.atomic_write(path, 'wb') as file:
+    np.savez(file, **arrays)
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:

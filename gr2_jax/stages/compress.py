@@ -19,6 +19,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import stats
 
@@ -61,18 +62,25 @@ def run(
     ledger.OverLimit: the next request might exceed the limit on tokens.
   """
   check(config.compress)
-  reader = policy.load(config, inputs)
-  with judge_in_words(config, reader, workdir) as (judge, spent):
-    return _run(config, inputs, workdir, reader, judge) | spent()
+  spec = policy.load(config, inputs)
+  mesh = sharding.make_mesh(**config.mesh)
+  with judge_in_words(config, spec, mesh, workdir) as (judge, spent):
+    return _run(config, inputs, workdir, spec, mesh, judge) | spent()
 
 
 @contextlib.contextmanager
-def judge_in_words(config, reader: policy.Setup, workdir: pathlib.Path):
+def judge_in_words(
+  config,
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+):
   """The judge behind an endpoint, while it is needed.
 
   Args:
     config: sections prompt, compress; seed.
-    reader: the ranker's setup.
+    spec: the ranker's.
+    mesh: where the rows lie.
     workdir: of this stage; the answers are kept beside it.
 
   Yields:
@@ -85,14 +93,14 @@ def judge_in_words(config, reader: policy.Setup, workdir: pathlib.Path):
     yield None, dict
     return
   words = dialogue.Dialogue(
-    prompter=reader.prompter,
-    catalog=reader.catalog,
+    prompter=spec.prompter,
+    catalog=spec.catalog,
     system=config.prompt.system,
     words=0,
     knowledge=False,
   )
   if not processes.is_main_process():  # Process 0 asks.
-    yield compressor_judge.Remote(words, reader.mesh, None), dict
+    yield compressor_judge.Remote(words, mesh, None), dict
     return
   settings = remote.settings('compress', stage, temperature=0.0)
   who = [config.seed, 'compress', stage.endpoint, stage.model]
@@ -102,7 +110,7 @@ def judge_in_words(config, reader: policy.Setup, workdir: pathlib.Path):
   ):
     ask = judge_lib.Judge(judge_lib.COMPRESSION, model)
     yield (
-      compressor_judge.Remote(words, reader.mesh, ask),
+      compressor_judge.Remote(words, mesh, ask),
       lambda: {'asked': remote.spent(stage, book.usage())},
     )
 
@@ -111,69 +119,76 @@ def _run(
   config,
   inputs: dict[str, pathlib.Path],
   workdir: pathlib.Path,
-  reader: policy.Setup,
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
   judge: compressor_judge.Remote | None,
 ) -> dict[str, Any]:
   """See `run`."""
   stage = config.compress
-  setup = rollouts.of(reader, stage.slack)
-  ranks = reader.load_params(inputs[stage.start])
-  known = rollouts.budgets(setup, (*stage.keeps, stage.keep))
+  grammar = rollouts.grammar(spec.prompter, stage.slack)
+  train = policy.source(inputs, 'train')
+  ranks = spec.load_params(inputs[stage.start], mesh)
+  known = rollouts.budgets(spec.prompter, train, (*stage.keeps, stage.keep))
   budgets = {keep: known[keep] for keep in stage.keeps}
   asked = {stage.keep: known[stage.keep]}
-  write = writer.make_write(setup, ranks, config, stage, asked, judge)
-  validate = validator(stage, setup, write)
+  write = writer.make_write(spec, mesh, ranks, config, stage, asked, judge)
+  validate = validator(stage, policy.source(inputs, 'validation'), write)
 
   # Imitation.
   imitation = workdir / IMITATION
   if not processes.broadcast_flag((imitation / 'done.json').exists()):
-    found = _imitate(config, inputs, imitation, setup, budgets, ranks, validate)
+    found = _imitate(
+      config, inputs, imitation, spec, mesh, budgets, ranks, validate
+    )
     logging.info('compress: a line keeps first: %s', found['ranked'])
     if processes.is_main_process():
       (imitation / 'done.json').write_text(json.dumps(found))
 
   # RL.
   sample = rollouts.sampler(
-    setup,
+    grammar,
     budgets,
     group=stage.group_size,
     temperature=stage.temperature,
     constrained=stage.constrained,
   )
-  start = setup.load_params(imitation)
+  start = spec.load_params(imitation, mesh)
   chosen = on_policy.learn(
     'compress',
     config,
     workdir,
-    setup,
+    spec,
+    mesh,
+    grammar,
+    slates=train,
     render=rollouts.requests(
-      setup.prompter,
+      spec.prompter,
       budgets,
       config.prompt.order,
       remote=judge is not None,
     ),
     sampler=sample,
-    act=rollouts.make_act(setup, sample, stage, ranks, judge),
+    act=rollouts.make_act(spec, grammar, sample, stage, ranks, judge),
     validate=validate,
     start=imitation,
-    teacher=distillation.itself(setup, start) if stage.kl_weight else None,
+    teacher=distillation.itself(spec, mesh, start) if stage.kl_weight else None,
   )
 
   # Write. What is written is judged where `_honesty` reads it.
-  params = setup.load_params(workdir)
-  unjudged = writer.make_write(setup, None, config, stage, asked)
+  params = spec.load_params(workdir, mesh)
+  unjudged = writer.make_write(spec, mesh, None, config, stage, asked)
   splits = {}
   for split in ('train', JUDGED, 'test'):
     own = write if split == JUDGED else unjudged
     splits[split] = _write(
-      config, workdir, split, reader, functools.partial(own, params)
+      config, inputs, workdir, split, spec, functools.partial(own, params)
     )
     logging.info('compress: %s: %s', split, json.dumps(splits[split]))
   longest = max(found['longest'] for found in splits.values())
   return chosen | {
     'splits': splits,
     'longest': longest,
-    'judge': _honesty(config, workdir, reader, ranks, longest),
+    'judge': _honesty(config, inputs, workdir, spec, mesh, ranks, longest),
   }
 
 
@@ -203,40 +218,42 @@ def check(stage) -> None:
 
 
 def _imitate(
-  config, inputs, workdir: pathlib.Path, setup, budgets, ranks, validate
+  config, inputs, workdir: pathlib.Path, spec, mesh, budgets, ranks, validate
 ):
   """Learns compressions by rule, of several the best; see `extracts`."""
   stage = config.compress
-  source = setup.source('train')
+  source = policy.source(inputs, 'train')
+  grammar = rollouts.grammar(spec.prompter, stage.slack)
   few = np.random.default_rng(0).permutation(len(source))[: stage.rule_slates]
   ranked = rule.most_telling(
-    setup, ranks, stage, config.prompt.order, ranking.Chosen(source, few)
+    spec, mesh, ranks, stage, config.prompt.order, ranking.Chosen(source, few)
   )
   data = loop.dataset(
-    setup,
+    mesh,
     source,
-    imitation_renderer(setup, config, budgets, ranked),
+    imitation_renderer(spec, config, budgets, ranked),
     stage.imitate.batch_size,
     config.seed,
   )
   iterator = examples.iterate(data)
   optimizer = learner.make_optimizer(stage.imitate)
   sample = rollouts.sampler(
-    setup, budgets, temperature=1.0, constrained=stage.constrained
+    grammar, budgets, temperature=1.0, constrained=stage.constrained
   )
   update = learner.make_update(
-    setup.adapters.wrap(rollouts.imitation_loss(setup, sample, stage)),
+    spec.adapters.wrap(rollouts.imitation_loss(spec, grammar, sample, stage)),
     optimizer,
   )
 
   def take_step(state, frozen, step):
     del step
-    rows = sharding.shard_share(next(iterator), setup.mesh)
+    rows = sharding.shard_share(next(iterator), mesh)
     return update(state, frozen, ranks, rows)
 
   found = loop.fit(
     stage.imitate,
-    setup=setup,
+    spec=spec,
+    mesh=mesh,
     workdir=workdir,
     seed=config.seed,
     optimizer=optimizer,
@@ -251,7 +268,7 @@ def _imitate(
 
 
 def imitation_renderer(
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
   config,
   budgets: Mapping[float, int],
   ranked: Sequence[extracts.Unit],
@@ -259,7 +276,7 @@ def imitation_renderer(
   """`(slate, rng) -> row` of `rollouts.requests`, with answers by rule.
 
   Args:
-    setup: of `rollouts.of`.
+    spec: the policy's.
     config: sections prompt and compress.
     budgets: of `rollouts.budgets`.
     ranked: of `rule.most_telling`.
@@ -268,9 +285,10 @@ def imitation_renderer(
     The rendering; `tokens` int32 [G, T] and `length` int32 [G] are answers, of
     which the best is to be imitated. The first has nothing that is drawn.
   """
-  stage, prompter = config.compress, setup.prompter
+  stage, prompter = config.compress, spec.prompter
   ask = rollouts.requests(prompter, budgets, config.prompt.order)
-  room = rollouts.sampler(setup, budgets).max_tokens
+  grammar = rollouts.grammar(prompter, stage.slack)
+  room = rollouts.sampler(grammar, budgets).max_tokens
 
   def render(slate, rng):
     row = ask(slate, rng)
@@ -288,20 +306,19 @@ def imitation_renderer(
   return render
 
 
-def validator(stage, setup: policy.Setup, write):
+def validator(stage, slates, write):
   """Greedy compressions of the first validation slates, judged.
 
   Args:
     stage: section `compress`.
-    setup: of `rollouts.of`.
+    slates: random access to the validation slates.
     write: of `writer.make_write`.
 
   Returns:
     `params -> {name: mean}` of `compressor_judge.watch`.
   """
-  source = setup.source('validation')
-  chosen = np.random.default_rng(0).permutation(len(source))
-  few = ranking.Chosen(source, chosen[: stage.eval_slates])
+  chosen = np.random.default_rng(0).permutation(len(slates))
+  few = ranking.Chosen(slates, chosen[: stage.eval_slates])
 
   def validate(params) -> dict[str, float]:
     judged = _joined([part.judged for part in write(params, few, 0)])
@@ -319,15 +336,21 @@ def _joined(
 
 
 def _write(
-  config, workdir: pathlib.Path, split: str, reader: policy.Setup, write
+  config,
+  inputs: dict[str, pathlib.Path],
+  workdir: pathlib.Path,
+  split: str,
+  spec: policy.PolicySpec,
+  write,
 ) -> dict[str, Any]:
   """Writes a split's contexts, and of one what the judge made of each.
 
   Args:
     config: section compress; seed.
+    inputs: slates.
     workdir: gets the files; one that is there is not made again.
     split: of the slates.
-    reader: the ranker's setup.
+    spec: the ranker's.
     write: `(slates, seed, desc) -> iterator of Written`.
 
   Returns:
@@ -337,7 +360,7 @@ def _write(
   noted = path.with_suffix('.json')
   if processes.broadcast_flag(noted.exists()):
     return json.loads(noted.read_text())
-  slates, most = reader.source(split), config.compress.train_slates
+  slates, most = policy.source(inputs, split), config.compress.train_slates
   if split == 'train' and most:
     slates = ranking.Chosen(slates, np.arange(min(most, len(slates))))
   judged: list[compressor_judge.Judgement] = []
@@ -347,7 +370,7 @@ def _write(
       judged.append(part.judged)
       yield part
 
-  stored = list(writer.store(reader, slates, noting()))
+  stored = list(writer.store(spec, slates, noting()))
   found = compressed.report(stored)
   if processes.is_main_process():
     records.write(path, stored)
@@ -357,7 +380,9 @@ def _write(
   return found
 
 
-def _honesty(config, workdir, reader: policy.Setup, ranks, longest: int):
+def _honesty(
+  config, inputs, workdir, spec: policy.PolicySpec, mesh, ranks, longest: int
+):
   """Whether what the judge pays for is what ranks well downstream.
 
   The judge reads the scores at the slots; downstream is the order that the
@@ -370,23 +395,24 @@ def _honesty(config, workdir, reader: policy.Setup, ranks, longest: int):
     with its `change` from that after the whole.
   """
   stage = config.compress
-  labels = slates_lib.read(reader.slates, JUDGED)
+  labels = slates_lib.read(inputs['slates'], JUDGED)
 
-  def ranked(setup: policy.Setup) -> np.ndarray:
+  def ranked(spec: policy.PolicySpec, context: str) -> np.ndarray:
     found = ranking.rank(
-      setup,
-      ranks,
-      setup.source(JUDGED),
+      policy.Policy(spec, ranks, mesh),
+      policy.source(inputs | {'compress': workdir}, JUDGED, context),
       thinking=False,
       order=config.prompt.order,
       batch_size=stage.eval_batch_size,
       seed=0,
       desc='judge',
     )
-    return ranking.watch(found.generated, labels.grades, labels.count)['n@5']
+    return ranking.slate_metrics(found.generated, labels.grades, labels.count)[
+      'n@5'
+    ]
 
-  whole = ranked(reader)
-  written = ranked(reader.reading_written(workdir, longest))
+  whole = ranked(spec, 'full')
+  written = ranked(spec.with_context('text', longest), 'text')
   names = ('preservation', 'ranking', 'judge', 'reward')
   with np.load(workdir / MARKS) as judged:
     numbers = {name: judged[name] for name in names}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import sharding
 from gr2_jax.ops import metrics, parsing, statistics
 from gr2_jax.pipeline import reporting
 from gr2_jax.policy import answers, policy
@@ -110,7 +111,7 @@ def run(
     ranking = ranking.reshape(-1, *ranking.shape[-2:])
     grades = np.broadcast_to(slates.grades, ranking.shape)
     count = np.broadcast_to(slates.count, ranking.shape[:-1])
-    per_slate[name] = ranking_lib.watch(ranking, grades, count)
+    per_slate[name] = ranking_lib.slate_metrics(ranking, grades, count)
   means = {
     name: {m: float(per_slate[name][m].mean()) for m in metrics.RANKING_METRICS}
     for name in RANKERS
@@ -189,10 +190,14 @@ def _ranked(
   stage = config.evaluate
   seed = source.partition('@')[2]
 
-  def load() -> tuple[policy.Setup, Any, Any]:
+  def load() -> tuple[policy.Policy, Any]:
     own = {'compress': inputs.get(f'compress@{seed}')} | inputs
-    setup = policy.load(config, own, config.rl.context)
-    return setup, setup.load_params(inputs[source]), setup.source('test')
+    context = config.rl.context
+    spec = policy.load(config, own, context)
+    mesh = sharding.make_mesh(**config.mesh)
+    params = spec.load_params(inputs[source], mesh)
+    slates = policy.source(own, 'test', context)
+    return policy.Policy(spec, params, mesh), slates
 
   watched = source.startswith('rl@')
   return answers.ranked(
@@ -202,7 +207,7 @@ def _ranked(
     order=config.prompt.order,
     batch_size=stage.batch_size,
     seed=stage.presentation_seed,
-    watches=('order_sensitivity', 'free_verdict') if watched else (),
+    extras=('order_sensitivity', 'free_verdict') if watched else (),
     desc=f'test {source}',
   )
 

@@ -1,18 +1,18 @@
 """Export: the policy as a folder that transformers and vLLM serve.
 
-  checkpoint/   weights (adapters are joined already), config.json,
+  checkpoint/   weights with joined adapters, config.json,
     generation_config.json, tokenizer with all symbols, chat template if any
-  grammars/     N.ebnf: what may be written of a slate of N candidates, as
-    `ebnf.ranking` has it; the mask of a constrained sampler, for a server
+  grammars/     N.ebnf: the answers allowed for a slate of N candidates (see
+    `ebnf.ranking`); the mask of a constrained sampler, for a server
   sids.jsonl    item_id, and sid: its semantic ID as the tokenizer shows it
   example.json  the first test slate, to check a server against:
     item_ids: the candidates as shown; the answer's <slot3> is item_ids[3]
-    prompt: ids, text, and whether the tokenizer makes these ids of this text
+    prompt: ids, text, and whether the tokenizer maps this text to these ids
     max_tokens: room for a completion
-    continuation: what the policy writes greedily, with each token's
-      log-probability: what a server must give
-    answer: the same under the permutation mask, as stage `rerank` has it, and
-      a server under the grammar of so many candidates
+    continuation: the policy's greedy completion, with each token's
+      log-probability: a server must return the same
+    answer: the same under the permutation mask, as in stage `rerank`, and as
+      from a server under the grammar of that many candidates
   Both completions have ids, text, verdict and ranking (item ids, best first;
   the incoming order where the verdict is not `valid`).
 
@@ -21,7 +21,6 @@ Everything appears whole or not at all, the checkpoint last.
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ import jax
 import numpy as np
 
 from gr2_jax import hf
+from gr2_jax.data import files
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.hf import unigram
@@ -44,10 +44,10 @@ GRAMMARS = 'grammars'
 SIDS = 'sids.jsonl'
 EXAMPLE = 'example.json'
 
-# Type of the weights -> of the activations that go with them.
+# Type of the weights -> type of the activations.
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 
-_LOOKED_AT = 256  # Test prompts whose text is read back.
+_READ_BACK = 256  # Test prompts whose text is mapped back to ids.
 
 
 def run(
@@ -55,52 +55,51 @@ def run(
 ) -> dict[str, Any]:
   """Writes the checkpoint, its grammars, the semantic IDs and the example.
 
-  Args:
-    config: sections prompt, model, mesh, export.
-    inputs: slates, tokenizer, backbone, and the stage named by `export.start`.
-    workdir: of this stage; gets CHECKPOINT, GRAMMARS, SIDS and EXAMPLE.
-
-  Returns:
-    What the checkpoint is, its size, up to how many candidates the grammars let
-    nothing but permutations through, whether example and grammars reason, and
-    the share of test prompts that the tokenizer reads back from their text.
+  Returns the checkpoint's properties and size, the number of candidates up to
+  which the grammars allow only permutations, whether answers reason, and the
+  share of test prompts whose text the tokenizer maps back to their ids.
 
   Raises:
     ModuleNotFoundError: the extra `hf` is not installed.
-    ValueError: no such dtype.
+    ValueError: the dtype is unknown.
   """
   stage = config.export
   if stage.dtype not in DTYPES:
     raise ValueError(
       f'export.dtype={stage.dtype!r}: must be one of {", ".join(DTYPES)}'
     )
-  form = policy.form_of(inputs[stage.start], own=False)
+  form = policy.form_of(inputs[stage.start], own_slates=False)
   thinking = _thinks(stage, inputs[stage.start])
-  setup = policy.load(config, inputs, *form)
-  model = dataclasses.replace(setup.model, dtype=DTYPES[stage.dtype])
-  setup = dataclasses.replace(setup, model=model)
-  files = _tokenizer_files(setup.vocabulary, inputs['backbone'])
-  test = slates_lib.source(inputs['slates'], 'test')
-  prompts = _prompts(setup, thinking, config.prompt.order, test)
-  tokenizer = _Shown(files['tokenizer_json'])
+  spec = policy.load(config, inputs, *form)
+  model = dataclasses.replace(spec.model, dtype=DTYPES[stage.dtype])
+  spec = dataclasses.replace(spec, model=model)
+  tokenizer_files = _tokenizer_files(spec.vocabulary, inputs['backbone'])
+  test = slates_lib.SlateSource(inputs['slates'], 'test')
+  prompts = _prompts(spec, thinking, config.prompt.order, test)
+  tokenizer = _Shown(tokenizer_files['tokenizer_json'])
 
   # Grammars, items and example.
-  sampler = setup.sampling(1, thinking, 0.0, constrained=True)
+  sampler = spec.sampling(1, thinking, 0.0, constrained=True)
   (workdir / GRAMMARS).mkdir(exist_ok=True)
-  for count in range(1, setup.grammar.num_candidates + 1):
-    text = ebnf.ranking(setup.grammar, count, sampler)
-    _write(workdir / GRAMMARS / f'{count}.ebnf', text)
-  _write(workdir / SIDS, ''.join(_sids(setup, tokenizer)))
-  params = setup.load_params(inputs[config.export.start])
-  example = _example(setup, thinking, params, tokenizer, test[0], prompts[0])
-  _write(workdir / EXAMPLE, json.dumps(example, indent=2, ensure_ascii=False))
+  for count in range(1, spec.grammar.num_candidates + 1):
+    text = ebnf.ranking(spec.grammar, count, sampler)
+    with files.atomic_write(workdir / GRAMMARS / f'{count}.ebnf') as file:
+      file.write(text)
+  with files.atomic_write(workdir / SIDS) as file:
+    file.writelines(_sids(spec, tokenizer))
+  mesh = sharding.make_mesh(**config.mesh)
+  params = spec.load_params(inputs[config.export.start], mesh)
+  ranker = policy.Policy(spec, params, mesh)
+  example = _example(ranker, thinking, tokenizer, test[0], prompts[0])
+  with files.atomic_write(workdir / EXAMPLE) as file:
+    json.dump(example, file, indent=2, ensure_ascii=False)
 
   # Checkpoint.
   folder = workdir / CHECKPOINT
   for torn in workdir.glob(f'.{CHECKPOINT}.*'):
     shutil.rmtree(torn)
   family = 'qwen3' if model.qk_norm else 'llama'
-  longest = _max_positions(config, setup)
+  longest = _max_positions(config, spec)
   if not folder.exists():
     hf.export(
       folder,
@@ -110,7 +109,7 @@ def run(
       max_positions=longest,
       dtype=stage.dtype,
       max_shard_bytes=stage.max_shard_bytes,
-      **files,
+      **tokenizer_files,
     )
   exact = [tokenizer.is_exact(_ids(prompt)) for prompt in prompts]
   return {
@@ -119,22 +118,22 @@ def run(
     'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
     'bytes': sum(file.stat().st_size for file in folder.iterdir()),
     'weight_files': len(list(folder.glob('model*.safetensors'))),
-    'vocabulary': len(setup.vocabulary),
+    'vocabulary': len(spec.vocabulary),
     'max_positions': longest,
-    'items': len(setup.catalog),
+    'items': len(spec.catalog),
     'thinking': thinking,
-    'permutations_up_to': min(setup.grammar.num_candidates, ebnf.MOST),
+    'permutations_up_to': min(spec.grammar.num_candidates, ebnf.MOST),
     'example_verdict': example['continuation']['verdict'],
     'prompts_exact_as_text': float(np.mean(exact)),
   }
 
 
 def _thinks(stage, start: pathlib.Path) -> bool:
-  """Whether answers reason: as `export` says, or as the policy was trained."""
+  """Whether answers reason: as in `export`, else as the policy was trained."""
   if stage.thinking is not None:
     return stage.thinking
-  found = artifacts.read_run(start)
-  return found['config'][found['stage']].get('thinking', True)
+  run = artifacts.read_run(start)
+  return run['config'][run['stage']].get('thinking', True)
 
 
 class _Shown:
@@ -149,7 +148,7 @@ class _Shown:
     return self._tokenizer.decode(ids, skip_special_tokens=False)
 
   def is_exact(self, ids: list[int]) -> bool:
-    """Whether the text of ids becomes these ids."""
+    """Whether the tokenizer maps the text of ids back to these ids."""
     text = self.text(ids)
     return self._tokenizer.encode(text, add_special_tokens=False).ids == ids
 
@@ -157,50 +156,46 @@ class _Shown:
 def _tokenizer_files(
   words: vocabulary.Vocabulary, home: pathlib.Path
 ) -> dict[str, str | None]:
-  """Tokenizer, chat template and special tokens, as `hf.export` takes them."""
+  """Tokenizer, chat template and special tokens: arguments of `hf.export`."""
   pieces = words.pieces
   if isinstance(pieces, vocabulary.PretrainedPieces):
-    return {
-      'tokenizer_json': pieces.json,
-      'chat_template': pieces.chat_template,
+    return dict(
+      tokenizer_json=pieces.json,
+      chat_template=pieces.chat_template,
       **pieces.names,
-    }
+    )
   model = vocabulary.find(home).read_bytes()
-  return {
-    'tokenizer_json': unigram.tokenizer_json(model),
-    'bos_token': '<s>',
-    'eos_token': '</s>',
-    'pad_token': '<pad>',
-  }
+  names = dict(bos_token='<s>', eos_token='</s>', pad_token='<pad>')
+  return dict(tokenizer_json=unigram.tokenizer_json(model), **names)
 
 
-def _max_positions(config, setup: policy.Setup) -> int:
+def _max_positions(config, spec: policy.PolicySpec) -> int:
   """The longest context: the pretrained model's; else prompt and completion."""
-  own = setup.prompter.prompt_tokens + setup.prompter.thinking_tokens
+  needed = spec.prompter.prompt_tokens + spec.prompter.thinking_tokens
   if not config.model.source:
-    return own
+    return needed
   base = hf.open_backbone(config.model.source)
-  ours = config.model.rope_scaling and not base.fields['rope_scaling']
-  stretch = config.model.rope_factor if ours else 1.0
-  return max(own, int(base.max_positions * stretch))
+  stretched = config.model.rope_scaling and not base.fields['rope_scaling']
+  factor = config.model.rope_factor if stretched else 1.0
+  return max(needed, int(base.max_positions * factor))
 
 
-def _sids(setup: policy.Setup, tokenizer: _Shown) -> Iterator[str]:
+def _sids(spec: policy.PolicySpec, tokenizer: _Shown) -> Iterator[str]:
   """Lines of SIDS, in the order of the catalog."""
-  sids = setup.prompter.items['sid']
-  for item, ids in zip(setup.catalog.item_ids, sids, strict=True):
+  sids = spec.prompter.items['sid']
+  for item, ids in zip(spec.catalog.item_ids, sids, strict=True):
     row = {'item_id': item, 'sid': tokenizer.text(list(ids))}
     yield json.dumps(row, ensure_ascii=False) + '\n'
 
 
 def _prompts(
-  setup: policy.Setup, thinking: bool, order: str, slates
+  spec: policy.PolicySpec, thinking: bool, order: str, slates
 ) -> list[dict[str, Any]]:
-  """The first test slates as `rerank` would ask for them, in batches of one."""
+  """The first test slates as prompts of `rerank`, in batches of one."""
   control = '<think>' if thinking else '<answer>'
-  render = examples.requests(setup.prompter, control, order)
-  few = [slates[i] for i in range(min(len(slates), _LOOKED_AT))]
-  return [batch for _, batch in examples.in_order(few, render, 1, seed=0)]
+  render = examples.generation_rows(spec.prompter, control, order)
+  first = [slates[i] for i in range(min(len(slates), _READ_BACK))]
+  return [batch for _, batch in examples.in_order(first, render, 1, seed=0)]
 
 
 def _ids(prompt: dict[str, np.ndarray]) -> list[int]:
@@ -211,21 +206,19 @@ _sample = jax.jit(sampling.sample, static_argnums=(0, 6, 7))
 
 
 def _example(
-  setup: policy.Setup,
+  ranker: policy.Policy,
   thinking: bool,
-  params: Any,
   tokenizer: _Shown,
   slate: dict[str, np.ndarray],
   prompt: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-  """EXAMPLE's content."""
+  """The content of EXAMPLE."""
+  spec, mesh = ranker.spec, ranker.mesh
   count = int(slate['count'])
   shown = slate['candidates'][prompt['incoming'][0, :count]]
-  names = [setup.catalog.item_ids[item] for item in shown]
-  asked = {
-    name: np.repeat(prompt[name], setup.mesh.size, 0)
-    for name in ('prompt', 'prompt_length', 'count', 'incoming')
-  }
+  names = [spec.catalog.item_ids[item] for item in shown]
+  fields = ('prompt', 'prompt_length', 'count', 'incoming')
+  rows = {name: np.repeat(prompt[name], mesh.size, 0) for name in fields}
   ids = _ids(prompt)
   example = {
     'item_ids': names,
@@ -236,50 +229,37 @@ def _example(
     },
   }
   for kind, constrained in (('continuation', False), ('answer', True)):
-    sampler = setup.sampling(1, thinking, 0.0, constrained)
-    with (
-      sharding.activate(setup.mesh),
-      jax.default_matmul_precision('float32'),
-    ):
-      batch = sharding.shard_batch(asked, setup.mesh)
-      found = _sample(
-        setup.model,
-        params,
+    sampler = spec.sampling(1, thinking, 0.0, constrained)
+    with sharding.activate(mesh), jax.default_matmul_precision('float32'):
+      batch = sharding.shard_batch(rows, mesh)
+      drawn = _sample(
+        spec.model,
+        ranker.params,
         batch['prompt'],
         batch['prompt_length'],
         batch['count'],
         jax.random.key(0),
-        setup.grammar,
+        spec.grammar,
         sampler,
       )
-      read = sampling.parse(
-        setup.grammar,
+      answer = sampling.parse(
+        spec.grammar,
         sampler,
-        found.tokens[:, 0],
-        found.length[:, 0],
+        drawn.tokens[:, 0],
+        drawn.length[:, 0],
         batch['count'],
         batch['incoming'],
       )
-    written = int(found.length[0, 0])
-    tokens = np.asarray(found.tokens)[0, 0, :written].tolist()
+    length = int(drawn.length[0, 0])
+    tokens = np.asarray(drawn.tokens)[0, 0, :length].tolist()
     example['max_tokens'] = sampler.max_tokens
     example[kind] = {
       'ids': tokens,
       'text': tokenizer.text(tokens),
-      'verdict': parsing.VERDICTS[int(read.verdict[0])],
-      'ranking': [names[i] for i in np.asarray(read.ranking)[0, :count]],
+      'verdict': parsing.VERDICTS[int(answer.verdict[0])],
+      'ranking': [names[i] for i in np.asarray(answer.ranking)[0, :count]],
     }
     if not constrained:
-      logp = np.asarray(found.logp)[0, 0, :written]
+      logp = np.asarray(drawn.logp)[0, 0, :length]
       example[kind]['logp'] = [round(x, 6) for x in logp.tolist()]
   return example
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  """Writes a file that appears whole or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)

@@ -62,23 +62,24 @@ def run(
     ValueError: a share is negative or none is positive, or a row is too short.
   """
   stage = config.midtrain
-  setup = policy.load(config, inputs, stage.context)
+  spec = policy.load(config, inputs, stage.context)
+  mesh = sharding.make_mesh(**config.mesh)
   pretrained = (inputs['backbone'] / policy.PARAMS).is_dir()
   used = shares(stage)
   packed = {k: v for k, v in used.items() if k in packing.TASKS}
 
   # Documents, packed before the first step; a killed run finds them whole.
   train, held_out = documents.sources(
-    inputs['slates'], stage, len(setup.catalog)
+    inputs['slates'], stage, len(spec.catalog)
   )
   renders = documents.renderers(
-    setup.prompter,
-    setup.catalog,
+    spec.prompter,
+    spec.catalog,
     stage.sequence_items,
     config.prompt.title_tokens,
     stage.row_tokens,
   )
-  pointing = pointing_renderer(setup.prompter, stage.pointers)
+  pointing = pointing_renderer(spec.prompter, stage.pointers)
   pipelines, facts = {}, {}
   if packed:
     rows = stage.steps * stage.rows * sum(packed.values())
@@ -91,13 +92,13 @@ def run(
     logging.info('midtrain: packed %s', json.dumps(facts))
     pipelines['packed'] = packing.dataset(
       records.Records(workdir / packing.ROWS),
-      setup.prompter,
+      spec.prompter,
       stage.rows,
-      sharding.own_rows(setup.mesh, stage.rows),
+      sharding.own_rows(mesh, stage.rows),
     )
   if 'pointing' in used:
     pipelines['pointing'] = loop.dataset(
-      setup, train['pointing'], pointing, stage.batch_size, config.seed
+      mesh, train['pointing'], pointing, stage.batch_size, config.seed
     )
 
   # Input: whole batches of rows, and whole batches of slates.
@@ -109,10 +110,10 @@ def run(
 
   # Loss, held-out losses, retrieval.
   loss_fn = learner.supervised_loss(
-    setup.model, setup.grammar, listwise_weight=0.0
+    spec.model, spec.grammar, listwise_weight=0.0
   )
   held = {
-    task: _held_out_rows(task, held_out, renders, setup.prompter, stage)
+    task: _held_out_rows(task, held_out, renders, spec.prompter, stage)
     for task in packed
   }
   if 'pointing' in used:
@@ -125,16 +126,14 @@ def run(
     )
   retrieve, baseline = None, {}
   if 'sequence' in used:
-    retrieve, baseline = retriever(inputs, setup, stage)
+    retrieve, baseline = retriever(inputs, spec, mesh, stage)
   measure = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
 
   def validate(params):
     found = {}
     for task in used:
       each = [
-        measure(
-          params, sharding.shard_batch(learner.Examples(**row), setup.mesh)
-        )
+        measure(params, sharding.shard_batch(learner.Examples(**row), mesh))
         for row in held[task]
       ]
       found[f'{task}_loss'] = float(np.mean([float(x) for x in each]))
@@ -147,14 +146,15 @@ def run(
 
   # Training.
   warm = warm_steps(stage, pretrained)
-  optimizer = embedding_warmup.make_optimizer(stage, setup.adapters, warm)
+  optimizer = embedding_warmup.make_optimizer(stage, spec.adapters, warm)
   result = loop.fit(
     stage,
-    setup=setup,
+    spec=spec,
+    mesh=mesh,
     workdir=workdir,
     seed=config.seed,
     optimizer=optimizer,
-    take_step=loop.supervised_step(setup, loss_fn, optimizer, iterator),
+    take_step=loop.supervised_step(spec, mesh, loss_fn, optimizer, iterator),
     iterator=iterator,
     validate=validate,
     choose='score',
@@ -234,13 +234,16 @@ def pointing_renderer(
 
 
 def retriever(
-  inputs: dict[str, pathlib.Path], setup: policy.Setup, stage
+  inputs: dict[str, pathlib.Path],
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
+  stage,
 ) -> tuple[retrieval.Retriever | None, dict[str, float]]:
   """Held-out retrieval, and the popularity baseline on the same questions.
 
   Args:
     inputs: slates, tokenizer.
-    setup: tokens and shapes.
+    spec: tokens and shapes.
     stage: section `midtrain`.
 
   Returns:
@@ -249,8 +252,8 @@ def retriever(
   """
   asked = retrieval.questions(
     slates_lib.read(inputs['slates'], 'validation'),
-    [setup.vocabulary.bos, setup.vocabulary.control['<next>']],
-    setup.prompter.items['sid'],
+    [spec.vocabulary.bos, spec.vocabulary.control['<next>']],
+    spec.prompter.items['sid'],
     stage.sequence_items - 1,
     stage.retrieval_histories,
   )
@@ -261,7 +264,8 @@ def retriever(
   )
   return (
     retrieval.Retriever(
-      setup,
+      spec,
+      mesh,
       ids_lib.load(inputs['tokenizer']),
       asked,
       stage.batch_size,

@@ -9,6 +9,7 @@ student has.
 import pathlib
 from typing import Any
 
+from gr2_jax.distributed import sharding
 from gr2_jax.ops import kl
 from gr2_jax.policy import policy
 from gr2_jax.train import distillation, on_policy
@@ -33,15 +34,18 @@ def run(
   """
   stage = config.opd
   check(stage)
-  setup = policy.load(config, inputs, stage.context)
+  spec = policy.load(config, inputs, stage.context)
+  mesh = sharding.make_mesh(**config.mesh)
   if stage.policy:
     teacher = distillation.restore(
-      stage.policy, setup, inputs, config.mesh, stage.view, stage.sharpness
+      stage.policy, spec, inputs, config.mesh, stage.view, stage.sharpness
     )
   else:
-    start = setup.load_params(stage.init_from or inputs[stage.start])
-    teacher = distillation.itself(setup, start, stage.view, stage.sharpness)
-  return on_policy.train('opd', config, inputs, workdir, setup, teacher)
+    start = spec.load_params(stage.init_from or inputs[stage.start], mesh)
+    teacher = distillation.itself(
+      spec, mesh, start, stage.view, stage.sharpness
+    )
+  return on_policy.train('opd', config, inputs, workdir, spec, mesh, teacher)
 
 
 def check(stage) -> None:

@@ -55,12 +55,13 @@ def run(
       'is left wins nothing back'
     )
   whole = policy.load(config, inputs, stage.context)
-  params = whole.load_params(inputs[stage.start])
-  teacher = distillation.itself(whole, params)
-  chosen = _chosen(config, whole, params, teacher, inputs['slates'], workdir)
+  mesh = sharding.make_mesh(**config.mesh)
+  params = whole.load_params(inputs[stage.start], mesh)
+  teacher = distillation.itself(whole, mesh, params)
+  chosen = _chosen(config, whole, mesh, params, teacher, inputs, workdir)
   if not (workdir / CUT).is_dir():
     checkpoint.save_params(
-      workdir / CUT, pruning.take(whole, params, chosen.kept)
+      workdir / CUT, pruning.take(whole, mesh, params, chosen.kept)
     )
   found = on_policy.train(
     'prune',
@@ -68,6 +69,7 @@ def run(
     inputs | {stage.start: workdir / CUT},
     workdir,
     pruning.shallower(whole, stage.layers),
+    mesh,
     teacher,
   )
   effects = [
@@ -78,10 +80,11 @@ def run(
 
 def _chosen(
   config,
-  whole: policy.Setup,
+  whole: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
   params: Any,
   teacher: distillation.Teacher,
-  slates: pathlib.Path,
+  inputs: dict[str, pathlib.Path],
   workdir: pathlib.Path,
 ) -> pruning.Chosen:
   """Which layers stay; decided once."""
@@ -107,10 +110,11 @@ def _chosen(
   )
   said = teacher.rows if stage.kl_kind in kl.EXACT else ()
   measure = pruning.make_measure(whole, sampler, stage)
-  with sharding.activate(whole.mesh):
-    looked_at = _rollouts(config, whole, params, slates, act, look)
+  with sharding.activate(mesh):
+    looked_at = _rollouts(config, whole, mesh, params, inputs, act, look)
     found = pruning.choose(
       whole,
+      mesh,
       params,
       stage.layers,
       lambda fewer: measure(fewer, looked_at, *said),
@@ -120,23 +124,23 @@ def _chosen(
 
 
 def _rollouts(
-  config, whole: policy.Setup, params: Any, slates: pathlib.Path, act, look
+  config, whole: policy.PolicySpec, mesh, params: Any, inputs, act, look
 ) -> list[policy_gradient.PolicyBatch]:
   """The whole policy's on validation slates, with what it says of them."""
   stage = config.prune
-  render = examples.requests(
+  render = examples.generation_rows(
     whole.prompter,
     '<think>' if stage.thinking else '<answer>',
     config.prompt.order,
   )
-  source = whole.source('validation')
+  source = policy.source(inputs, 'validation', stage.context)
   drawn = np.random.default_rng(0).permutation(len(source))
   size = stage.batch_size
   most = max(size, min(len(drawn), stage.measured) // size * size)
   chosen = ranking.Chosen(source, drawn[:most])
   found = []
   for i, (_, rows) in enumerate(examples.in_order(chosen, render, size, 0)):
-    rows = sharding.shard_batch(rows, whole.mesh)
+    rows = sharding.shard_batch(rows, mesh)
     batch, _ = act(params, rows, jax.random.key(i))
     found.append(look(batch)[0])
   return found

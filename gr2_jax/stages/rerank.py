@@ -1,22 +1,22 @@
 """Rerank: JSONL of slates in, JSONL of permutations with reasoning out.
 
-A line of `output.jsonl` answers the line of the input at the same place:
+Each line of `output.jsonl` answers the line of the input at the same place:
 
-  id: the request's
+  id: of the slate
   ranking: item ids, best first
-  order: the same in incoming ranks, 0 for the first candidate given
-  reasoning: what the policy wrote before the ranking; <slot3> is the
-    candidate of incoming rank 3
-  verdict: `valid`, or what was wrong with the answer; the ranking is then the
-    incoming order
-  scores: the listwise read-out's, one per candidate as given; larger is better
-  unknown_history: items of the history of which nothing is known
-  described_candidates: ids of those that the catalog lacks and the line
+  order: the ranking in incoming ranks, 0 for the first candidate given
+  reasoning: the text before the ranking; <slot3> is the candidate of incoming
+    rank 3
+  verdict: `valid`, or the fault of the answer; the ranking is then the incoming
+    order
+  scores: of the listwise read-out, one per candidate as given; larger is better
+  unknown_history: number of history items neither known nor described
+  described_candidates: ids of candidates that the catalog lacks and the slate
     describes; they are ranked with the others
 
-The input is checked as a whole first. Answers are appended chunk by chunk to
-`output.partial.jsonl`; a run that was killed goes on after its last whole
-chunk and ends in the same bytes.
+The whole input is checked first. Answers are appended chunk by chunk to
+`output.partial.jsonl`; a run that was killed resumes after its last whole chunk
+and ends in the same bytes.
 """
 
 import dataclasses
@@ -28,10 +28,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import ml_collections
+
+from gr2_jax.distributed import sharding
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import reporting
 from gr2_jax.policy import policy, ranking
-from gr2_jax.serving import answer, cold_items, knowledge
+from gr2_jax.serving import answer, described_items, knowledge
 from gr2_jax.serving import request as requests_lib
 
 REQUESTS = 'requests.jsonl'
@@ -40,7 +43,9 @@ PARTIAL = 'output.partial.jsonl'
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ml_collections.ConfigDict,
+  inputs: dict[str, pathlib.Path],
+  workdir: pathlib.Path,
 ) -> dict[str, Any]:
   """Ranks every slate of `rerank.input`, or the test slates.
 
@@ -51,11 +56,11 @@ def run(
       are ranked.
 
   Returns:
-    Counts and shares; slates a second of what this process ranked, compiling
-    and evidence included, or None where it ranked nothing.
+    Counts and shares; slates per second of this process, compiling and evidence
+    included, or None where it ranked nothing.
 
   Raises:
-    DataError: the input is bad; nothing was ranked.
+    DataError: the input is wrong; nothing was ranked.
   """
   rate = None
   if not (workdir / OUTPUT).exists():
@@ -64,36 +69,39 @@ def run(
 
 
 def _rank(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ml_collections.ConfigDict,
+  inputs: dict[str, pathlib.Path],
+  workdir: pathlib.Path,
 ) -> float | None:
-  """Writes OUTPUT; returns slates a second."""
+  """Writes OUTPUT; returns slates per second."""
   stage = config.rerank
   if stage.chunk < 1:
     raise ValueError(f'rerank.chunk={stage.chunk}: it must be at least 1')
-  form = policy.form_of(inputs[stage.start], own=False)
-  setup = policy.load(config, inputs, *form)
-  source = pathlib.Path(stage.input or workdir / REQUESTS)
-  width = setup.prompter.num_candidates
-  reader, unreadable = cold_items.load(
-    setup, inputs['tokenizer'], config.prompt.title_tokens
+  form = policy.form_of(inputs[stage.start], own_slates=False)
+  spec = policy.load(config, inputs, *form)
+  mesh = sharding.make_mesh(**config.mesh)
+  width = spec.prompter.num_candidates
+  reader, unreadable = described_items.load(
+    spec, mesh, inputs['tokenizer'], config.prompt.title_tokens
   )
 
-  def read() -> Iterator[requests_lib.Request]:
-    return requests_lib.read(source, setup.catalog, width, unreadable)
+  # Check the whole input before anything that takes time.
+  source = pathlib.Path(stage.input or workdir / REQUESTS)
 
-  # Check the whole input, before anything that takes time.
-  if stage.input:
-    total = sum(1 for _ in read())
+  def read() -> Iterator[requests_lib.Request]:
+    return requests_lib.read(source, spec.catalog, width, unreadable)
+
+  total = sum(1 for _ in read()) if stage.input else 0
 
   # Evidence.
-  found = knowledge.load(inputs['slates'], setup.catalog, config.data)
-  log, facts = found.log, found.facts
+  data = knowledge.load(inputs['slates'], spec.catalog, config.data)
   if not stage.input:
-    requests_lib.write_test(source, log, config.data, facts.statistics)
+    statistics = data.facts.statistics
+    requests_lib.write_test(source, data.log, config.data, statistics)
     total = sum(1 for _ in read())
 
-  # Rank what is left.
-  params = setup.load_params(inputs[stage.start])
+  # Rank the rest.
+  params = spec.load_params(inputs[stage.start], mesh)
   partial = workdir / PARTIAL
   done = start = _keep_whole_chunks(partial, stage.chunk)
   pending = itertools.islice(read(), done, None)
@@ -104,16 +112,13 @@ def _rank(
   ):
     while chunk := list(itertools.islice(pending, stage.chunk)):
       slates = requests_lib.to_slates(
-        chunk, log, facts, width, config.data.history
+        chunk, data.log, data.facts, width, config.data.history
       )
-      items = requests_lib.described(chunk)
-      shown = setup
-      if len(items):
-        prompter = reader.prompts_of(items)
-        shown = dataclasses.replace(setup, prompter=prompter)
+      shown = spec
+      if len(items := requests_lib.described(chunk)):
+        shown = dataclasses.replace(spec, prompter=reader.prompts_of(items))
       ranked = ranking.rank(
-        shown,
-        params,
+        policy.Policy(shown, params, mesh),
         answer.records(slates),
         thinking=stage.thinking,
         order=config.prompt.order,
@@ -121,11 +126,9 @@ def _rank(
         seed=stage.presentation_seed,
         first=done,
       )
-      lines = [
-        json.dumps(answer.answer(setup, request, ranked, row))
-        for row, request in enumerate(chunk)
-      ]
-      file.write(''.join(f'{line}\n' for line in lines).encode())
+      for row, request in enumerate(chunk):
+        line = json.dumps(answer.answer(spec, request, ranked, row))
+        file.write(f'{line}\n'.encode())
       file.flush()
       os.fsync(file.fileno())
       done += len(chunk)
@@ -137,10 +140,10 @@ def _rank(
 
 
 def _keep_whole_chunks(path: pathlib.Path, chunk: int) -> int:
-  """Cuts off what a kill has torn; returns the lines left.
+  """Cuts off a torn chunk; returns the number of lines left.
 
-  A last chunk that is shorter than the others is whole as well, but cannot be
-  told from a torn one, and is ranked again.
+  A last chunk that is shorter than the others looks like a torn one, and is
+  ranked again.
   """
   if not path.exists():
     return 0
@@ -163,11 +166,11 @@ def _summary(path: pathlib.Path) -> dict[str, Any]:
   verdicts = dict.fromkeys(parsing.VERDICTS, 0)
   with path.open(encoding='utf-8') as file:
     for line in file:
-      found = json.loads(line)
+      answer = json.loads(line)
       slates += 1
-      verdicts[found['verdict']] += 1
-      changed += found['order'][0] != 0
-      unknown += found['unknown_history']
+      verdicts[answer['verdict']] += 1
+      changed += answer['order'][0] != 0
+      unknown += answer['unknown_history']
   return {
     'slates': slates,
     'verdicts': {name: n / slates for name, n in verdicts.items()},

@@ -6,6 +6,7 @@ With `kl_weight` the policy is held to its start.
 import pathlib
 from typing import Any
 
+from gr2_jax.distributed import sharding
 from gr2_jax.policy import policy
 from gr2_jax.train import distillation, on_policy
 
@@ -31,9 +32,10 @@ def train(
 ) -> dict[str, Any]:
   """`run`, by the section of that name."""
   stage = config[name]
-  setup = policy.load(config, inputs, stage.context)
+  spec = policy.load(config, inputs, stage.context)
+  mesh = sharding.make_mesh(**config.mesh)
   reference = None
   if stage.kl_weight:
-    start = setup.load_params(stage.init_from or inputs[stage.start])
-    reference = distillation.itself(setup, start)
-  return on_policy.train(name, config, inputs, workdir, setup, reference)
+    start = spec.load_params(stage.init_from or inputs[stage.start], mesh)
+    reference = distillation.itself(spec, mesh, start)
+  return on_policy.train(name, config, inputs, workdir, spec, mesh, reference)

@@ -15,6 +15,7 @@ import grain
 
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
+from gr2_jax.distributed import sharding
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples, prompt
 from gr2_jax.stages import traces
@@ -26,7 +27,7 @@ RANK_BY = ('readout', 'trace')
 class _Traced:
   """Random access to traces joined with their slates."""
 
-  def __init__(self, accepted: records.Records, slates: slates_lib.Records):
+  def __init__(self, accepted: records.Records, slates: slates_lib.SlateSource):
     self._accepted, self._slates = accepted, slates
 
   def __len__(self) -> int:
@@ -56,18 +57,19 @@ def run(
   stage = config.sft
   if stage.rank_by not in RANK_BY:
     raise ValueError(f'sft.rank_by={stage.rank_by!r}: must be one of {RANK_BY}')
-  setup = policy.load(config, inputs)
+  spec = policy.load(config, inputs)
+  mesh = sharding.make_mesh(**config.mesh)
   source = _Traced(
     records.Records(inputs['traces'] / traces.ACCEPTED),
-    slates_lib.source(inputs['slates'], 'train'),
+    slates_lib.SlateSource(inputs['slates'], 'train'),
   )
   # Each form of the context has batches of its own, and so of its own length.
   forms = collections.Counter(stage.contexts)
   pipelines = [
     loop.dataset(
-      setup,
+      mesh,
       source,
-      renderer(setup.reading(form), config),
+      renderer(spec.with_context(form), config),
       stage.batch_size,
       config.seed + number,
     )
@@ -78,22 +80,30 @@ def run(
   )
   optimizer = learner.make_optimizer(stage)
   loss_fn = learner.supervised_loss(
-    setup.model,
-    setup.grammar,
+    spec.model,
+    spec.grammar,
     listwise_weight=stage.listwise_weight,
     ranking_weight=stage.ranking_weight if stage.rank_by == 'readout' else 0.0,
     sharpness=stage.sharpness,
   )
   return loop.fit(
     stage,
-    setup=setup,
+    spec=spec,
+    mesh=mesh,
     workdir=workdir,
     seed=config.seed,
     optimizer=optimizer,
-    take_step=loop.supervised_step(setup, loss_fn, optimizer, iterator),
+    take_step=loop.supervised_step(spec, mesh, loss_fn, optimizer, iterator),
     iterator=iterator,
     validate=ranking.validator(
-      config, setup.reading(stage.contexts[-1]), inputs['slates'], stage
+      spec.with_context(stage.contexts[-1]),
+      mesh,
+      policy.source(inputs, 'validation'),
+      slates_lib.read(inputs['slates'], 'validation'),
+      thinking=stage.thinking,
+      order=config.prompt.order,
+      num_slates=stage.eval_slates,
+      batch_size=stage.eval_batch_size,
     ),
     choose='n@5',
     inherited=inputs['midtrain'],
@@ -101,7 +111,7 @@ def run(
   )
 
 
-def renderer(setup: policy.Setup, config):
+def renderer(spec: policy.PolicySpec, config):
   """`(trace and slate, rng) -> example`: a thinking and a direct completion.
 
   Both are learned beside each other, so that either can be asked for. What
@@ -111,10 +121,10 @@ def renderer(setup: policy.Setup, config):
   coin, without.
 
   Args:
-    setup: tokens.
+    spec: tokens.
     config: sections prompt and sft.
   """
-  prompter, words, stage = setup.prompter, setup.vocabulary, config.sft
+  prompter, words, stage = spec.prompter, spec.vocabulary, config.sft
   by_readout = stage.rank_by == 'readout'
   told = stage.privileged * prompt.TARGET_TOKENS
 

@@ -49,7 +49,7 @@ def run(
   )
 
   # Build.
-  splits, counts = slates_lib.build_counted(log, data)
+  splits, counts = slates_lib.build(log, data)
   for name, count in counts.items():
     count['user_share'] = count['users'] / len(log.user_ids)
     logging.info('slates: %s %s', name, count)

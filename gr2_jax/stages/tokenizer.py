@@ -1,11 +1,7 @@
-"""Tokenizer: item text -> vectors -> residual quantiser -> semantic IDs.
-
-Resume: the text vectors are kept once made; the training state is saved every
-`checkpoint_every` steps; batches are a function of (seed, step), so a run that
-was killed ends bit for bit where an uninterrupted one does.
+"""Tokenizer: item text -> vectors -> residual quantizer -> semantic IDs.
 
 With `tokenizer.extends` nothing is trained: the items of an earlier artifact
-keep their IDs, and new items get IDs from the same quantiser.
+keep their IDs, and new items get IDs from the same quantizer.
 """
 
 import pathlib
@@ -15,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
@@ -29,29 +26,24 @@ from gr2_jax.semantic_ids import (
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
   """Makes the semantic IDs of the catalog of inputs['slates'].
 
-  Leaves in `workdir`: sids.npz and sids.json (see semantic_ids), sids.jsonl and
-  sids.parquet (item_id, codes), params (networks and codebooks), features.npy
-  (text vectors float32 [I, F]), checkpoints, metrics.
-
-  Args:
-    config: the run's config; its sections `tokenizer` and `mesh` are read.
-    inputs: upstream artifact directories; 'slates' is read.
-    workdir: this stage's directory.
+  Writes to `workdir`: sids.npz and sids.json, sids.jsonl and sids.parquet
+  (item_id, codes), params (networks and codebooks), features.npy (text vectors
+  float32 [I, F]), checkpoints and metrics.
 
   Returns:
-    SemanticIds.statistics() and seconds of this process; of the items that
-    were named here, reconstruction_r2 of the fitted levels and how many were
-    spilled; the chosen step, or, where an artifact was extended, how many items
-    were known, are new and have left.
+    SemanticIds.statistics() and seconds of this process; for the items that
+    this run named, reconstruction_r2 of the fitted levels and the number
+    spilled; the chosen step, or, with `extends`, the numbers of known, new and
+    retired items.
 
   Raises:
-    ValueError: a config field has no meaning, the catalog does not fit in the
-      code space, an item id is empty or occurs twice, or a text vector is not
-      finite.
+    ValueError: a config field has an invalid value, the catalog does not fit in
+      the code space, an item id is empty or occurs twice, or a text vector is
+      not finite.
     FloatingPointError: the training diverged.
   """
   started = time.monotonic()
@@ -63,37 +55,37 @@ def run(
   ids.check_item_ids(catalog.item_ids)
   assignment.check_capacity(len(catalog), stage.levels, stage.codebook_size)
   if stage.extends:
-    sids, found = _extend(stage, catalog, mesh, workdir)
+    sids, results = _extend(stage, catalog, mesh, workdir)
   else:
     training.check(stage)
     features = text_encoders.embed(stage, catalog, workdir, mesh=mesh)
-    neighbours = None
+    neighbors = None
     if stage.contrastive_weight:
-      neighbours = co_engagement.neighbours(
+      neighbors = co_engagement.neighbors(
         slates_lib.read(inputs['slates'], 'train'),
         len(catalog),
         window=stage.contrastive_window,
       )
-    tokenizer, step = training.train(stage, features, neighbours, mesh, workdir)
-    sids, found = training.name(tokenizer, features)
-    found['step'] = step
+    tokenizer, step = training.train(stage, features, neighbors, mesh, workdir)
+    sids, results = training.assign_ids(tokenizer, features)
+    results['step'] = step
   sids.save(workdir)
   sids.export(workdir / ids.EXPORT, catalog.item_ids)
   sids.export(workdir / 'sids.parquet', catalog.item_ids)
   seconds = time.monotonic() - started
-  return sids.statistics() | found | {'seconds': seconds}
+  return sids.statistics() | results | {'seconds': seconds}
 
 
 def _extend(
-  stage,
+  stage: ConfigDict,
   catalog: log_lib.Catalog,
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
 ) -> tuple[ids.SemanticIds, dict[str, Any]]:
-  """IDs of a catalog whose known items keep the IDs they have.
+  """IDs of a catalog whose known items keep their IDs.
 
-  Items are known by their ids. One whose text has changed keeps its tuple; the
-  tuple of one that is gone is retired, never to be given again.
+  Items are matched by item id. An item with changed text keeps its tuple; the
+  tuple of an item that is gone is retired and never reused.
   """
   earlier = pathlib.Path(stage.extends)
   if stage.last_level not in ('unused', 'digit'):
@@ -103,8 +95,8 @@ def _extend(
     )
   if not (earlier / 'results.json').is_file():
     raise ValueError(
-      f'tokenizer.extends: {earlier} is no finished artifact: run its stage to '
-      'the end, or give the folder of another'
+      f'tokenizer.extends: {earlier} is no finished artifact: finish its run, '
+      'or give another folder'
     )
   training.check_same(stage, earlier)
   known = ids.load(earlier)
@@ -114,7 +106,7 @@ def _extend(
     earlier / training.PARAMS, workdir / training.PARAMS, dirs_exist_ok=True
   )
   new = np.flatnonzero(rows < 0)
-  codes, found = np.zeros((0, known.levels), np.int32), {}
+  codes, results = np.zeros((0, known.levels), np.int32), {}
   if len(new):
     features = text_encoders.embed(
       stage, catalog.take(new), workdir, fitted=earlier, mesh=mesh
@@ -122,14 +114,14 @@ def _extend(
     tokenizer = training.load(
       stage, workdir / training.PARAMS, features.shape[1], mesh
     )
-    named, found = training.name(tokenizer, features, known.taken)
-    codes = named.codes
-  else:  # The space of the vectors stays with what may be extended again.
+    new_ids, results = training.assign_ids(tokenizer, features, known.taken)
+    codes = new_ids.codes
+  else:  # A later extension of this artifact needs the space of the vectors.
     for file in (text_encoders.RECORD, text_encoders.SPACE):
       if (earlier / file).exists():
         shutil.copyfile(earlier / file, workdir / file)
   sids = known.extend(rows, codes)
-  return sids, found | {
+  return sids, results | {
     'known': len(rows) - len(new),
     'new': len(new),
     'retired': len(sids.retired),

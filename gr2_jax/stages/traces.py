@@ -70,16 +70,16 @@ def run(
       raise ValueError(
         f'traces.{name} is {stage[name]!r}; it must be one of {known}'
       )
-  setup = policy.load(config, inputs)
-  slates = slates_lib.source(inputs['slates'], 'train')
+  spec = policy.load(config, inputs)
+  slates = slates_lib.SlateSource(inputs['slates'], 'train')
   indices = np.arange(len(slates))
   if 0 < stage.slates < len(slates):
     rng = np.random.default_rng(config.seed)
     indices = np.sort(rng.permutation(indices)[: stage.slates])
   with contextlib.ExitStack() as stack:
     words = dialogue.Dialogue(
-      prompter=setup.prompter,
-      catalog=setup.catalog,
+      prompter=spec.prompter,
+      catalog=spec.catalog,
       system=config.prompt.system,
       words=stage.words,
       knowledge=stage.knowledge,
@@ -96,12 +96,12 @@ def run(
       )
       teacher = http.Remote(words, asked, config.prompt.order)
     elif stage.teacher == 'policy':
-      teacher = _policy(config, setup, inputs)
+      teacher = _policy(config, spec, inputs)
     else:
       names = slates_lib.read_meta(inputs['slates'])['evidence']
       teacher = heuristic.Heuristic(
-        prompter=setup.prompter,
-        catalog=setup.catalog,
+        prompter=spec.prompter,
+        catalog=spec.catalog,
         columns=tuple(names.index(c) for c in stage.believes),
         noise=stage.noise,
       )
@@ -140,7 +140,9 @@ def run(
   return results
 
 
-def _policy(config, setup: policy.Setup, inputs) -> policy_lib.PolicyTeacher:
+def _policy(
+  config, spec: policy.PolicySpec, inputs
+) -> policy_lib.PolicyTeacher:
   """The policy that `traces.policy` names, as a teacher of this one."""
   stage = config.traces
   if not stage.policy:
@@ -151,7 +153,7 @@ def _policy(config, setup: policy.Setup, inputs) -> policy_lib.PolicyTeacher:
   return policy_lib.restore(
     stage.policy,
     config.mesh,
-    setup.prompter,
+    spec.prompter,
     inputs,
     kind=stage.kind,
     temperature=stage.temperature,

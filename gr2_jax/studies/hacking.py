@@ -1,9 +1,7 @@
-"""Study: when does a policy copy the incoming order, and what stops it.
+"""Study: when does a policy copy the incoming order, and what prevents it.
 
-Trains {reward} x {gate} x {order of presentation} from policies that were
-taught to copy, over the seeds, and writes one table and one figure. Each run is
-an `rl` artifact beside this one: a study that was killed goes on, and runs that
-it shares with others are not made twice.
+Trains every combination of reward, gate and order of presentation from policies
+that were taught to copy, and writes one table and one figure.
 
 Axes: S seeds, n slates, K candidates.
 """
@@ -16,13 +14,13 @@ import ml_collections
 import numpy as np
 
 from gr2_jax.ops import statistics
-from gr2_jax.pipeline import artifacts, reporting
+from gr2_jax.pipeline import reporting
 from gr2_jax.studies import study
 
 TABLE = 'hacking.md'
 FIGURE = 'hacking.png'
 
-# Rows of the figure: what is drawn over the steps, and its name in the log.
+# Rows of the figure: title -> the metric in the log.
 CURVES = {
   'reward': 'reward',
   'held-out N@5': 'validation/n@5',
@@ -47,76 +45,78 @@ COLUMNS = (
 def run(
   config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Runs the grid, measures its policies on test slates, draws.
+  """Trains the grid, measures its policies on test slates, draws.
 
   Args:
-    config: every section that `rl` and what it needs read; study_hacking;
-      seeds.
-    inputs: none: the runs are made here.
-    workdir: of this stage; its parent gets the runs.
+    config: every section that `rl` and its inputs read; study_hacking; seeds.
+    inputs: none; the study makes its own runs.
+    workdir: of this study; the runs go beside it.
 
   Returns:
     `start`: for each order, the policies that training starts from; `cells`:
-    for each combination, what became of them. The watches are means over seeds
-    and slates, `n@5_gain` is over the incoming order, with a 95 % interval.
+    for each combination, the policies that it ends with. Metrics are means over
+    seeds and slates; `n@5_gain` is over the incoming order, with a 95 %
+    interval.
   """
   del inputs
-  from matplotlib import figure  # noqa: F401  Fails before the runs, not after.
-
+  study.figure(1, 1)  # Fails before the runs, not after.
   stage = config.study_hacking
-  cells, starts, logs = [], {}, {}
+  rows, starts = {}, {}
   for order, reward, gate in itertools.product(
     stage.orders, stage.rewards, stage.gates
   ):
-    own = config.copy_and_resolve_references()
-    own.prompt.order, own.rl.reward, own.rl.gate = order, reward, gate
-    runs = [
-      artifacts.run_stage(own, 'rl', workdir.parent, seed)
-      for seed in config.seeds
+    fields = {'prompt.order': order, 'rl.reward': reward, 'rl.gate': gate}
+    changed, thinking = study.changed(config, fields), config.rl.thinking
+    rows[order, reward, gate] = study.Row(changed, 'rl', thinking)
+    starts.setdefault(order, study.Row(changed, 'sft', thinking))
+  logs = {
+    key: [
+      reporting.read_metrics(path / 'metrics.jsonl')
+      for path in study.train(row, workdir)
     ]
-    name = {'order': order, 'reward': reward, 'gate': gate}
-    logs[order, reward, gate] = [
-      reporting.read_metrics(path / 'metrics.jsonl') for path in runs
-    ]
-    if order not in starts:
-      starts[order] = _measure(own, 'sft', workdir)
-    cells.append(
-      name
-      | _measure(own, 'rl', workdir)
-      | {'reward_rise': _rise(logs[order, reward, gate])}
-    )
-  results = {'start': starts, 'cells': cells, 'seeds': len(config.seeds)}
+    for key, row in rows.items()
+  }
+  cells = [
+    dict(zip(('order', 'reward', 'gate'), key, strict=True))
+    | _measure(row, stage, workdir)
+    | {'reward_rise': _rise(logs[key])}
+    for key, row in rows.items()
+  ]
+  results = {
+    'start': {
+      order: _measure(row, stage, workdir) for order, row in starts.items()
+    },
+    'cells': cells,
+    'seeds': len(config.seeds),
+  }
   _draw(logs, cells, workdir / FIGURE)
   (workdir / TABLE).write_text(summary(results) + '\n', encoding='utf-8')
   return results
 
 
 def _measure(
-  config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path
+  row: study.Row, stage: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """What became of the policies of a stage, one for each seed."""
-  own = config.study_hacking
-  tests = study.rank_tests(
-    config,
-    stage,
+  """Metrics of a row's policies; `stage` is the section `study_hacking`."""
+  tests = study.rank(
+    row,
     workdir,
-    slates=own.test_slates,
-    thinking=config.rl.thinking,
-    batch_size=config.rl.eval_batch_size,
-    watches=('order_sensitivity',),
+    slates=stage.test_slates,
+    batch_size=row.config.rl.eval_batch_size,
+    extras=('order_sensitivity',),
   )
   slates = tests[0].slates
-  watches = [t.watch(t.generated) for t in tests]
+  metrics = [t.metrics(t.generated) for t in tests]
   gain = statistics.two_level_bootstrap(
-    np.stack([w['n@5'] for w in watches]),
+    study.stack(metrics, 'n@5'),
     tests[0].incoming['n@5'],
     slates.user,
-    resamples=own.resamples,
+    resamples=stage.resamples,
   )
-  first = np.stack([w['first_pick'] for w in watches]).astype(int)
+  first = study.stack(metrics, 'first_pick').astype(int)
   histogram = np.bincount(first.ravel(), minlength=slates.grades.shape[1])
   means = {
-    name: float(np.mean([w[name] for w in watches]))
+    name: float(study.stack(metrics, name).mean())
     for name in ('n@5', 'r@1', 'copied', 'top3_unchanged', 'kendall_tau')
   }
   return means | {
@@ -128,7 +128,7 @@ def _measure(
 
 
 def _rise(logs: list[list[dict]]) -> float:
-  """Training reward of the last fifth of the steps over that of the first."""
+  """Training reward of the last fifth of the steps minus that of the first."""
   rises = []
   for rows in logs:
     rewards = [row['reward'] for row in rows if 'reward' in row]
@@ -138,7 +138,7 @@ def _rise(logs: list[list[dict]]) -> float:
 
 
 def summary(results: dict[str, Any]) -> str:
-  """The study as a table, for people; the start of each order comes first."""
+  """The study as a table; the start of each order comes first."""
   rows = []
   for order, start in results['start'].items():
     rows.append(_row({'order': order, 'reward': '(start)', 'gate': ''} | start))
@@ -168,17 +168,15 @@ def _draw(
   cells: list[dict[str, Any]],
   path: pathlib.Path,
 ) -> None:
-  """Curves over training: a column an order, a colour a gate, a dash a reward.
+  """Draws training curves: a column an order, a color a gate, a dash a reward.
 
-  The last row shows which incoming position the first pick came from.
+  The last row of panels shows the incoming position of the first pick.
   """
-  from matplotlib import figure
-
   orders = list(dict.fromkeys(order for order, _, _ in logs))
   rewards = list(dict.fromkeys(reward for _, reward, _ in logs))
   gates = list(dict.fromkeys(gate for _, _, gate in logs))
   high = len(CURVES) + 1
-  sheet = figure.Figure((4 * len(orders), 2.1 * high), layout='constrained')
+  sheet = study.figure(4 * len(orders), 2.1 * high)
   axes = sheet.subplots(high, len(orders), squeeze=False, sharey='row')
 
   def style(reward: str, gate: str) -> dict[str, Any]:
@@ -216,16 +214,16 @@ def _draw(
 
 
 def _curve(runs: list[list[dict]], field: str) -> tuple[np.ndarray, np.ndarray]:
-  """Steps [t] and values [S, t]; a metric of every step is averaged in 20s."""
+  """Steps [t] and values [S, t], in at most about 20 averaged points."""
   values = [
     {row['step']: row[field] for row in rows if row.get(field) is not None}
     for rows in runs
   ]
   steps = np.array(sorted(set.intersection(*map(set, values))))
-  found = np.array([[run[s] for s in steps] for run in values])
+  curves = np.array([[run[s] for s in steps] for run in values])
   size = max(1, len(steps) // 20)
   whole = len(steps) // size * size
   return (
     steps[:whole].reshape(-1, size).mean(1),
-    found[:, :whole].reshape(len(runs), -1, size).mean(2),
+    curves[:, :whole].reshape(len(runs), -1, size).mean(2),
   )

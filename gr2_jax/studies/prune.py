@@ -1,8 +1,7 @@
-"""Study: what a policy loses with its layers, and what distillation wins back.
+"""Study: the loss of removing layers, and how much distillation recovers.
 
-The whole policy, and at every depth the one that is left as it was cut and once
-it is distilled; their rankings, and the order of the scores at their slots, for
-which nothing is decoded. On test slates.
+Compares the full policy with the pruned policy of every depth, before and after
+distillation, by the written order and by the read-out, on test slates.
 """
 
 import pathlib
@@ -15,7 +14,7 @@ from gr2_jax.studies import study
 
 TABLE = 'prune.md'
 WHOLE = 'whole'
-SHOWN = {'n@5': 'N@5', 'r@1': 'R@1', 'one pass n@5': 'one pass N@5'}
+SHOWN = {'n@5': 'N@5', 'r@1': 'R@1', 'read-out n@5': 'read-out N@5'}
 MEASURES = tuple(SHOWN)
 COLUMNS = ('policy', 'layers', *study.columns(SHOWN), 'kept')
 
@@ -23,87 +22,73 @@ COLUMNS = ('policy', 'layers', *study.columns(SHOWN), 'kept')
 def run(
   config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Trains what is not trained, and compares the answers on test slates.
+  """Trains the policies and compares their answers to test slates.
 
   Args:
-    config: every section that `prune` and what it needs read; study_prune;
-      seeds.
-    inputs: none: the runs are made here.
-    workdir: of this stage; its parent gets the runs.
+    config: every section that `prune` and its inputs read; study_prune; seeds.
+    inputs: none; the study makes its own runs.
+    workdir: of this study; the runs go beside it.
 
   Returns:
-    `rows`: of each policy its `layers`; of each of MEASURES the mean over
-    seeds and slates, and what is lost to the whole policy, with a 95 %
-    interval (`n@5_lost` ..); `kept`, the layers that stayed, a list a seed.
+    `rows`: for each policy its `layers`; for each of MEASURES the mean over
+    seeds and slates, and the loss against the full policy with a 95 % interval
+    (`n@5_lost` ..); `kept`, the layers that remain, one list a seed.
   """
   del inputs
-  stage, start = config.study_prune, config.prune.start
-  total = config.model.num_layers
-  policies = {(WHOLE, total): (config, start)}
+  stage = config.study_prune
+  whole = WHOLE, config.model.num_layers
+  rows = {whole: study.Row(config, config.prune.start)}
   for layers in stage.layers:
     for name, steps in (('cut', 0), ('distilled', config.prune.steps)):
-      own = config.copy_and_resolve_references()
-      own.prune.layers, own.prune.steps = layers, steps
-      policies[name, layers] = own, 'prune'
-  runs = {
-    key: [
-      artifacts.run_stage(own, source, workdir.parent, seed)
-      for seed in config.seeds
-    ]
-    for key, (own, source) in policies.items()
-  }
-  # On the test slates, only now.
+      fields = {'prune.layers': layers, 'prune.steps': steps}
+      rows[name, layers] = study.Row(study.changed(config, fields), 'prune')
+  runs = {key: study.train(row, workdir) for key, row in rows.items()}
   tested = {
-    key: study.rank_tests(
-      own,
-      source,
+    key: study.rank(
+      row,
       workdir,
       slates=stage.test_slates,
-      thinking=False,
       batch_size=config.prune.eval_batch_size,
     )
-    for key, (own, source) in policies.items()
+    for key, row in rows.items()
   }
-  whole = WHOLE, total
   slates = tested[whole][0].slates
   compared = study.compare(
-    {key: _scores(found) for key, found in tested.items()},
+    {key: _scores(answers) for key, answers in tested.items()},
     whole,
     slates.user,
     stage.resamples,
   )
-  rows = []
-  for key, found in compared.items():
-    row = {'policy': key[0], 'layers': key[1]} | found
+  lines = []
+  for key, measures in compared.items():
+    line = {'policy': key[0], 'layers': key[1]} | measures
     if key != whole:
-      row['kept'] = [artifacts.read_results(run)['kept'] for run in runs[key]]
-    rows.append(row)
-  results = {'rows': rows} | study.size(slates, config.seeds)
+      line['kept'] = [artifacts.read_results(run)['kept'] for run in runs[key]]
+    lines.append(line)
+  results = {'rows': lines} | study.size(slates, config.seeds)
   (workdir / TABLE).write_text(summary(results) + '\n', encoding='utf-8')
   return results
 
 
 def _scores(tested: list[study.Tested]) -> dict[str, np.ndarray]:
-  """Of each of MEASURES float32 [S, n]: S seeds, n slates."""
-  found = []
-  for answers in tested:
-    own = answers.watch(answers.generated)
-    one_pass = answers.watch(answers.readout)
-    found.append((own['n@5'], own['r@1'], one_pass['n@5']))
-  return dict(zip(MEASURES, np.stack(found, axis=1), strict=True))
+  """Measure -> float32 [S, n]."""
+  written = [t.metrics(t.generated) for t in tested]
+  readout = [t.metrics(t.readout) for t in tested]
+  return {
+    'n@5': study.stack(written, 'n@5'),
+    'r@1': study.stack(written, 'r@1'),
+    'read-out n@5': study.stack(readout, 'n@5'),
+  }
 
 
 def summary(results: dict[str, Any]) -> str:
-  """The study as a table and a line, for people."""
+  """The study as a table and a line of counts."""
   lines = []
   for row in results['rows']:
-    line = {
-      'policy': row['policy'],
-      'layers': row['layers'],
-      'kept': '; '.join(
-        ' '.join(map(str, layers)) for layers in row.get('kept', ())
-      ),
-    }
+    kept = '; '.join(
+      ' '.join(map(str, layers)) for layers in row.get('kept', ())
+    )
+    line = {'policy': row['policy'], 'layers': row['layers'], 'kept': kept}
     lines.append(line | study.cells(row, SHOWN, row['policy'] == WHOLE))
   table = reporting.table(lines, COLUMNS)
   return f'{table}\n\n{study.size_in_words(results)}'

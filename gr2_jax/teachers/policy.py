@@ -32,7 +32,7 @@ from gr2_jax.teachers import heuristic
 def _answer(
   model: transformer.TransformerConfig,
   grammar: grammar_lib.Ranking,
-  config: sampling.SamplingConfig,
+  config: sampling.SamplingOptions,
   params: Any,
   key: jax.Array,
   batch: dict[str, jax.Array],
@@ -92,8 +92,8 @@ class PolicyTeacher:
     With `targeted` the prompt names a positive, and an answer that puts
     another candidate first, even another positive, is no answer to it.
     """
-    prompter = self.policy.setup.prompter
-    render = examples.requests(
+    prompter = self.policy.spec.prompter
+    render = examples.generation_rows(
       prompter, '<think>', self.order, privileged=kind == 'targeted'
     )
     # First in, first out: only the last batches have fewer than they hold.
@@ -134,7 +134,7 @@ class PolicyTeacher:
     self, rows: list[dict], asked: list[tuple[int, int]], seed: int
   ) -> tuple[np.ndarray, np.ndarray]:
     """One answer to every row, on the host; the last row fills up the batch."""
-    setup = self.policy.setup
+    spec = self.policy.spec
     missing = self.batch_size - len(rows)
     batch = {
       name: np.stack([row[name] for row in rows + rows[-1:] * missing])
@@ -144,14 +144,15 @@ class PolicyTeacher:
     batch |= {'index': labels[:, 0], 'attempt': labels[:, 1]}
     # Rows are sampled one by one, so the rules for batches do not apply; the
     # mesh splits the rows.
-    with jax.set_mesh(setup.mesh):
+    mesh = self.policy.mesh
+    with jax.set_mesh(mesh):
       tokens, rankings = _answer(
-        setup.model,
-        setup.grammar,
-        setup.sampling(1, True, self.temperature, True),
+        spec.model,
+        spec.grammar,
+        spec.sampling(1, True, self.temperature, True),
         self.policy.params,
         jax.random.key(seed),
-        sharding.shard_batch(batch, setup.mesh),
+        sharding.shard_batch(batch, mesh),
       )
     size = len(rows)
     return np.asarray(tokens)[:size], np.asarray(rankings)[:size]
@@ -165,7 +166,7 @@ class PolicyTeacher:
     reasoning or its answer, and slots that name no candidate.
     """
     words, count = self.student.vocabulary, int(row['count'])
-    end = self.policy.setup.grammar.think_end
+    end = self.policy.spec.grammar.think_end
     ids = self.tokens[completion[: int(np.argmax(completion == end))]]
     slot = words.is_slot(ids)
     place = ids - words.slot_base
@@ -212,7 +213,7 @@ def restore(
   return PolicyTeacher(
     policy=teacher,
     student=student,
-    tokens=vocabulary.translate(teacher.setup.vocabulary, student.vocabulary),
+    tokens=vocabulary.translate(teacher.spec.vocabulary, student.vocabulary),
     order=found['config']['prompt']['order'],
     temperature=temperature,
     batch_size=batch_size,

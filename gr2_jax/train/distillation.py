@@ -73,20 +73,24 @@ class Teacher:
 
 
 def itself(
-  setup: policy.Setup, params: Any, view: str = 'same', sharpness: float = 1.0
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
+  params: Any,
+  view: str = 'same',
+  sharpness: float = 1.0,
 ) -> Teacher:
   """A student's own start as its teacher."""
-  table = np.arange(setup.model.vocab_size, dtype=np.int32)
+  table = np.arange(spec.model.vocab_size, dtype=np.int32)
   if view == 'whole':
-    setup = setup.reading('full')
+    spec = spec.with_context('full')
   return Teacher(
-    policy.Policy(setup, params), view, table, view != 'same', sharpness
+    policy.Policy(spec, params, mesh), view, table, view != 'same', sharpness
   )
 
 
 def restore(
   artifact: os.PathLike[str] | str,
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
   inputs: dict[str, pathlib.Path],
   mesh,
   view: str,
@@ -96,7 +100,7 @@ def restore(
 
   Args:
     artifact: of one of `policy.TRAINERS`.
-    setup: the student's.
+    spec: the student's.
     inputs: the student's artifacts.
     mesh: section `mesh`.
     view: of VIEWS.
@@ -107,7 +111,7 @@ def restore(
       and semantic IDs.
   """
   found = policy.restore(artifact, mesh, same_as=inputs)
-  table = vocabulary.translate(setup.vocabulary, found.setup.vocabulary)
+  table = vocabulary.translate(spec.vocabulary, found.spec.vocabulary)
   return Teacher(found, view, table, True, sharpness)
 
 
@@ -123,7 +127,7 @@ def beside(
   the candidates in the same order, under the same slots.
 
   Args:
-    render: the student's, of `examples.requests`.
+    render: the student's, of `examples.generation_rows`.
     teacher: whose prompts are added.
     control: what the student is asked for, '<think>' or '<answer>'.
     order: of `prompts.ORDERS`.
@@ -133,8 +137,8 @@ def beside(
     teacher_slots [K] beside the student's fields.
   """
   thinks = teacher.view == 'thinking'
-  its_render = examples.requests(
-    teacher.policy.setup.prompter,
+  its_render = examples.generation_rows(
+    teacher.policy.spec.prompter,
     '<think>' if thinks else control,
     order,
     privileged=teacher.view == 'privileged',
@@ -156,7 +160,7 @@ def beside(
 def make_look(
   teacher: Teacher,
   grammar: grammar_lib.Grammar,
-  sampler: sampling.SamplingConfig,
+  sampler: sampling.SamplingOptions,
   divergence: str,
   readout: bool = False,
 ) -> Callable[
@@ -176,7 +180,7 @@ def make_look(
     `batch -> (batch, watches)`; the watch is `teacher_knows`, the share of the
     written tokens that the teacher has.
   """
-  setup, sampled = teacher.policy.setup, divergence in kl.KINDS
+  spec, sampled = teacher.policy.spec, divergence in kl.KINDS
   table, (rows, known) = jnp.asarray(teacher.table), teacher.rows
 
   @jax.jit
@@ -185,9 +189,9 @@ def make_look(
     if prompt is None:
       prompt, length = batch.prompt, batch.prompt_length
     if teacher.view == 'thinking':
-      prompt, length = _think(setup, params, prompt, length, batch.facts)
+      prompt, length = _think(spec, params, prompt, length, batch.facts)
     hidden, prefix = transformer.encode_prompt(
-      setup.model, params, prompt, length
+      spec.model, params, prompt, length
     )
     if readout or teacher.view == 'readout':
       slots = batch.teacher_slots
@@ -199,9 +203,9 @@ def make_look(
       batch = batch.replace(teacher_scores=teacher.sharpness * scores)
       if not sampler.thinking:
         return batch, {}
-    tokens = jnp.where(known, table, setup.grammar.pad)[batch.tokens]
+    tokens = jnp.where(known, table, spec.grammar.pad)[batch.tokens]
     hidden = transformer.completion_hidden(
-      setup.model, params, hidden, prefix, tokens
+      spec.model, params, hidden, prefix, tokens
     )
     knows = known[batch.tokens]
     written = masking.length_mask(batch.length, tokens.shape[-1])
@@ -223,7 +227,7 @@ def make_look(
 
 
 def _think(
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
   params: Any,
   prompt_PxT: jax.Array,
   length_P: jax.Array,
@@ -234,20 +238,20 @@ def _think(
   Returns:
     int32 [P, T + what a span may take] and the lengths.
   """
-  config = setup.sampling(1, True, 0.0, True)
+  config = spec.sampling(1, True, 0.0, True)
   thought = sampling.sample(
-    setup.model,
+    spec.model,
     params,
     prompt_PxT,
     length_P,
     count_P,
     jax.random.key(0),
-    setup.grammar,
+    spec.grammar,
     config,
   ).tokens[:, 0, : config.max_tokens - 2]
   size = prompt_PxT.shape[1] + thought.shape[1]
   # Constrained: every span leaves room for a slot and <eos>.
-  spans = 1 + jnp.argmax(thought == setup.grammar.think_end, axis=-1)
+  spans = 1 + jnp.argmax(thought == spec.grammar.think_end, axis=-1)
   time = jnp.arange(size)
   after = jnp.clip(time - length_P[:, None], 0, thought.shape[1] - 1)
   joined = jnp.where(

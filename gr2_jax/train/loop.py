@@ -16,6 +16,7 @@ import grain
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import checkpoint, reporting
@@ -32,7 +33,8 @@ TakeStep = Callable[
 def fit(
   config,
   *,
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
+  mesh: Mesh,
   workdir: pathlib.Path,
   seed: int,
   optimizer: optax.GradientTransformation,
@@ -49,7 +51,8 @@ def fit(
   Args:
     config: steps, eval_every, resume, init_from, patience,
       reward_divergence_patience.
-    setup: tokens, shapes, mesh, and what trains.
+    spec: shapes, and what trains.
+    mesh: where the state lies.
     workdir: gets `checkpoints`, `metrics.jsonl` and `params`.
     seed: of fresh parameters.
     optimizer: of `learner.make_optimizer`.
@@ -71,15 +74,17 @@ def fit(
     Preempted: a signal to terminate came; the step at hand is saved.
   """
   with (
-    sharding.activate(setup.mesh),
+    sharding.activate(mesh),
     processes.handle_preemption(),
     checkpoint.Checkpointer(workdir / 'checkpoints') as checkpoints,
   ):
     state, frozen, done, record = _start(
-      config, checkpoints, setup, optimizer, seed, iterator, inherited
+      config, checkpoints, spec, mesh, optimizer, seed, iterator, inherited
     )
-    processes.assert_same_everywhere(f'the last saved step of {workdir.name}', done)
-    join = setup.adapters.joiner()
+    processes.assert_same_everywhere(
+      f'the last saved step of {workdir.name}', done
+    )
+    join = spec.adapters.joiner()
 
     def consider(step: int, found: dict[str, float], reward: float | None):
       """Notes a validation, and keeps the parameters if they are the best."""
@@ -184,7 +189,7 @@ def stop_reason(
 
 
 def dataset(
-  setup: policy.Setup,
+  mesh: Mesh,
   source: Any,
   render: Callable[[Any, np.random.Generator], dict[str, np.ndarray]],
   batch_size: int,
@@ -193,7 +198,7 @@ def dataset(
   """`examples.dataset` of which this process makes the rows it trains on.
 
   Args:
-    setup: the mesh.
+    mesh: whose devices split a batch.
     source: random access to records.
     render: a record and a generator to a dict of arrays of static shape.
     batch_size: examples a batch over all hosts.
@@ -206,12 +211,13 @@ def dataset(
     ValueError: there are fewer records than a batch has, or the devices do not
       divide it.
   """
-  rows = sharding.own_rows(setup.mesh, batch_size)
+  rows = sharding.own_rows(mesh, batch_size)
   return examples.dataset(source, render, batch_size, seed, rows)
 
 
 def supervised_step(
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
+  mesh: Mesh,
   loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
   optimizer: optax.GradientTransformation,
   iterator: Any,
@@ -219,17 +225,18 @@ def supervised_step(
   """One update on the next examples.
 
   Args:
-    setup: the mesh, and what trains.
+    spec: what trains.
+    mesh: where the state lies.
     loss_fn: `(params, examples) -> (loss, metrics)`.
     optimizer: of `learner.make_optimizer`.
     iterator: over dicts with the fields of `learner.Examples`.
   """
-  update = learner.make_update(setup.adapters.wrap(loss_fn), optimizer)
+  update = learner.make_update(spec.adapters.wrap(loss_fn), optimizer)
 
   def take_step(state, frozen, step):
     del step
     batch = learner.Examples(**next(iterator))
-    return update(state, frozen, sharding.shard_share(batch, setup.mesh))
+    return update(state, frozen, sharding.shard_share(batch, mesh))
 
   return take_step
 
@@ -237,7 +244,8 @@ def supervised_step(
 def _start(
   config,
   checkpoints: checkpoint.Checkpointer,
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
+  mesh: Mesh,
   optimizer: optax.GradientTransformation,
   seed: int,
   iterator: Any,
@@ -249,12 +257,12 @@ def _start(
   """
   key = jax.random.key(seed)
   record = {'best': {}, 'history': [], 'stopped': NOT_STOPPED}
-  state, _ = learner.init_state(setup.model, optimizer, key, setup.mesh)
+  state, _ = learner.init_state(spec.model, optimizer, key, mesh)
   frozen = {}
   source = config.init_from or inherited
-  if setup.adapters.rank:
-    frozen = setup.load_params(source) if source else state.params
-    trainable = setup.adapters.start(frozen, key)
+  if spec.adapters.rank:
+    frozen = spec.load_params(source, mesh) if source else state.params
+    trainable = spec.adapters.start(frozen, key)
     state = learner.TrainState(
       state.step, trainable, jax.jit(optimizer.init)(trainable)
     )
@@ -276,8 +284,8 @@ def _start(
     return state, frozen, step, record  # The best of it lies over there.
   # 3. `init_from`: parameters alone, from any artifact.
   # 4. The parameters of the stage before; else from scratch.
-  if source and not setup.adapters.rank:
-    state = state.replace(params=setup.load_params(source))
+  if source and not spec.adapters.rank:
+    state = state.replace(params=spec.load_params(source, mesh))
   return state, frozen, 0, record
 
 

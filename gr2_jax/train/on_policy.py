@@ -21,8 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
+from gr2_jax.models import transformer
 from gr2_jax.ops import advantages, gates, kl, losses, masking, rewards
+from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy, ranking, sampling
 from gr2_jax.prompts import examples
 from gr2_jax.train import distillation, learner, loop, policy_gradient, rollouts
@@ -43,7 +46,8 @@ def train(
   config,
   inputs: dict[str, pathlib.Path],
   workdir: pathlib.Path,
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
   teacher: distillation.Teacher | None,
 ) -> dict[str, Any]:
   """Trains from the parameters of the stage before; validation chooses.
@@ -53,7 +57,7 @@ def train(
     config: sections prompt, mesh, and that one; seed.
     inputs: slates, and the stage named by the section's `start`.
     workdir: of this stage.
-    setup: tokens and shapes.
+    spec: tokens and shapes.
     teacher: whom the policy is held to with `kl_weight`; None for nobody.
 
   Returns:
@@ -62,22 +66,34 @@ def train(
   stage = config[name]
   check_rewards(name, stage)
   control = '<think>' if stage.thinking else '<answer>'
-  render = examples.requests(setup.prompter, control, config.prompt.order)
+  render = examples.generation_rows(spec.prompter, control, config.prompt.order)
   if teacher is not None and teacher.reads_its_own:
     render = distillation.beside(render, teacher, control, config.prompt.order)
   # Sampler and learner: the same temperature, the same masks.
-  sampler = setup.sampling(
+  sampler = spec.sampling(
     stage.group_size, stage.thinking, stage.temperature, stage.constrained
   )
   return learn(
     name,
     config,
     workdir,
-    setup,
+    spec,
+    mesh,
+    spec.grammar,
+    slates=policy.source(inputs, 'train', stage.context),
     render=render,
     sampler=sampler,
-    act=rollouts.make_act(setup, sampler, stage),
-    validate=ranking.validator(config, setup, inputs['slates'], stage),
+    act=rollouts.make_act(spec, sampler, stage),
+    validate=ranking.validator(
+      spec,
+      mesh,
+      policy.source(inputs, 'validation', stage.context),
+      slates_lib.read(inputs['slates'], 'validation'),
+      thinking=stage.thinking,
+      order=config.prompt.order,
+      num_slates=stage.eval_slates,
+      batch_size=stage.eval_batch_size,
+    ),
     start=inputs[stage.start],
     teacher=teacher,
   )
@@ -87,10 +103,13 @@ def learn(
   name: str,
   config,
   workdir: pathlib.Path,
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
+  grammar: grammar_lib.Grammar,
   *,
+  slates: Any,
   render: Callable[..., dict[str, np.ndarray]],
-  sampler: sampling.SamplingConfig,
+  sampler: sampling.SamplingOptions,
   act: Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, Any]]],
   validate: Callable[[Any], dict[str, float]],
   start: pathlib.Path,
@@ -102,7 +121,7 @@ def learn(
     name: of the stage and its section.
     config: section mesh, and that one; seed.
     workdir: of this stage.
-    setup: tokens, shapes, and the grammar.
+    spec: tokens, shapes, and the grammar.
     render: `(slate, rng) -> row`.
     sampler: how to roll out.
     act: `(params, rows, key) -> (PolicyBatch, watches)`.
@@ -120,35 +139,34 @@ def learn(
   # is watched, in two.
   render = examples.several(render, views(stage))
   drawn = stage.refill_size
-  data = loop.dataset(
-    setup, setup.source('train'), render, drawn // views(stage), config.seed
-  )
+  data = loop.dataset(mesh, slates, render, drawn // views(stage), config.seed)
   iterator = examples.iterate(data)
 
   look, said = None, ()
   if teacher is not None:
     look = distillation.make_look(
       teacher,
-      setup.grammar,
+      grammar,
       sampler,
       stage.kl_kind,
       readout=stage.get('readout_weight', 0.0) > 0,
     )
     said = teacher.rows if stage.kl_kind in kl.EXACT else ()
-  weigh = make_weigh(setup, sampler, stage)
+  weigh = make_weigh(spec.model, grammar, sampler, stage)
   optimizer = learner.make_optimizer(stage, stage.epochs * stage.minibatches)
   update = policy_gradient.make_update(
-    setup,
+    spec,
+    grammar,
     sampler,
     stage,
     optimizer,
     kl_weight=stage.kl_weight if teacher is not None else 0.0,
   )
-  join = setup.adapters.joiner()
+  join = spec.adapters.joiner()
   split = jax.jit(policy_gradient.minibatches, static_argnums=(1, 2))
   join_parts = jax.jit(
     lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts),
-    out_shardings=sharding.batch_sharding(setup.mesh),
+    out_shardings=sharding.batch_sharding(mesh),
   )
 
   def draw(size: int):
@@ -157,7 +175,7 @@ def learn(
       {k: v.reshape(-1, *v.shape[2:]) for k, v in next(iterator).items()}
       for _ in range(size // drawn)
     ]
-    return join_parts([sharding.shard_share(p, setup.mesh) for p in parts])
+    return join_parts([sharding.shard_share(p, mesh) for p in parts])
 
   def take_step(state, frozen, step):
     key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -175,7 +193,8 @@ def learn(
 
   return loop.fit(
     stage,
-    setup=setup,
+    spec=spec,
+    mesh=mesh,
     workdir=workdir,
     seed=config.seed,
     optimizer=optimizer,
@@ -273,12 +292,15 @@ _top_up = jax.jit(policy_gradient.top_up)
 
 
 def make_weigh(
-  setup: policy.Setup, sampler: sampling.SamplingConfig, stage
+  model: transformer.TransformerConfig,
+  grammar: grammar_lib.Grammar,
+  sampler: sampling.SamplingOptions,
+  stage,
 ) -> Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, Any]]]:
   """Compiles the importance weights of learner against sampler.
 
   Args:
-    setup: tokens and shapes.
+    spec: tokens and shapes.
     sampler: how the batch was sampled.
     stage: importance_cap; 0 leaves batches as they are.
 
@@ -291,9 +313,7 @@ def make_weigh(
   @jax.jit
   def weigh(params, batch):
     """The learner's own log-probabilities, and what they differ by."""
-    logp = policy_gradient.score(
-      setup.model, params, batch, setup.grammar, sampler
-    ).logp
+    logp = policy_gradient.score(model, params, batch, grammar, sampler).logp
     written = masking.length_mask(batch.length, batch.tokens.shape[-1])
     importance = losses.importance_weights(
       logp, batch.logp, written, cap=stage.importance_cap

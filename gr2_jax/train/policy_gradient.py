@@ -62,7 +62,7 @@ def score(
   params: Any,
   batch: PolicyBatch,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingConfig,
+  config: sampling.SamplingOptions,
 ) -> learner.TokenScores:
   """Scores rollouts under any parameters, as the sampler would.
 
@@ -97,7 +97,7 @@ def _score(
   hidden_PxGxTxD: jax.Array,
   batch: PolicyBatch,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingConfig,
+  config: sampling.SamplingOptions,
   teacher: learner.TeacherStates | None = None,
   divergence: str = 'reverse',
 ) -> learner.TokenScores:
@@ -117,7 +117,7 @@ def _score(
 def constraint(
   batch: PolicyBatch,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingConfig,
+  config: sampling.SamplingOptions,
 ) -> tuple[Any, Any] | None:
   """What the sampler's mask followed from; None where it had none."""
   if not config.constrained:
@@ -131,7 +131,7 @@ def constraint(
 def make_loss(
   model: transformer.TransformerConfig,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingConfig,
+  config: sampling.SamplingOptions,
   *,
   clip_low: float,
   clip_high: float,
@@ -208,8 +208,9 @@ def make_loss(
 
 
 def make_update(
-  setup: policy.Setup,
-  sampler: sampling.SamplingConfig,
+  spec: policy.PolicySpec,
+  grammar: grammar_lib.Grammar,
+  sampler: sampling.SamplingOptions,
   stage,
   optimizer: optax.GradientTransformation,
   kl_weight: float = 0.0,
@@ -217,7 +218,7 @@ def make_update(
   """Compiles the update of a stage whose policy learns from its own rollouts.
 
   Args:
-    setup: tokens, shapes, and what of the parameters is trained.
+    spec: tokens, shapes, and what of the parameters is trained.
     sampler: how batches are sampled.
     stage: section `rl` or `opd`: clip_low, clip_high, average, kl_kind, and
       readout_weight where there is a teacher.
@@ -229,8 +230,8 @@ def make_update(
     teacher says of its vocabulary; the old state is donated.
   """
   loss_fn = make_loss(
-    setup.model,
-    setup.grammar,
+    spec.model,
+    grammar,
     sampler,
     clip_low=stage.clip_low,
     clip_high=stage.clip_high,
@@ -239,7 +240,7 @@ def make_update(
     divergence=stage.kl_kind,
     readout_weight=stage.get('readout_weight', 0.0),
   )
-  return learner.make_update(setup.adapters.wrap(loss_fn), optimizer)
+  return learner.make_update(spec.adapters.wrap(loss_fn), optimizer)
 
 
 def _apart(
@@ -247,7 +248,7 @@ def _apart(
   batch: PolicyBatch,
   written: jax.Array,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingConfig,
+  config: sampling.SamplingOptions,
   divergence: str,
 ) -> tuple[jax.Array, jax.Array]:
   """Divergence of each token [P, G, Tc], and where it counts."""

@@ -34,26 +34,31 @@ class Chosen(NamedTuple):
   effects: np.ndarray
 
 
-def shallower(setup: policy.Setup, layers: int) -> policy.Setup:
-  """The setup of a policy that has fewer layers.
+def shallower(spec: policy.PolicySpec, layers: int) -> policy.PolicySpec:
+  """The spec of a policy that has fewer layers.
 
   Args:
-    setup: of the whole policy.
+    spec: of the whole policy.
     layers: that are left.
   """
-  model = dataclasses.replace(setup.model, num_layers=layers)
-  return dataclasses.replace(setup, model=model)
+  model = dataclasses.replace(spec.model, num_layers=layers)
+  return dataclasses.replace(spec, model=model)
 
 
-def take(setup: policy.Setup, params: Any, kept: Sequence[int]) -> Any:
+def take(
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
+  params: Any,
+  kept: Sequence[int],
+) -> Any:
   """Parameters of some layers, on the mesh; all else as it is.
 
   Args:
-    setup: of the whole policy.
+    spec: of the whole policy.
     params: of it.
     kept: places of the layers.
   """
-  wanted = shallower(setup, len(kept)).abstract_params()['layers']
+  wanted = shallower(spec, len(kept)).abstract_params(mesh)['layers']
   places = tuple(x.sharding for x in jax.tree.leaves(wanted))
   return params | {'layers': _take(params['layers'], np.asarray(kept), places)}
 
@@ -70,12 +75,12 @@ def _take(layers: Any, kept: jax.Array, places: tuple[Any, ...]) -> Any:
 
 
 def make_measure(
-  setup: policy.Setup, sampler: sampling.SamplingConfig, stage
+  spec: policy.PolicySpec, sampler: sampling.SamplingOptions, stage
 ) -> Callable[..., float]:
   """What policies of fewer layers are apart from the whole one.
 
   Args:
-    setup: of the whole policy.
+    spec: of the whole policy.
     sampler: how the rollouts were sampled.
     stage: section `prune`: kl_weight, kl_kind, average, readout_weight.
 
@@ -87,8 +92,8 @@ def make_measure(
   @functools.cache
   def compiled(layers: int):
     loss_fn = policy_gradient.make_loss(
-      shallower(setup, layers).model,
-      setup.grammar,
+      shallower(spec, layers).model,
+      spec.grammar,
       sampler,
       clip_low=stage.clip_low,
       clip_high=stage.clip_high,
@@ -117,7 +122,8 @@ def make_measure(
 
 
 def choose(
-  setup: policy.Setup,
+  spec: policy.PolicySpec,
+  mesh: jax.sharding.Mesh,
   params: Any,
   layers: int,
   measure: Callable[[Any], float],
@@ -125,7 +131,7 @@ def choose(
   """Leaves out the layer of least effect until few enough are left.
 
   Args:
-    setup: of the whole policy.
+    spec: of the whole policy.
     params: of it.
     layers: that are to be left.
     measure: parameters of fewer layers to what they are apart from the whole.
@@ -133,7 +139,7 @@ def choose(
   Raises:
     ValueError: there are not more layers than are to be left.
   """
-  total = setup.model.num_layers
+  total = spec.model.num_layers
   if not 1 <= layers < total:
     raise ValueError(
       f'prune.layers={layers}: must be at least 1, and less than the {total} '
@@ -144,7 +150,7 @@ def choose(
     row = np.full(total, np.nan, np.float32)
     for layer in kept:
       rest = [other for other in kept if other != layer]
-      row[layer] = measure(take(setup, params, rest))
+      row[layer] = measure(take(spec, mesh, params, rest))
     kept.remove(int(np.nanargmin(row)))
     effects.append(row)
   return Chosen(np.array(kept, np.int32), np.stack(effects))

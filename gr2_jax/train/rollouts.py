@@ -28,20 +28,20 @@ from gr2_jax.train import policy_gradient
 _TEACHERS = ('teacher_prompt', 'teacher_prompt_length', 'teacher_slots')
 
 
-def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
+def make_act(spec: policy.PolicySpec, sampler: sampling.SamplingOptions, stage):
   """Compiles `(params, rows, key) -> (PolicyBatch, watches)`.
 
   Args:
-    setup: tokens and shapes.
+    spec: tokens and shapes.
     sampler: how to roll out.
     stage: section `rl` or `opd`.
   """
-  grammar = setup.grammar
+  grammar = spec.grammar
 
   @jax.jit
   def act(params: Any, rows: dict[str, jax.Array], key: jax.Array):
     rollouts = sampling.sample(
-      setup.model,
+      spec.model,
       params,
       rows['prompt'],
       rows['prompt_length'],
@@ -61,7 +61,7 @@ def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
     answer = sampling.parse(
       grammar, sampler, rollouts.tokens, rollouts.length, count, incoming
     )
-    extras, watches = _extras(setup, sampler, stage, rows, rollouts, answer)
+    extras, watches = _extras(spec, sampler, stage, rows, rollouts, answer)
     reward = rewards.reward(
       answer.ranking,
       answer.verdict,
@@ -82,7 +82,7 @@ def make_act(setup: policy.Setup, sampler: sampling.SamplingConfig, stage):
         reward.total,
         placement.expected_if_shuffled(*slate, kind=stage.reward, k=stage.k),
         _settled(stage, answer, grades, count, incoming),
-        normalise=stage.advantage in ('dapo', 'grpo'),
+        normalize=stage.advantage in ('dapo', 'grpo'),
       )
       advantage = placement.spread_over_tokens(
         advantage,
@@ -153,8 +153,8 @@ def _settled(
 
 
 def _extras(
-  setup: policy.Setup,
-  sampler: sampling.SamplingConfig,
+  spec: policy.PolicySpec,
+  sampler: sampling.SamplingOptions,
   stage,
   rows: dict[str, jax.Array],
   rollouts: sampling.Rollouts,
@@ -183,7 +183,7 @@ def _extras(
       rows['count'],
       answer.ranking,
       answer.verdict,
-      _symbols(setup),
+      _symbols(spec),
     )
     extras.append(stage.judge_weight * quality.total)
     watches |= {
@@ -208,9 +208,9 @@ def _order_disagreement(
   return metrics.order_disagreement(ranking, twin, rows['count'], valid)
 
 
-def _symbols(setup: policy.Setup) -> judge.Symbols:
+def _symbols(spec: policy.PolicySpec) -> judge.Symbols:
   """The token ids that the judge of reasoning reads."""
-  words = setup.vocabulary
+  words = spec.vocabulary
   return judge.Symbols(
     history=words.control['<history>'],
     candidates=words.control['<candidates>'],
@@ -219,6 +219,6 @@ def _symbols(setup: policy.Setup) -> judge.Symbols:
     codebook_size=words.layout.codebook_size,
     slot_base=words.slot_base,
     num_slots=words.layout.num_slots,
-    think_end=setup.grammar.think_end,
-    eos=setup.grammar.eos,
+    think_end=spec.grammar.think_end,
+    eos=spec.grammar.eos,
   )

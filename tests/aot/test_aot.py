@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import common
-from gr2_jax.aot import abstract, hlo, planning, topologies
+from gr2_jax.aot import abstract, costs, planning, topologies
 from gr2_jax.bench import plan as bench_plan
 from gr2_jax.bench import weak_scaling
 from gr2_jax.distributed import sharding
@@ -22,9 +22,12 @@ def _config(**overrides):
   return config
 
 
-def _programs(config, mesh, load=LOAD):
-  setup = abstract.make_setup(config, mesh, load.text_rows)
-  return {one.name: one for one in abstract.lower(config.rl, setup, load)}
+def _step(config, *sizes, load=LOAD):
+  return abstract.make_step(config, sharding.make_mesh(*sizes), load)
+
+
+def _programs(step):
+  return {program.name: program for program in abstract.lower(step)}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
     topologies.devices('v5e:2x2')
 
 
-def test_the_command_says_it_in_a_line():
+def test_the_command_prints_an_error_in_one_line():
   command = '--config=configs/rl.py:test --topology=v5e:3x3'
   done = subprocess.run(
     [sys.executable, '-m', 'gr2_jax.aot', *command.split()],
@@ -65,47 +68,54 @@ def test_slices_grow():
 
 
 def test_the_step_is_lowered_without_data_or_memory():
-  mesh = sharding.make_mesh(1, 4, 2)
-  config = _config(**{'rl.epochs': 2, 'rl.minibatches': 2})
-  found = _programs(config, mesh)
-  assert list(found) == ['act', 'update']
-  assert found['act'].unknown_trips == 16 + 1 + 10 + 1 - 1
-  assert found['update'].runs == 4
-  state, frozen, batch = found['update'].program.args_info[0]
+  step = _step(_config(**{'rl.epochs': 2, 'rl.minibatches': 2}), 1, 4, 2)
+  programs = _programs(step)
+  assert list(programs) == ['act', 'update']
+  assert programs['act'].unknown_trips == 16 + 1 + 10 + 1 - 1
+  assert programs['update'].runs == 4
+  state, frozen, batch = programs['update'].program.args_info[0]
   assert all(leaf.donated for leaf in jax.tree.leaves(state))
   assert not frozen
   assert batch.prompt.shape == (4, 32)
 
 
-def test_what_stays_beside_the_rollouts_counts():
-  mesh = sharding.make_mesh(1, 8, 1)
-  config = _config()
-  setup = abstract.make_setup(config, mesh, LOAD.text_rows)
-  size = abstract.state_bytes(config.rl, setup)
-  params = abstract.held(setup.abstract_params())
-  beside = _programs(config, mesh)['act'].beside
+def test_work_of_a_step_is_that_of_its_tokens():
+  step = _step(_config(), 1, 8, 1)
+  layers = step.spec.abstract_params(step.mesh)['layers']
+  weights = sum(x.size for x in jax.tree.leaves(layers))
+  prompt, written = 32, 4 * 28
+  programs = _programs(step)
+  # One slate a device: two FLOPs a weight and token, attention and logits aside.
+  assert 1 < programs['act'].flops / (2 * weights * (prompt + written)) < 1.6
+  # An update needs three passes; it may compute the forward one again.
+  update = programs['update'].flops / (2 * weights * (prompt + written))
+  assert 3 < update < 6.5
+
+
+def test_arrays_of_the_update_take_memory_beside_the_rollouts():
+  step = _step(_config(), 1, 8, 1)
+  params = abstract.bytes_per_chip(step.spec.abstract_params(step.mesh))
+  state = abstract.bytes_per_chip(step.state())
+  resident = _programs(step)['act'].resident
   # The moments of AdamW are two more copies of the parameters.
-  assert 2 * params <= beside <= 2 * params + 100
-  assert 3 * params <= size <= 3 * params + 100
+  assert 2 * params <= resident <= 2 * params + 100
+  assert 3 * params <= state <= 3 * params + 100
   # An update has gradients, too.
-  assert abstract.least_bytes(config.rl, setup, LOAD) >= size + params
-  whole = abstract.make_setup(
-    config, sharding.make_mesh(8, 1, 1), LOAD.text_rows
-  )
-  assert params < abstract.held(whole.abstract_params()) / 7
+  assert step.min_update_bytes() >= state + params
+  replicated = step.spec.abstract_params(sharding.make_mesh(8, 1, 1))
+  assert params < abstract.bytes_per_chip(replicated) / 7
 
 
 def test_adapters_have_a_small_state():
-  config = _config(**{'model.lora_rank': 4})
-  mesh = sharding.make_mesh(1, 8, 1)
-  found = _programs(config, mesh)
-  state, frozen, _ = found['update'].program.args_info[0]
+  step = _step(_config(**{'model.lora_rank': 4}), 1, 8, 1)
+  update = _programs(step)['update']
+  state, frozen, _ = update.program.args_info[0]
   assert set(state.params) == {'down', 'up', 'rows', 'readout'}
-  setup = abstract.make_setup(config, mesh, LOAD.text_rows)
-  assert frozen.keys() == setup.abstract_params().keys()
+  params = step.spec.abstract_params(step.mesh)
+  assert frozen.keys() == params.keys()
   assert not any(leaf.donated for leaf in jax.tree.leaves(frozen))
-  # The joined copy of the rollouts is still there when the update runs.
-  assert found['update'].beside == abstract.held(setup.abstract_params())
+  # The merged copy of the rollouts is still there when the update runs.
+  assert update.resident == abstract.bytes_per_chip(params)
 
 
 @pytest.fixture(scope='module')
@@ -122,14 +132,14 @@ def updates():
 
 
 def test_an_update_on_a_mesh_never_gathers_the_whole_tree(updates):
-  setup = abstract.make_setup(
-    _config(), sharding.make_mesh(4, 2, 1), weak_scaling.TEXT_ROWS
+  params = _step(_config(), 4, 2, 1).spec.abstract_params(
+    sharding.make_mesh(4, 2, 1)
   )
-  tree = sum(x.size * 4 for x in jax.tree.leaves(setup.abstract_params()))
-  account = hlo.account(updates[8].as_text())
-  assert account.unknown_loops == 0
-  assert account.largest_gather().kind == 'all-gather'
-  assert 0 < account.largest_gather().gathered < tree / 2
+  tree = sum(x.size * 4 for x in jax.tree.leaves(params))
+  counts = costs.read(updates[8].as_text())
+  assert counts.unknown_loops == 0
+  gathers = [c.bytes for c in counts.collectives if c.kind == 'all-gather']
+  assert 0 < max(gathers) < tree / 2
 
 
 def test_work_of_a_device_stays_flat_as_devices_and_batch_grow(updates):
@@ -148,12 +158,12 @@ def test_work_of_a_device_stays_flat_as_devices_and_batch_grow(updates):
     ({}, abstract.Load(4, 32, 500), r'--slates=4 does not split over the 8'),
   ],
 )
-def test_a_step_that_cannot_be_says_which_number(overrides, load, message):
+def test_an_impossible_step_names_the_wrong_number(overrides, load, message):
   with pytest.raises(ValueError, match=message):
-    _programs(_config(**overrides), sharding.make_mesh(1, 8, 1), load)
+    _programs(_step(_config(**overrides), 1, 8, 1, load=load))
 
 
-def test_the_table_tells_what_was_compiled_from_what_is_only_bounded():
+def test_the_table_distinguishes_compiled_cells_from_bounds():
   cells = {
     ('a', 'v5e'): {'topology': 'v5e:2x4', 'memory': 0.5, 'seconds': 1.23},
     ('a', 'v6e'): {'topology': 'v6e:1x1', 'least': 0.314},
@@ -176,8 +186,8 @@ def test_the_table_tells_what_was_compiled_from_what_is_only_bounded():
     ('RESOURCE_EXHAUSTED: no room', math.inf),
   ],
 )
-def test_what_a_compiler_asked_for_in_vain_is_read(message, size):
-  assert planning.wanted(message) == size
+def test_the_bytes_of_an_out_of_memory_error_are_read(message, size):
+  assert planning.exhausted_bytes(message) == size
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -197,21 +207,19 @@ def test_a_tiny_step_compiles_for_a_slice_and_the_report_says_how_it_fits():
   config = _config()
   report = planning.plan(config, 'v5p:2x2x1', LOAD)
   assert report.fits
-  assert report.mesh == {'data': 1, 'fsdp': 4, 'tensor': 1}
+  assert dict(report.step.mesh.shape) == {'data': 1, 'fsdp': 4, 'tensor': 1}
   assert 0 < report.seconds < 1
   update = report.programs[1]
-  assert 0 < update.account.largest_gather().gathered < report.parameter_bytes
+  assert update.counts.largest.bytes > 0
   shown = planning.text(report)
   assert 'act' in shown
-  assert 'update: gathers at most' in shown
+  assert 'update: the largest collective is' in shown
   assert 'fits' in planning.summary(report)
   # The smallest of its family, so that nothing more is compiled.
-  found = planning.suggest(config, 'v5p', LOAD, report, say=pytest.fail)
-  assert found is report
-  # The bound that rules slices out is one.
-  mesh = abstract.open_mesh(config, report.topology, LOAD.slates)
-  setup = abstract.make_setup(config, mesh, LOAD.text_rows)
-  assert abstract.least_bytes(config.rl, setup, LOAD) <= update.memory
+  best = planning.suggest(config, 'v5p', LOAD, report, log=pytest.fail)
+  assert best is report
+  # The bound that rules slices out holds.
+  assert report.step.min_update_bytes() <= update.memory
 
 
 @needs_libtpu
@@ -222,6 +230,6 @@ def test_a_step_that_is_too_large_does_not_fit():
   report = planning.plan(config, 'v5e:1x1', LOAD, stop_early=True)
   assert not report.fits
   assert 'does not fit' in planning.text(report)
-  first, size = next(planning.roomy(config, 'v5e', LOAD))
+  first, size = next(planning.candidates(config, 'v5e', LOAD))
   assert first == 'v5e:2x2'
   assert size < topologies.chip(first).hbm < 4 * size

@@ -67,9 +67,9 @@ def test_transformers_answers_as_the_policy(reranker, theirs, slates, mode):  # 
 
 def test_transformers_is_not_asked_to_read_memory_tokens(reranker):  # noqa: F811
   own = reranker.policy
-  setup = own.setup.reading('memory:2+candidates:evidence')
+  spec = own.spec.with_context('memory:2+candidates:evidence')
   other = dataclasses.replace(
-    reranker, policy=dataclasses.replace(own, setup=setup)
+    reranker, policy=dataclasses.replace(own, spec=spec)
   )
   with pytest.raises(ValueError, match='through memory tokens'):
     serving_torch.beside(other, ('score',), 8)

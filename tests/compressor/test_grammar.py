@@ -310,7 +310,7 @@ def test_sampler_and_learner_agree():
   told = [blocks(rng, least=2) for _ in range(P)]
   prompt, length, facts = sources(rng, told)
   params, grammar = tiny.params(), extraction()
-  config = sampling.SamplingConfig(
+  config = sampling.SamplingOptions(
     group=G, max_tokens=T, temperature=temperature, constrained=True
   )
   found = tiny.sample(
@@ -356,7 +356,7 @@ def test_a_policy_batch_carries_what_may_be_extracted():
   told = [blocks(rng, least=2) for _ in range(P)]
   prompt, length, facts = sources(rng, told)
   params, grammar = tiny.params(), extraction()
-  config = sampling.SamplingConfig(group=G, max_tokens=T, constrained=True)
+  config = sampling.SamplingOptions(group=G, max_tokens=T, constrained=True)
   found = tiny.sample(
     tiny.MODEL, params, prompt, length, facts, jax.random.key(0), grammar,
     config,

@@ -26,11 +26,11 @@ UNREADABLE = 4  # one text in so many gets no readable answer
 
 @pytest.fixture(scope='module')
 def reader(tmp_path_factory):
-  """A ranker's setup of the catalog of twelve items."""
+  """A ranker's spec of the catalog of twelve items."""
   prompter = tiny_data.prompter(
     tmp_path_factory.mktemp('judge'), history_fields=('sid', 'title', 'grade')
   )
-  return policy.Setup(
+  return policy.PolicySpec(
     catalog=tiny_data.catalog(),
     prompter=prompter,
     grammar=None,
@@ -43,7 +43,6 @@ def reader(tmp_path_factory):
       head_dim=8,
       d_ff=24,
     ),
-    mesh=tiny.one_device(),
     adapters=lora.Adapters(),
   )
 
@@ -55,20 +54,26 @@ def config(**changes):
   )
 
 
+def grammar_of(spec):
+  return rollouts_lib.grammar(spec.prompter, config().compress.slack)
+
+
+MESH = tiny.one_device()
+
+
 @pytest.fixture(scope='module')
 def world_(reader):
   """Setup, parameters of ranker and policy, sampler, rows."""
-  stage = config().compress
-  setup = rollouts_lib.of(reader, stage.slack)
-  sampler = rollouts_lib.sampler(setup, BUDGETS, group=G, temperature=1.0)
-  render = rollouts_lib.requests(setup.prompter, BUDGETS, 'shuffled', True)
+  spec, grammar = reader, grammar_of(reader)
+  sampler = rollouts_lib.sampler(grammar, BUDGETS, group=G, temperature=1.0)
+  render = rollouts_lib.requests(spec.prompter, BUDGETS, 'shuffled', True)
   made = [
     render(tiny_data.slate(seed, 3 + seed % 3), np.random.default_rng(seed))
     for seed in range(P)
   ]
   rows = {name: jnp.stack([row[name] for row in made]) for name in made[0]}
-  parameters = [tiny.params(setup.model, seed) for seed in (0, 1)]
-  return setup, *parameters, sampler, rows
+  parameters = [tiny.params(spec.model, seed) for seed in (0, 1)]
+  return spec, *parameters, sampler, rows
 
 
 def marks(text):
@@ -97,10 +102,10 @@ def remote(server, **changes):
   return fields | changes
 
 
-def texts(setup, rows, rollouts):
+def texts(spec, rows, rollouts):
   """What a judge is to be shown of each compression: [P][G]."""
   words = dialogue.Dialogue(
-    setup.prompter, setup.catalog, 'An analyst.', 9, False
+    spec.prompter, spec.catalog, 'An analyst.', 9, False
   )
   found = []
   for p in range(P):
@@ -113,10 +118,10 @@ def texts(setup, rows, rollouts):
   return found
 
 
-def wanted(setup, stage, rows, drawn):
+def wanted(spec, stage, rows, drawn):
   """Rewards by the marks of `marks`, and where there are none."""
   told = [
-    [marks(text) for text in own] for own in texts(setup, rows, drawn.rollouts)
+    [marks(text) for text in own] for own in texts(spec, rows, drawn.rollouts)
   ]
   failed = np.array([[one is None for one in own] for own in told])
   p, q, solvable = np.moveaxis(
@@ -139,24 +144,27 @@ def everything(rows, drawn, judged):
 
 
 def test_rewards_are_those_of_the_marks(reader, world_, tmp_path):
-  setup, ranker, params, sampler, rows = world_
+  spec, ranker, params, sampler, rows = world_
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
-    with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, spent):
+    with compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (
+      judge,
+      spent,
+    ):
       act = rollouts_lib.make_judged(
-        setup, sampler, own.compress, ranker, judge, everything
+        spec, grammar_of(spec), sampler, own.compress, ranker, judge, everything
       )
       drawn, judged = act(params, rows, jax.random.key(0))
       asked = spent()['asked']
   assert (drawn.verdict == compression.VALID).all()
-  rewards, failed, quality = wanted(setup, own.compress, rows, drawn)
+  rewards, failed, quality = wanted(spec, own.compress, rows, drawn)
   assert 0 < failed.sum() < P * G
   np.testing.assert_allclose(judged.reward, rewards, atol=1e-6)
   np.testing.assert_array_equal(judged.judge_failed, failed)
   np.testing.assert_allclose(judged.ranking, quality, atol=1e-6)
   np.testing.assert_array_equal(judged.judge[failed], 0)
   np.testing.assert_array_equal(judged.preservation, drawn.preservation)
-  shown = {x for own in texts(setup, rows, drawn.rollouts) for x in own}
+  shown = {x for own in texts(spec, rows, drawn.rollouts) for x in own}
   unread = sum(marks(text) is None for text in shown)
   assert asked['answers'] == len(server.requests) == len(shown) + unread
   watches = compressor_judge.watch(judged)
@@ -166,21 +174,26 @@ def test_rewards_are_those_of_the_marks(reader, world_, tmp_path):
 def test_what_is_learned_is_the_advantage_of_the_marks(
   reader, world_, tmp_path
 ):
-  setup, ranker, params, sampler, rows = world_
+  spec, ranker, params, sampler, rows = world_
   key = jax.random.key(0)
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
-    with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
-      act = rollouts_lib.make_act(setup, sampler, own.compress, ranker, judge)
+    with compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (
+      judge,
+      _,
+    ):
+      act = rollouts_lib.make_act(
+        spec, grammar_of(spec), sampler, own.compress, ranker, judge
+      )
       batch, watches = act(params, rows, key)
       before = len(server.requests)
       again, _ = act(params, rows, key)
   assert len(server.requests) == before  # It has said so.
   tiny.assert_trees_equal(again, batch)
-  drawn = jax.jit(rollouts_lib.make_draw(setup, sampler, own.compress))(
-    params, rows, key
-  )
-  rewards, failed, _ = wanted(setup, own.compress, rows, drawn)
+  drawn = jax.jit(
+    rollouts_lib.make_draw(spec, grammar_of(spec), sampler, own.compress)
+  )(params, rows, key)
+  rewards, failed, _ = wanted(spec, own.compress, rows, drawn)
   np.testing.assert_array_equal(batch.tokens, drawn.rollouts.tokens)
   np.testing.assert_allclose(
     batch.advantage,
@@ -192,15 +205,18 @@ def test_what_is_learned_is_the_advantage_of_the_marks(
 
 
 def test_of_what_earns_nothing_nobody_is_asked(reader, world_, tmp_path):
-  setup, ranker, params, _, rows = world_
+  spec, ranker, params, _, rows = world_
   free = rollouts_lib.sampler(
-    setup, BUDGETS, group=G, temperature=1.0, constrained=False
+    grammar_of(spec), BUDGETS, group=G, temperature=1.0, constrained=False
   )
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
-    with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
+    with compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (
+      judge,
+      _,
+    ):
       act = rollouts_lib.make_judged(
-        setup, free, own.compress, ranker, judge, everything
+        spec, grammar_of(spec), free, own.compress, ranker, judge, everything
       )
       drawn, judged = act(params, rows, jax.random.key(0))
   assert (drawn.verdict != compression.VALID).all()
@@ -210,16 +226,19 @@ def test_of_what_earns_nothing_nobody_is_asked(reader, world_, tmp_path):
 
 
 def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
-  setup, ranker, params, *_ = world_
+  spec, ranker, params, *_ = world_
   slates = [tiny_data.slate(seed, 4) for seed in range(P + 1)]
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
-    with compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _):
+    with compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (
+      judge,
+      _,
+    ):
       parts, plain = (
         list(
-          writer.make_write(setup, ranker, own, own.compress, {0.5: 20}, who)(
-            params, slates, 0
-          )
+          writer.make_write(
+            spec, MESH, ranker, own, own.compress, {0.5: 20}, who
+          )(params, slates, 0)
         )
         for who in (judge, None)
       )
@@ -236,9 +255,9 @@ def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
 
 @pytest.mark.parametrize('judge_by', compressor_judge.JUDGED_BY)
 def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
-  setup, ranker, params, sampler, rows = world_
+  spec, ranker, params, sampler, rows = world_
   stage, key = config(judge_by=judge_by).compress, jax.random.key(0)
-  act = rollouts_lib.make_act(setup, sampler, stage, ranker)
+  act = rollouts_lib.make_act(spec, grammar_of(spec), sampler, stage, ranker)
   batch, watches = act(params, rows, key)
   text = act.func.lower(*act.args, params, rows, key).as_text()
   assert 'callback' not in text
@@ -246,20 +265,20 @@ def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
 
   # The same, step by step.
   rollouts = jax.jit(sampling.sample, static_argnums=(0, 6, 7))(
-    setup.model, params, rows['prompt'], rows['prompt_length'],
-    jax.jit(lambda rows: rollouts_lib.facts(setup.grammar, rows))(rows), key,
-    setup.grammar, sampler,
+    spec.model, params, rows['prompt'], rows['prompt_length'],
+    jax.jit(lambda rows: rollouts_lib.facts(grammar_of(spec), rows))(rows), key,
+    grammar_of(spec), sampler,
   )  # fmt: skip
   np.testing.assert_array_equal(batch.tokens, rollouts.tokens)
-  scores = _scores(setup, ranker, rows, rollouts)
+  scores = _scores(spec, ranker, rows, rollouts)
   grades = rows['grades']
   if judge_by == 'order':
     hidden, _ = transformer.encode_prompt(
-      setup.model, ranker, rows['prompt'], rows['prompt_length']
+      spec.model, ranker, rows['prompt'], rows['prompt_length']
     )
     whole = transformer.slot_scores(ranker, hidden, rows['slots'])
     grades = compression.order_grades(whole, rows['count'])
-  rewards, judged = jax.jit(lambda *arrays: _rewards(setup, stage, *arrays))(
+  rewards, judged = jax.jit(lambda *arrays: _rewards(spec, stage, *arrays))(
     rows | {'grades': grades}, rollouts, scores
   )
   assert judged.solvable.any()
@@ -273,9 +292,9 @@ def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
   assert watches['judge_failed'] == 0
 
 
-def _rewards(setup, stage, rows, rollouts, scores):
+def _rewards(spec, stage, rows, rollouts, scores):
   """Eq. 10 of a ranker's scores, and what is judged by them."""
-  marks_ = rollouts_lib.symbols(setup.vocabulary)
+  marks_ = rollouts_lib.symbols(spec.vocabulary)
   tokens, length = rollouts.tokens, rollouts.length
   shown = rows['prompt'], rows['prompt_length']
   judged = compression.judge(
@@ -305,10 +324,10 @@ def _rewards(setup, stage, rows, rollouts, scores):
   return rewards, judged
 
 
-def _scores(setup, ranker, rows, rollouts):
+def _scores(spec, ranker, rows, rollouts):
   """The ranker's scores [P, G, K], of whole sequences."""
-  words, K = setup.vocabulary, setup.prompter.num_candidates
-  before = [*setup.prompter.opening, words.control['<history>']]
+  words, K = spec.vocabulary, spec.prompter.num_candidates
+  before = [*spec.prompter.opening, words.control['<history>']]
   tokens, length = np.asarray(rollouts.tokens), np.asarray(rollouts.length)
   ids = np.zeros((P * G, len(before) + tokens.shape[2]), np.int32)
   places = np.zeros((P * G, K), np.int32)
@@ -318,7 +337,7 @@ def _scores(setup, ranker, rows, rollouts):
     ids[row, : len(own)] = own
     for k in range(int(rows['count'][p])):
       places[row, k] = own.index(words.slot_base + k)
-  hidden = tiny.plain_hidden(setup.model, ranker, ids)
+  hidden = tiny.plain_hidden(spec.model, ranker, ids)
   scores = jax.jit(transformer.slot_scores)(ranker, hidden, places)
   return scores.reshape(P, G, K)
 
@@ -352,7 +371,10 @@ def test_what_was_asked_is_counted_over_runs_and_paid(reader, tmp_path):
     for run, name in enumerate(('one', 'two'), 1):
       own = config(**fields, token_limit=10**6 + run)
       workdir = tmp_path / name
-      with compress.judge_in_words(own, reader, workdir) as (judge, spent):
+      with compress.judge_in_words(own, reader, MESH, workdir) as (
+        judge,
+        spent,
+      ):
         judge._ask(['a', 'b', f'of {name}'])
         found = spent()['asked']
       assert found == {
@@ -393,22 +415,22 @@ def test_an_endpoint_that_cannot_be_is_told(
   own = config(judge='remote', **fields)
   with (
     pytest.raises(error, match=message),
-    compress.judge_in_words(own, reader, tmp_path / 'c'),
+    compress.judge_in_words(own, reader, MESH, tmp_path / 'c'),
   ):
     pass
 
 
 def test_the_limit_on_tokens_is_that_of_the_section(reader, world_, tmp_path):
-  setup, ranker, params, sampler, rows = world_
+  spec, ranker, params, sampler, rows = world_
   with chat_server.serve(answer) as server:
     own = config(**remote(server, token_limit=100))
     with (
       pytest.raises(ledger.OverLimit, match=r'compress\.token_limit=100, 0 '),
-      compress.judge_in_words(own, reader, tmp_path / 'c') as (judge, _),
+      compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (judge, _),
     ):
-      rollouts_lib.make_act(setup, sampler, own.compress, ranker, judge)(
-        params, rows, jax.random.key(0)
-      )
+      rollouts_lib.make_act(
+        spec, grammar_of(spec), sampler, own.compress, ranker, judge
+      )(params, rows, jax.random.key(0))
   assert not server.requests
 
 

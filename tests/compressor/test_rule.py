@@ -14,13 +14,13 @@ N = 5  # slates
 
 @pytest.fixture(scope='module')
 def spec(world):
-  return rollouts.of(tiny_world.spec(world), 1)
+  return tiny_world.spec(world)
 
 
 @pytest.fixture(scope='module')
 def params(world, spec):
   """Of a ranker whose read-out says something."""
-  found = spec.load_params(world['sft'], mesh)
+  found = spec.load_params(world['sft'], tiny_world.mesh())
   noise = jax.random.normal(jax.random.key(0), found['readout'].shape)
   return found | {'readout': noise}
 
@@ -36,18 +36,18 @@ class Few:
     return self._source[i]
 
 
-def rows_of(spec):
+def rows_of(spec, world):
   ask = rollouts.requests(
     spec.prompter, {1.0: spec.prompter.prompt_tokens}, 'shuffled'
   )
-  source = Few(spec.source('train'))
+  source = Few(tiny_world.source(world, 'train'))
   ((_, batch),) = examples.in_order(source, ask, N, 0)
   return batch
 
 
-def by_hand(spec, batch, units):
+def by_hand(world, spec, batch, units):
   """Extracts of some units alone: int32 [N, T] and [N]."""
-  source, T = spec.source('train'), spec.prompter.prompt_tokens
+  source, T = tiny_world.source(world, 'train'), spec.prompter.prompt_tokens
   ids = []
   for i in range(N):
     count = int(batch['count'][i])
@@ -60,8 +60,8 @@ def by_hand(spec, batch, units):
   return tokens, np.array([len(one) for one in ids], np.int32)
 
 
-def test_what_is_read_is_what_the_rule_writes(spec):
-  batch, source = rows_of(spec), spec.source('train')
+def test_what_is_read_is_what_the_rule_writes(world, spec):
+  batch, source = rows_of(spec, world), tiny_world.source(world, 'train')
   units = extracts.units(spec.prompter.lines(source[0]).candidates[0])
   lines = np.stack(
     [
@@ -77,7 +77,7 @@ def test_what_is_read_is_what_the_rule_writes(spec):
     tokens, length = rule._written(
       spec, lines[:, :, one], batch['count'], len(units)
     )
-    wanted, long = by_hand(spec, batch, [units[k] for k in kept])
+    wanted, long = by_hand(world, spec, batch, [units[k] for k in kept])
     np.testing.assert_array_equal(length[:, 0], long)
     for row in range(N):
       end = long[row]
@@ -86,21 +86,28 @@ def test_what_is_read_is_what_the_rule_writes(spec):
 
 
 @pytest.mark.parametrize('judge_by', ['order', 'labels'])
-def test_the_first_to_go_is_what_is_missed_least(spec, params, judge_by):
+def test_the_first_to_go_is_what_is_missed_least(world, spec, params, judge_by):
   stage = tiny_world.config(
     compress__judge_by=judge_by, compress__eval_batch_size=4
   ).compress
   found = rule.most_telling(
-    spec, params, stage, 'shuffled', Few(spec.source('train'))
+    spec,
+    tiny_world.mesh(),
+    params,
+    stage,
+    'shuffled',
+    Few(tiny_world.source(world, 'train')),
   )
-  batch, source = rows_of(spec), spec.source('train')
+  batch, source = rows_of(spec, world), tiny_world.source(world, 'train')
   units = extracts.units(spec.prompter.lines(source[0]).candidates[0])
   assert sorted(found) == sorted(units)
   scores = np.asarray(judge.read_whole(spec, params, batch))
   read = judge.make_reader(spec, rollouts.symbols(spec.vocabulary))
   without = []
   for unit in units:
-    tokens, length = by_hand(spec, batch, [u for u in units if u != unit])
+    tokens, length = by_hand(
+      world, spec, batch, [u for u in units if u != unit]
+    )
     own = np.asarray(read(params, tokens[:, None], length[:, None]))[:, 0]
     likeness = []
     for row, count in enumerate(batch['count']):

@@ -136,10 +136,10 @@ def render(record, rng):
 
 def fit(workdir, mesh=None, loss_fn=distance, die_at=None, rank=2, **changes):
   own = ConfigDict(SETTINGS | changes)
-  setup = tiny.setup(mesh, MODEL, lora.Adapters(rank=rank, first_row=FIRST))
+  spec = tiny.spec(MODEL, lora.Adapters(rank=rank, first_row=FIRST))
   iterator = examples.iterate(examples.dataset(range(16), render, 8, 0))
   optimizer = learner.make_optimizer(own)
-  step_ = loop.supervised_step(setup, loss_fn, optimizer, iterator)
+  step_ = loop.supervised_step(spec, mesh, loss_fn, optimizer, iterator)
 
   def take_step(state, frozen, step):
     if step == die_at:
@@ -148,7 +148,8 @@ def fit(workdir, mesh=None, loss_fn=distance, die_at=None, rank=2, **changes):
 
   result = loop.fit(
     own,
-    setup=setup,
+    spec=spec,
+    mesh=mesh,
     workdir=workdir,
     seed=0,
     optimizer=optimizer,
@@ -157,7 +158,7 @@ def fit(workdir, mesh=None, loss_fn=distance, die_at=None, rank=2, **changes):
     validate=lambda params: {'score': float(np.abs(params['readout']).sum())},
     choose='score',
   )
-  return result, jax.device_get(setup.load_params(workdir))
+  return result, jax.device_get(spec.load_params(workdir, mesh))
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gr2_jax.models import memory, transformer
+from gr2_jax.models import transformer
 
 from .. import tiny
 
@@ -21,7 +21,7 @@ encode = jax.jit(transformer.encode_prompt, static_argnums=0)
 remember = jax.jit(transformer.encode_memory, static_argnums=(0, 4))
 complete = jax.jit(transformer.completion_hidden, static_argnums=0)
 find_readable = jax.jit(
-  lambda ids, length: memory.readable(memory.find(ids, length, BASE, SIZE))
+  lambda ids, length: transformer.readable_keys(transformer.find_memory(ids, length, BASE, SIZE))
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from configs import common
 from gr2_jax.distributed import sharding
-from gr2_jax.models import rope, transformer
+from gr2_jax.models import transformer
 
 from .. import tiny
 
@@ -86,7 +86,7 @@ def test_rotation_equals_complex_multiplication():
   x = np.random.default_rng(0).normal(size=(6, 2, 8)).astype(np.float32)
   positions = np.array([0, 1, 2, 7, 100, 1000])
   frequency = 500.0 ** (-np.arange(4) / 4)
-  found = rope.rotate(x, *rope.turns(positions, frequency))
+  found = transformer.rotate(x, *transformer.rope_turns(positions, frequency))
   np.testing.assert_allclose(found, turn(x, positions, 500.0), atol=1e-4)
 
 
@@ -102,7 +102,7 @@ def test_stretching_keeps_fast_pairs_and_slows_slow_ones(scaling, fast):
     STRETCHED, rope_scaling=scaling, rope_slow=1.0, rope_fast=fast
   )
   plain = 1e4 ** (-np.arange(16) / 16)
-  ratio = plain / np.asarray(rope.frequencies(model))
+  ratio = plain / np.asarray(transformer.rope_frequencies(model))
   turns = 256 * plain / (2 * np.pi)
   # yarn rounds its bounds to whole pairs, outwards.
   margin = 1e4 ** (1 / 16) if scaling == 'yarn' else 1.0
@@ -117,8 +117,8 @@ def test_linear_stretching_is_slower_time():
   model = dataclasses.replace(STRETCHED, rope_scaling='linear')
   plain = dataclasses.replace(STRETCHED, rope_scaling='')
   np.testing.assert_allclose(
-    8.0 * rope.frequencies(model),
-    rope.frequencies(plain),
+    8.0 * transformer.rope_frequencies(model),
+    transformer.rope_frequencies(plain),
     rtol=1e-6,
   )
 
@@ -127,8 +127,8 @@ def test_magnitude_scales_what_was_turned():
   x = np.random.default_rng(0).normal(size=(3, 1, 8)).astype(np.float32)
   frequency, positions = 0.1 ** np.arange(4), np.arange(3)
   np.testing.assert_allclose(
-    rope.rotate(x, *rope.turns(positions, frequency, 1.5)),
-    1.5 * rope.rotate(x, *rope.turns(positions, frequency)),
+    transformer.rotate(x, *transformer.rope_turns(positions, frequency, 1.5)),
+    1.5 * transformer.rotate(x, *transformer.rope_turns(positions, frequency)),
     rtol=1e-5,
   )
 
@@ -155,7 +155,7 @@ def test_rotated_products_depend_on_the_distance_alone():
 
   def product(i, j):
     a, b = (
-      rope.rotate(x, *rope.turns(np.array([t]), 100.0 ** (-np.arange(4) / 4)))
+      transformer.rotate(x, *transformer.rope_turns(np.array([t]), 100.0 ** (-np.arange(4) / 4)))
       for x, t in ((q, i), (k, j))
     )
     return float(jnp.sum(a * b))

@@ -33,9 +33,9 @@ def test_budgets_are_what_the_grammar_needs(spec):
 
 
 def test_parameters_are_found_in_an_artifact_or_its_folder(world, spec):
-  one = spec.load_params(world['sft'], mesh)
-  two = spec.load_params(world['sft'] / policy.PARAMS, mesh)
-  wanted = spec.abstract_params(mesh)
+  one = spec.load_params(world['sft'], tiny_world.mesh())
+  two = spec.load_params(world['sft'] / policy.PARAMS, tiny_world.mesh())
+  wanted = spec.abstract_params(tiny_world.mesh())
   assert jax.tree.structure(one) == jax.tree.structure(wanted)
   for x, y, z in zip(*map(jax.tree.leaves, (one, two, wanted)), strict=True):
     np.testing.assert_array_equal(x, y)
@@ -44,8 +44,8 @@ def test_parameters_are_found_in_an_artifact_or_its_folder(world, spec):
 
 
 def test_parameters_load_onto_another_mesh(world, spec):
-  other = dataclasses.replace(spec, mesh=sharding.make_mesh(4, 2, 1))
-  one, two = (s.load_params(world['sft'], mesh) for s in (spec, other))
+  meshes = tiny_world.mesh(), sharding.make_mesh(4, 2, 1)
+  one, two = (spec.load_params(world['sft'], mesh) for mesh in meshes)
   assert two['embedding'].addressable_shards[0].data.shape[1] == 8
   np.testing.assert_array_equal(one['embedding'], two['embedding'])
 
@@ -53,7 +53,7 @@ def test_parameters_load_onto_another_mesh(world, spec):
 def test_parameters_of_another_shape_are_named(world):
   config = tiny_world.config(model__d_ff=32)
   with pytest.raises(ValueError, match=r'layers\.(down|gate|up).*asks for'):
-    tiny_world.spec(world, config).load_params(world['sft'], mesh)
+    tiny_world.spec(world, config).load_params(world['sft'], tiny_world.mesh())
 
 
 def test_a_prompt_config_of_another_vocabulary_is_refused(world):

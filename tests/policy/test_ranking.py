@@ -8,6 +8,7 @@ from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import parsing
+from gr2_jax.policy import policy
 from gr2_jax.policy import ranking as ranking_lib
 from gr2_jax.prompts import examples
 
@@ -25,7 +26,7 @@ def params(world, spec):
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32),
-    spec.load_params(world['sft'], mesh),
+    spec.load_params(world['sft'], tiny_world.mesh()),
   )
 
 
@@ -38,8 +39,9 @@ def slates(world):
 @pytest.fixture(scope='module')
 def rank(spec, params):
   settings = dict(thinking=False, order='shuffled', batch_size=8, seed=0)
+  ranker = policy.Policy(spec, params, tiny_world.mesh())
   return lambda slates, **kwargs: ranking_lib.rank(
-    spec, params, slates, **(settings | kwargs)
+    ranker, slates, **(settings | kwargs)
   )
 
 
@@ -119,7 +121,7 @@ def test_short_slates_rank_their_own_candidates(rank, slates):
 
 
 def test_watches_of_a_known_slate():
-  found = ranking_lib.watch(
+  found = ranking_lib.slate_metrics(
     np.int32([[0, 1, 2], [2, 0, 1], [1, 0, 2]]),
     np.int8([[0, 0, 1], [0, 0, 1], [1, 0, 0]]),
     np.int32([3, 3, 2]),
@@ -134,17 +136,25 @@ def test_watches_of_a_known_slate():
 def test_validation_reads_a_fixed_draw_of_held_out_slates(
   world, spec, params, monkeypatch
 ):
-  config = tiny_world.config()
   asked = []
   rank = ranking_lib.rank
 
-  def spy(spec, params, slates, **kwargs):
+  def spy(ranker, slates, **kwargs):
     asked.append([slates[i] for i in range(len(slates))])
-    return rank(spec, params, slates, **kwargs)
+    return rank(ranker, slates, **kwargs)
 
   monkeypatch.setattr(ranking_lib, 'rank', spy)
-  stage = tiny_world.config(rl__eval_slates=5, rl__thinking=False).rl
-  validate = ranking_lib.validator(config, spec, world['slates'], stage)
+  mesh = tiny_world.mesh()
+  validate = ranking_lib.validator(
+    spec,
+    mesh,
+    tiny_world.source(world, 'validation'),
+    slates_lib.read(world['slates'], 'validation'),
+    thinking=False,
+    order=tiny_world.config().prompt.order,
+    num_slates=5,
+    batch_size=8,
+  )
   with sharding.activate(mesh):
     one, two = validate(params), validate(params)
   assert one == two

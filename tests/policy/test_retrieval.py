@@ -176,23 +176,26 @@ def test_a_retriever_goes_through_all_questions_in_equal_batches(
   from .. import tiny_world
 
   monkeypatch.setattr(retrieval, 'search', counted := Counting())
-  setup = tiny_world.setup(world)
+  spec = tiny_world.spec(world)
   sids = ids_lib.load(world['tokenizer'])
   asked = retrieval.questions(
     slates_lib.read(world['slates'], 'validation'),
-    [1, setup.vocabulary.control['<next>']],
-    setup.prompter.items['sid'],
+    [1, spec.vocabulary.control['<next>']],
+    spec.prompter.items['sid'],
     2,
     19,
   )
-  params = setup.load_params(world['midtrain'])
-  everything = retrieval.Retriever(setup, sids, asked, 8, 60)
+  params = spec.load_params(world['midtrain'], tiny_world.mesh())
+  everything = retrieval.Retriever(spec, tiny_world.mesh(), sids, asked, 8, 60)
   found = everything(params)
   assert 0 <= found['r@5'] <= found['r@10'] <= 1
   # Every item is somewhere in a beam of sixty.
   assert found['mrr'] >= 1 / 60
   assert everything(params) == found
-  assert retrieval.Retriever(setup, sids, asked, 24, 60)(params) == found
+  assert (
+    retrieval.Retriever(spec, tiny_world.mesh(), sids, asked, 24, 60)(params)
+    == found
+  )
   assert counted.traces == 2
 
 

@@ -18,7 +18,7 @@ V = tiny.MODEL.vocab_size
 
 def config(thinking, tokens=None, **kwargs):
   fields = dict(group=4, max_tokens=tokens or (11 if thinking else K + 1))
-  return sampling.SamplingConfig(**(fields | kwargs), thinking=thinking)
+  return sampling.SamplingOptions(**(fields | kwargs), thinking=thinking)
 
 
 def verdicts(found, count, thinking):

@@ -23,7 +23,7 @@ P, GROUP, TIME = 5, 3, 10
 
 
 def sampler(constrained, group=GROUP):
-  return sampling.SamplingConfig(
+  return sampling.SamplingOptions(
     group=group,
     max_tokens=TIME,
     temperature=0.7,

@@ -8,6 +8,7 @@ import threading
 import time
 import types
 
+from gr2_jax.serving import answer as answer_lib
 from gr2_jax.serving import app as app_lib
 from gr2_jax.serving import memories
 from gr2_jax.serving import request as requests_lib
@@ -31,19 +32,11 @@ class StubPolicy:
     self.batches, self.memories = [], memories.Memories(1000)
     self.error, self.unreadable = None, ''
     mesh = types.SimpleNamespace(shape={'tensor': 1})
-    self.policy = types.SimpleNamespace(setup=types.SimpleNamespace(mesh=mesh))
+    self.policy = types.SimpleNamespace(mesh=mesh)
 
-  def parse(self, row, where, place):
+  def request(self, fields, place):
     index = {name: i for i, name in enumerate(ITEMS)}
-    return requests_lib.parse(
-      row,
-      where,
-      place + 1,
-      index,
-      self.candidates,
-      strict=False,
-      unreadable=self.unreadable,
-    )
+    return requests_lib.resolve(fields, place + 1, index, self.unreadable)
 
   def answer(self, asked, mode):
     self.batches.append((mode, len(asked)))
@@ -53,7 +46,7 @@ class StubPolicy:
       raise self.error
     lines = []
     for request, _ in asked:
-      line = reranker_lib.incoming_order(request, mode)
+      line = answer_lib.incoming_order(request, mode)
       for name in ('ranking', 'order'):
         line[name].reverse()
       lines.append(line | {'verdict': 'valid'})

@@ -40,7 +40,7 @@ def test_a_million_candidates_are_refused(policy):
   with live.serving(policy, body_bytes=1 << 25) as service:
     status, found, _ = service.ask('POST', '/rank', body)
     assert status == 400
-    assert '1000000 of them, the policy has room for 5' in found['error']
+    assert '1000000 item ids, room for 5' in found['error']
     assert service.rank(GOOD)[0] == 200
 
 
@@ -49,8 +49,8 @@ def test_endless_descriptions_are_refused(policy):
   long = [{'item_id': 0, 'title': 'x' * 1_000_000}]
   with live.serving(policy, body_bytes=1 << 23) as service:
     for items, message in (
-      (many, "field 'items': 100000 of them, room for 35: describe those"),
-      (long, "items[0], field 'title': 1000000 characters, room for 1000"),
+      (many, "field 'items': 100000 descriptions, room for 35: describe only"),
+      (long, ': it must be text that is not blank, of at most 1000 characters'),
     ):
       status, found, _ = service.rank(GOOD | {'items': items})
       assert status == 400
@@ -86,7 +86,7 @@ def test_a_client_that_hangs_is_told_and_cut(policy, sent):
   with live.serving(policy, read_seconds=0.3) as service:
     said = raw(service, *sent)
     assert b' 408 ' in said
-    assert b'took more than 0.3 s to come in' in said
+    assert b'took more than 0.3 s to arrive' in said
     assert service.rank(GOOD)[0] == 200
 
 

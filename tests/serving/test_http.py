@@ -90,41 +90,48 @@ def test_described_items_are_flagged(service, policy):
     (b'\xff\xfe\x00', 'the body is not valid JSON'),
     (b'[' * 4000, 'the body is not valid JSON'),
     (b'1' * 4090, 'not valid JSON|not a JSON object'),
-    (b'[]', 'the body is not a JSON object: write'),
-    (b'{}', "field 'slates': None: it must be a list of 1 to 8"),
-    ({'slates': []}, "field 'slates': 0 slates: it must be a list of 1 to 8"),
-    ({'slates': [GOOD] * 9}, "field 'slates': 9 slates: it must be a list"),
+    (b'[]', 'the body: not a JSON object: write'),
+    (b'{}', "field 'slates': missing: every body needs it"),
+    ({'slates': []}, "field 'slates': an empty list: give one or more"),
+    (
+      {'slates': [GOOD] * 9},
+      "field 'slates': 9 slates, room for 8: send more in",
+    ),
     ({'slate': GOOD}, "field 'slate': unknown: known are slates, mode"),
     ({'slates': [GOOD], 'mode': 'fast'}, "'mode': 'fast': it must be one of"),
     ({'slates': [GOOD], 'mode': ['x']}, "field 'mode': .*one of score, rank"),
     ({'slates': [GOOD], 'timeout': 0}, "field 'timeout': 0: it must be a"),
     ({'slates': [GOOD], 'timeout': 61}, "'timeout': 61: .* at most 60"),
     ({'slates': [GOOD], 'timeout': True}, "field 'timeout': True: it must"),
-    (b'{"slates": [], "timeout": NaN}', "field 'timeout': nan: it must be"),
-    ({'slates': [GOOD, 7]}, r'slates\[1\]: not a JSON object'),
+    ({'slates': [GOOD], 'timeout': float('nan')}, "'timeout': nan: it must be"),
+    ({'slates': [GOOD, 7]}, r'slates\[1\]: not a JSON object: write'),
     (
       {'slates': [GOOD | {'candidates': list('abcdef')}]},
-      r"slates\[0\], field 'candidates': 6 of them, .* room for 5: cut",
+      r"slates\[0\], field 'candidates': 6 item ids, room for 5: cut",
     ),
     (
       {'slates': [GOOD | {'history': ['a'] * 11}]},
-      r"slates\[0\], field 'history': 11 items, room for 10: send the last",
+      r"slates\[0\], field 'history': 11 item ids, room for 10: send the last",
     ),
     (
       {'slates': [GOOD, GOOD | {'history_grades': [3]}]},
-      r"slates\[1\], field 'history_grades': 3: each must be 1 or 2",
+      r"slates\[1\], field 'history_grades': 3: each must be one of 1, 2",
     ),
     (
       {'slates': [GOOD | {'history_times': [1, 2]}]},
-      r"slates\[0\], field 'history_times': 2 values for 1 items",
+      r"slates\[0\], field 'history_times': 2 values, but history has 1",
     ),
     (
       {'slates': [GOOD | {'candidates': ['new', 'new']}]},
-      r"slates\[0\], field 'candidates': 'new' again: each item once",
+      r"slates\[0\], field 'candidates': 'new' again: each once",
     ),
     (
       {'slates': [GOOD, GOOD | {'items': [{'item_id': 'new'}]}]},
       r"slates\[1\], items\[0\], field 'title': missing: every description",
+    ),
+    (
+      {'slates': [GOOD, GOOD | {'Time': 1, 'hystory_times': [3]}]},
+      r"slates\[1\], field 'Time', 'hystory_times': unknown: known are cand",
     ),
   ],
 )
@@ -194,6 +201,8 @@ def test_the_schema_tells_the_limits(service):
   assert fields['history_grades']['items'] == {'enum': [1, 2, None]}
   assert fields['items']['maxItems'] == 35
   assert fields['items']['items']['required'] == ['item_id', 'title']
+  for closed in (body, slates['items'], fields['items']['items']):
+    assert closed['additionalProperties'] is False
   # A time of the history is one as the slate's is.
   moment = fields['history_times']['items']
   assert moment.items() <= fields['time'].items()
@@ -304,7 +313,7 @@ def test_a_reload_asks_for_the_token(service, headers, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'name', ['../rl-1', '/etc', 'a/b', '', '.', '..', 'x/', 7, None]
+  'name', ['../rl-1', '/etc', 'a/b', '', '.', '..', 'x/', 7, ['x']]
 )
 def test_a_reload_takes_names_and_no_paths(service, name, monkeypatch):
   monkeypatch.setattr(
@@ -312,7 +321,37 @@ def test_a_reload_takes_names_and_no_paths(service, name, monkeypatch):
   )
   status, found, _ = service.ask('POST', '/reload', {'artifact': name}, ADMIN)
   assert status == 400
-  assert 'name of a folder' in found['error']
+  assert 'it must be the name of a folder' in found['error']
+
+
+@pytest.mark.parametrize(
+  ('body', 'message'),
+  [
+    ([], 'not a JSON object: write {"artifact": '),
+    ({}, "field 'artifact': missing"),
+    ({'artifact': None}, "field 'artifact': missing"),
+    ({'artefact': 'rl-1'}, "field 'artefact': unknown: known are artifact"),
+  ],
+)
+def test_a_reload_s_body_is_checked(service, body, message):
+  status, found, _ = service.ask('POST', '/reload', body, ADMIN)
+  assert status == 400
+  assert message in found['error']
+
+
+@pytest.mark.parametrize(
+  ('path', 'message'),
+  [
+    ('/items?id=x' + '&id=x' * 256, "field 'id': 257 texts, room for 256"),
+    ('/example?place=-1', "field 'place': '-1': it must be a whole number"),
+    ('/example?place=1000000000', 'it must be a whole number from 0 to 9999'),
+  ],
+)
+def test_queries_have_limits(policy, path, message):
+  with live.serving(policy, examples=True) as service:
+    status, found, _ = service.ask('GET', path)
+  assert status == 400
+  assert message in found['error']
 
 
 def test_without_a_token_there_is_no_reload(policy):

@@ -35,13 +35,13 @@ def artifacts(world, tmp_path_factory):
   run['stage'], run['config']['opd'] = 'opd', {'context': FORM}
   run['config']['prompt'] |= {'history': 6, 'history_fields': ['sid', 'grade']}
   run['config']['model']['num_layers'] = 2  # One layer's memory holds nothing.
-  setup = policy.load(ml_collections.ConfigDict(run['config']), world, FORM)
+  spec = policy.load(ml_collections.ConfigDict(run['config']), world, FORM)
   homes = [root / f'opd-{name}' for name in ('one', 'two')]
   for seed, home in enumerate(homes):
     home.mkdir()
     (home / 'config.json').write_text(json.dumps(run))
     (home / 'results.json').write_text('{}')
-    own = tiny.params(setup.model, seed)
+    own = tiny.params(spec.model, seed)
     checkpoint.save_params(home / policy.PARAMS, own)
   return homes
 
@@ -79,8 +79,7 @@ def in_one_pass(own, asked, mode):
     own.history,
   )
   return ranking.rank(
-    own.policy.setup,
-    own.policy.params,
+    own.policy,
     answer.records(slates),
     thinking=mode == 'reason',
     order=own.order,

@@ -104,7 +104,7 @@ def test_every_mode_can_be_chosen(browser, service):
   ('slate', 'message'),
   [
     ('{', 'The slate is not JSON'),
-    ('{"history": [], "candidates": []}', 'give one candidate or more'),
+    ('{"history": [], "candidates": []}', 'give one or more'),
   ],
 )
 def test_what_is_wrong_is_shown(browser, service, slate, message):

@@ -10,6 +10,7 @@ from configs import slates as slates_config
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates
 from gr2_jax.data.sources import world
+from gr2_jax.serving import knowledge
 from gr2_jax.serving import request as request_lib
 
 CATALOG = log_lib.Catalog(
@@ -25,8 +26,8 @@ def write(path, *rows):
   return path
 
 
-def read(path, most=3):
-  return list(request_lib.read(path, CATALOG, most))
+def read(path, width=3):
+  return list(request_lib.read(path, CATALOG, width))
 
 
 def test_fields_and_their_defaults(tmp_path):
@@ -60,37 +61,45 @@ def test_grades_and_times_stay_with_their_items(tmp_path):
   ('field', 'value', 'message'),
   [
     ('candidates', ['a', 'gone'], "'gone' is not in the catalog: remove it"),
-    ('candidates', ['a', 'b', 'a'], "'a' again: each item once"),
-    ('candidates', ['7', 7], '7 again: each item once'),
-    ('candidates', [], 'an empty list: give one candidate'),
-    ('candidates', list('abc7'), '4 of them, .* room for 3: cut the list'),
-    ('candidates', 'a', "'a': it must be a list"),
-    ('candidates', [['a']], 'an item id is text or a whole number'),
-    ('history', None, 'None: it must be a list'),
-    ('history', [1.5], '1.5: an item id is text or a whole number'),
-    ('history', [True], 'True: an item id is text or a whole number'),
-    ('scores', [1], '1 values for 2 candidates: give one per candidate'),
+    ('candidates', ['a', 'b', 'a'], "'a' again: each once"),
+    ('candidates', ['7', 7], "'7' again: each once"),
+    ('candidates', [], 'an empty list: give one or more'),
+    ('candidates', list('abc7'), '4 item ids, room for 3: cut the list'),
+    ('candidates', 'a', "'a': it must be a list of item ids"),
+    ('candidates', [['a']], r"\['a'\]: each must be text or a whole number"),
+    ('history', None, 'missing: every slate needs it'),
+    ('history', [1.5], '1.5: each must be text or a whole number'),
+    ('history', [True], 'True: each must be text or a whole number'),
+    ('scores', [1], '1 values, but candidates has 2: give one for each'),
     ('scores', 1, '1: it must be a list of numbers'),
-    ('scores', [1, float('nan')], 'nan: each must be a finite number'),
-    ('scores', [1, float('inf')], 'inf: each must be a finite number'),
-    ('scores', [1, 1e39], '1e\\+39: each must be a finite number'),
-    ('scores', [1, '2'], "'2': each must be a finite number"),
-    ('scores', [1, None], 'None: each must be a finite number'),
-    ('time', 'today', "'today': it must be a finite number"),
-    ('time', float('nan'), 'nan: it must be a finite number'),
-    ('time', 1e300, '1e\\+300: it must be a finite number'),
-    ('history_grades', [1, 2], '2 values for 3 items of the history: give one'),
+    ('scores', [1, float('nan')], 'nan: each must be a number from -3.4'),
+    ('scores', [1, float('inf')], 'inf: each must be a number from'),
+    ('scores', [1, 1e39], '1e\\+39: each must be a number from'),
+    ('scores', [1, '2'], "'2': each must be a number from"),
+    ('scores', [1, None], 'None: each must be a number from'),
+    ('time', 'today', "'today': it must be a number from"),
+    ('time', float('nan'), 'nan: it must be a number from -9'),
+    ('time', 1e300, '1e\\+300: it must be a number from'),
+    ('history_grades', [1, 2], '2 values, but history has 3: give one'),
     ('history_grades', 2, '2: it must be a list'),
-    ('history_grades', [1, 0, 2], '0: each must be 1 or 2, or null'),
-    ('history_grades', [1, 2, True], 'True: each must be 1 or 2, or null'),
-    ('history_grades', [1, 2, [1]], r'\[1\]: each must be 1 or 2, or null'),
-    ('history_grades', [1, '2', 2], "'2': each must be 1 or 2, or null"),
-    ('history_times', [1], '1 values for 3 items of the history: give one'),
+    ('history_grades', [1, 0, 2], '0: each must be one of 1, 2, or null'),
+    ('history_grades', [1, 2, True], 'True: each must be one of 1, 2, or null'),
+    (
+      'history_grades',
+      [1, 2, [1]],
+      r'\[1\]: each must be one of 1, 2, or null',
+    ),
+    ('history_grades', [1, '2', 2], "'2': each must be one of 1, 2, or null"),
+    ('history_times', [1], '1 values, but history has 3: give one'),
     ('history_times', {}, '{}: it must be a list'),
-    ('history_times', [1, 'x', 2], "'x': it must be a finite number"),
-    ('history_times', [1, 2, True], 'True: it must be a finite number'),
-    ('history_times', [1, float('nan'), 2], 'nan: it must be a finite number'),
-    ('history_times', [2**54, 1, 2], f'{2**54}: it must be a finite number'),
+    ('history_times', [1, 'x', 2], "'x': each must be a number from"),
+    ('history_times', [1, 2, True], 'True: each must be a number from'),
+    (
+      'history_times',
+      [1, float('nan'), 2],
+      'nan: each must be a number from -9',
+    ),
+    ('history_times', [2**54, 1, 2], f'{2**54}: each must be a number'),
     ('id', ['x'], 'it must be text or a whole number'),
     ('user', {}, 'it must be text or a whole number'),
   ],
@@ -110,6 +119,22 @@ def test_a_missing_field_is_named(tmp_path, field):
   message = f"line 1, field '{field}': missing: every slate needs it"
   with pytest.raises(log_lib.DataError, match=message):
     read(write(tmp_path, row))
+
+
+def test_misspelt_fields_of_a_slate_are_all_named(tmp_path):
+  row = GOOD | {'scors': [2, 1], 'histroy_times': [1, 2, 3], 'time': 5}
+  message = (
+    "slates.jsonl, line 2, field 'scors', 'histroy_times': unknown: known are "
+    'candidates, history, items, history_grades, history_times, scores, time'
+  )
+  with pytest.raises(log_lib.DataError, match=message):
+    read(write(tmp_path, GOOD, row))
+  many = GOOD | {f'x{i}' * 40: 0 for i in range(1000)}
+  with pytest.raises(
+    log_lib.DataError, match="'x4x4.*[.]{3}, [.]{3}: unkn"
+  ) as e:
+    read(write(tmp_path, many))
+  assert len(str(e.value)) < 800
 
 
 @pytest.mark.parametrize(
@@ -179,12 +204,12 @@ def data(request):
 
 @pytest.fixture(scope='module')
 def stored(data):
-  return slates.build(*data)['test']
+  return slates.build(*data)[0]['test']
 
 
 def test_exported_test_slates_have_the_stored_evidence(data, stored, tmp_path):
   log, config = data
-  facts = request_lib.fit(log, config)
+  facts = knowledge.fit(log, config)
   path = tmp_path / 'requests.jsonl'
   request_lib.write_test(path, log, config, facts.statistics)
   width = stored.candidates.shape[1]
@@ -219,9 +244,10 @@ def test_a_record_goes_out_and_comes_in_as_it_is(data, stored):
   for row in range(len(stored)):
     record = {name: getattr(stored, name)[row] for name in slates.NAMES}
     sent = json.loads(json.dumps(request_lib.of_record(record, names)))
-    asked.append(request_lib.parse(sent, 'here', row, index, width))
+    fields = request_lib.slate(width).check(sent)
+    asked.append(request_lib.resolve(fields, row, index))
   found = request_lib.to_slates(
-    asked, log, request_lib.fit(log, config), width, config.history
+    asked, log, knowledge.fit(log, config), width, config.history
   )
   for name in slates.NAMES:
     # The evidence knows of all that came before; a record has the last of it.
@@ -241,7 +267,7 @@ def test_an_empty_history_has_finite_evidence(data, tmp_path):
     {'history': ['gone'], 'candidates': names[3:4], 'time': 0},
   )
   asked = list(request_lib.read(path, log.catalog, 5))
-  found = request_lib.to_slates(asked, log, request_lib.fit(log, config), 5, 4)
+  found = request_lib.to_slates(asked, log, knowledge.fit(log, config), 5, 4)
   assert np.isfinite(found.evidence).all()
   assert found.count.tolist() == [3, 1]
   assert found.time.tolist() == [log.times.max(), 0]
@@ -263,7 +289,7 @@ def test_ages_are_counted_to_the_slate(data, tmp_path):
     tmp_path, asked | told | {'time': 50}, asked | told, asked | {'time': 50}
   )
   rows = list(request_lib.read(path, log.catalog, 5))
-  found = request_lib.to_slates(rows, log, request_lib.fit(log, config), 5, 3)
+  found = request_lib.to_slates(rows, log, knowledge.fit(log, config), 5, 3)
   # The last three that the catalog has; none is older than the slate is.
   assert found.history.tolist() == [[3, 4, 5]] * 3
   assert found.history_grades.tolist() == [[0, 2, 2]] * 2 + [[0, 0, 0]]

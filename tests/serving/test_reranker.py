@@ -187,7 +187,7 @@ def test_without_a_reader_the_described_are_unknown(
   world, reranker, slates, monkeypatch
 ):
   monkeypatch.setattr(
-    reranker_lib.cold_items, 'load', lambda *_: (None, 'tokenizer-1: old')
+    reranker_lib.described_items, 'load', lambda *_: (None, 'tokenizer-1: old')
   )
   blind = reranker_lib.Reranker.load(
     world['rl'], modes=('score',), largest_batch=8, beside=reranker
@@ -233,9 +233,8 @@ def test_batches_come_in_powers_of_two(world, monkeypatch, reranker, slates):
     ):
       np.testing.assert_allclose(a.pop('scores'), b.pop('scores'), atol=1e-5)
       assert a == b
-  setup = tiny_world.setup(world)
   with pytest.raises(ValueError, match='largest_batch=0: .* 1 devices'):
-    reranker_lib._sizes(setup, 0)
+    reranker_lib._sizes(tiny_world.mesh(), 0)
 
 
 def test_no_request_compiles(reranker, slates):

@@ -53,7 +53,7 @@ def chain(world, tmp_path_factory):
 def test_a_pretrained_model_goes_through_the_stages(world, chain):
   spec = tiny_world.spec(chain.found, chain.config)
   start, mid, after = (
-    spec.load_params(chain.found[name], mesh)
+    spec.load_params(chain.found[name], tiny_world.mesh())
     for name in ('backbone', 'midtrain', 'sft')
   )
   for one, other in ((start, mid), (mid, after)):
@@ -73,7 +73,7 @@ def test_a_pretrained_model_goes_through_the_stages(world, chain):
 
 def test_imported_parameters_are_the_checkpoints(chain):
   spec = tiny_world.spec(chain.found, chain.config)
-  found = spec.load_params(chain.found['backbone'], mesh)
+  found = spec.load_params(chain.found['backbone'], tiny_world.mesh())
   model = hf.open_backbone(chain.config.model.source)
   V0 = model.vocab_size
   np.testing.assert_array_equal(
@@ -97,7 +97,7 @@ def test_midtraining_starts_from_the_backbone(chain, tmp_path):
   midtrain.run(own, tiny_world.inputs(chain.found, 'midtrain'), tmp_path)
   spec = tiny_world.spec(chain.found, own)
   tiny.assert_trees_close(
-    spec.load_params(tmp_path, mesh), spec.load_params(chain.found['backbone'], mesh),
+    spec.load_params(tmp_path, tiny_world.mesh()), spec.load_params(chain.found['backbone'], tiny_world.mesh()),
     1e-9,
   )  # fmt: skip
 
@@ -136,7 +136,9 @@ def test_an_untied_model_gets_rows_for_both_embeddings(world, tmp_path):
   )
   results, found = run(world, own, tmp_path / 'stage')
   assert results['family'] == 'llama'
-  params = tiny_world.spec(found, own).load_params(found['backbone'], mesh)
+  params = tiny_world.spec(found, own).load_params(
+    found['backbone'], tiny_world.mesh()
+  )
   V0 = results['vocabulary'] - results['added_rows']
   for name in ('embedding', 'unembedding'):
     rows = np.asarray(params[name])
@@ -219,7 +221,8 @@ def test_a_kill_between_vocabulary_and_bins_starts_them_again(
   if pretrained:
     spec = tiny_world.spec(found, own)
     tiny.assert_trees_equal(
-      spec.load_params(tmp_path, mesh), spec.load_params(whole['backbone'], mesh)
+      spec.load_params(tmp_path, tiny_world.mesh()),
+      spec.load_params(whole['backbone'], tiny_world.mesh()),
     )
 
 

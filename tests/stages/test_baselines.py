@@ -76,7 +76,7 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
   finished, inputs, tmp_path, monkeypatch
 ):
   whole, results = finished
-  make_update = baselines.legacy.make_update
+  make_update = baselines.click_model.make_update
 
   def dying(model, optimizer, seed):
     real = make_update(model, optimizer, seed)
@@ -89,7 +89,7 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
     return update
 
   with monkeypatch.context() as patch:
-    patch.setattr(baselines.legacy, 'make_update', dying)
+    patch.setattr(baselines.click_model, 'make_update', dying)
     with pytest.raises(KeyboardInterrupt):
       baselines.run(settings(), inputs, tmp_path)
   begun = []
@@ -98,9 +98,9 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
     begun.append(seed)
     return make_update(model, optimizer, seed)
 
-  monkeypatch.setattr(baselines.legacy, 'make_update', counting)
+  monkeypatch.setattr(baselines.click_model, 'make_update', counting)
   monkeypatch.setattr(
-    baselines.trees, 'fit', lambda *_: pytest.fail('fitted twice')
+    baselines.gbdt, 'fit', lambda *_: pytest.fail('fitted twice')
   )
   again = baselines.run(settings(), inputs, tmp_path)
   assert begun == [1]
@@ -113,7 +113,7 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
 
 def test_a_finished_run_trains_nothing_again(finished, inputs, monkeypatch):
   workdir, results = finished
-  for module, name in ((baselines.trees, 'fit'), (baselines.legacy, 'init')):
+  for module, name in ((baselines.gbdt, 'fit'), (baselines.click_model, 'init')):
     monkeypatch.setattr(module, name, lambda *_: pytest.fail('trained again'))
   again = baselines.run(settings(), inputs, workdir)
   assert again | {'seconds': 0} == results | {'seconds': 0}

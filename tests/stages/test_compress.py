@@ -69,19 +69,25 @@ def is_part(part, whole):
   return all(token in rest for token in part)
 
 
-def wholes(spec, split):
-  slates = spec.source(split)
+def wholes(world, spec, split):
+  slates = tiny_world.source(world, split)
   for index in range(len(slates)):
     lines = spec.prompter.lines(slates[index])
     yield spec.prompter.context.reduce(lines, None)
 
 
 @pytest.mark.parametrize('split', ['train', 'validation', 'test'])
-def test_what_is_written_is_a_part_of_each_slates_context(spec, written, split):
+def test_what_is_written_is_a_part_of_each_slates_context(
+  world, spec, written, split
+):
   stored = records.Records(compressed.file(written, split))
-  assert len(stored) == (12 if split == 'train' else len(spec.source(split)))
+  assert len(stored) == (
+    12 if split == 'train' else len(tiny_world.source(world, split))
+  )
   for one, whole in zip(
-    (stored[i] for i in range(len(stored))), wholes(spec, split), strict=False
+    (stored[i] for i in range(len(stored))),
+    wholes(world, spec, split),
+    strict=False,
   ):
     kept = compressed.context(one)
     assert is_part(kept.history, whole.history)
@@ -186,21 +192,21 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
   )
   here = tiny_world.spec(world)
   one, two = (
-    jax.device_get(here.load_params(p, mesh))
+    jax.device_get(here.load_params(p, tiny_world.mesh()))
     for p in (tmp_path / 'run', written)
   )
   tiny.assert_trees_equal(one, two)
 
 
-def judged(spec, tokens_of, budget=None):
+def judged(world, spec, tokens_of, budget=None):
   """The judgement of completions made from the rows by hand."""
   stage = tiny_world.config(compress__judge_by='labels').compress
-  own = rollouts_lib.of(spec, stage.slack)
-  render = rollouts_lib.requests(own.prompter, {0.9: 10**6}, 'shuffled')
-  slates = own.source('train')
+  grammar = rollouts_lib.grammar(spec.prompter, stage.slack)
+  render = rollouts_lib.requests(spec.prompter, {0.9: 10**6}, 'shuffled')
+  slates = tiny_world.source(world, 'train')
   rows = [render(slates[i], np.random.default_rng(i)) for i in range(4)]
-  T = own.prompter.prompt_tokens + 4
-  made = [tokens_of(own, row) for row in rows]
+  T = spec.prompter.prompt_tokens + 4
+  made = [tokens_of(spec, row) for row in rows]
   tokens = np.zeros((4, 1, T), np.int32)
   for row, ids in enumerate(made):
     tokens[row, 0, : len(ids)] = ids
@@ -210,31 +216,32 @@ def judged(spec, tokens_of, budget=None):
     stacked['budget'][:] = budget
   zeros = np.zeros(tokens.shape, np.float32)
   rollouts = sampling.Rollouts(tokens, length, zeros, zeros)
-  verify = rollouts_lib.make_verify(own, stage)
-  marks = rollouts_lib.symbols(own.vocabulary)
-  read = judge_lib.make_ranker(own, marks, stage)
+  verify = rollouts_lib.make_verify(spec, stage)
+  marks = rollouts_lib.symbols(spec.vocabulary)
+  read = judge_lib.make_ranker(spec, marks, stage)
 
   @jax.jit
   def judge(params, rows, rollouts):
-    drawn = verify(rows, rollouts_lib.facts(own.grammar, rows), rollouts)
+    drawn = verify(rows, rollouts_lib.facts(grammar, rows), rollouts)
     found = read(params, rows, rollouts, drawn.preservation)
     return judge_lib.pay(drawn, found, stage.compression_weight)
 
-  with sharding.activate(mesh):
+  with sharding.activate(tiny_world.mesh()):
     found = judge(tiny.params(spec.model), stacked, rollouts)
   return jax.device_get(found)
 
 
-def test_a_budget_is_a_share_of_an_average_context_and_below_the_whole(spec):
-  own = rollouts_lib.of(spec, 1)
-  slates, p = own.source('train'), own.prompter
+def test_a_budget_is_a_share_of_an_average_context_and_below_the_whole(
+  world, spec
+):
+  slates, p = tiny_world.source(world, 'train'), spec.prompter
   whole = [
     rollouts_lib.context_tokens(
       p, p.prompt(slates[i], np.arange(slates[i]['count']))['prompt']
     )
     for i in range(len(slates))
   ]
-  found = rollouts_lib.budgets(own, (0.3, 0.5, 0.95))
+  found = rollouts_lib.budgets(p, slates, (0.3, 0.5, 0.95))
   assert list(found) == [0.3, 0.5, 0.95]
   for keep, tokens in found.items():
     assert abs(tokens - keep * np.mean(whole)) < 1 + 0.05 * np.std(whole)
@@ -306,25 +313,25 @@ def one_line(spec, row):
     (lambda spec, row: marks_alone(spec, row)[:-1], 'cut_off'),
   ],
 )
-def test_cheats_earn_nothing(spec, cheat, verdict):
-  found = judged(spec, cheat)
+def test_cheats_earn_nothing(world, spec, cheat, verdict):
+  found = judged(world, spec, cheat)
   code = compression.VERDICTS.index(verdict)
   assert (found.verdict == code).all()
   assert (found.reward == 0).all()
 
 
-def test_the_ranker_reads_what_was_written(spec):
+def test_the_ranker_reads_what_was_written(world, spec):
   """A copy, where it is allowed, is read as the whole prompt is."""
-  found = judged(spec, copied, budget=1000)
+  found = judged(world, spec, copied, budget=1000)
   assert (found.verdict == compression.VALID).all()
   np.testing.assert_allclose(found.kept, 1, atol=1e-6)
   np.testing.assert_allclose(found.preservation, 1)
   render = examples_lib.generation_rows(spec.prompter, '<answer>', 'shuffled')
-  source = spec.source('train')
+  source = tiny_world.source(world, 'train')
   rows = [render(source[i], np.random.default_rng(i)) for i in range(4)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
   params = tiny.params(spec.model)
-  with sharding.activate(mesh):
+  with sharding.activate(tiny_world.mesh()):
     hidden, _ = transformer.encode_prompt(
       spec.model, params, rows['prompt'], rows['prompt_length']
     )
@@ -334,7 +341,7 @@ def test_the_ranker_reads_what_was_written(spec):
   )
   np.testing.assert_allclose(found.ranking, wanted.ranking, atol=1e-5)
   np.testing.assert_array_equal(found.solvable, wanted.solvable)
-  bare = judged(spec, marks_alone)
+  bare = judged(world, spec, marks_alone)
   assert (bare.verdict == compression.VALID).all()
   assert (bare.preservation == 0).all()
   assert (bare.kept < found.kept).all()
@@ -349,18 +356,21 @@ def test_what_cannot_be_compressed_stays_whole_and_is_counted(
   world, spec, written, keep, constrained, fault
 ):
   config = tiny_world.config(compress__constrained=constrained)
-  own = rollouts_lib.of(spec, config.compress.slack)
-  params = spec.load_params(world['sft'], mesh)
-  budgets = rollouts_lib.budgets(own, (keep,))
-  write = writer.make_write(own, params, config, config.compress, budgets)
-  slates = ranking.Chosen(spec.source('train'), np.arange(9))
+  params = spec.load_params(world['sft'], tiny_world.mesh())
+  budgets = rollouts_lib.budgets(
+    spec.prompter, tiny_world.source(world, 'train'), (keep,)
+  )
+  write = writer.make_write(
+    spec, tiny_world.mesh(), params, config, config.compress, budgets
+  )
+  slates = ranking.Chosen(tiny_world.source(world, 'train'), np.arange(9))
   stored = list(writer.store(spec, slates, write(params, slates, 0)))
   report = compressed.report(stored)
   assert report['unchanged'] == report['slates'] == 9
   assert report['kept'] == 1
   assert sum(report['faults'].values()) == 9
   assert fault is None or report['faults'] == {fault: 9}
-  for one, whole in zip(stored, wholes(spec, 'train'), strict=False):
+  for one, whole in zip(stored, wholes(world, spec, 'train'), strict=False):
     assert compressed.context(one) == whole
 
 
@@ -376,7 +386,7 @@ def test_later_stages_read_what_was_written(world, written, spec):
   own = policy.load(tiny_world.config(), inputs, 'text')
   assert own.prompter.prompt_tokens < spec.prompter.prompt_tokens
   render = examples_lib.generation_rows(own.prompter, '<answer>', 'shuffled')
-  source = own.source('train')
+  source = policy.source(inputs, 'train', 'text')
   assert len(source) == 12
   stored = records.Records(compressed.file(written, 'train'))
   for index in range(3):

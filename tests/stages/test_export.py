@@ -21,7 +21,7 @@ from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import artifacts
 from gr2_jax.policy import grammar as grammar_lib
-from gr2_jax.policy import ranking
+from gr2_jax.policy import policy, ranking
 from gr2_jax.stages import backbone, export, midtrain
 
 from .. import tiny_pretrained, tiny_world
@@ -92,7 +92,7 @@ def exported(request, world, tmp_path_factory):
     folder=folder,
     results=results,
     spec=spec,
-    params=spec.load_params(found['rl'], mesh),
+    params=spec.load_params(found['rl'], tiny_world.mesh()),
     example=json.loads((root / 'export' / export.EXAMPLE).read_text()),
     theirs=transformers.AutoModelForCausalLM.from_pretrained(folder),
     tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
@@ -111,7 +111,7 @@ def encode(tokenizer, text):
 def test_transformers_has_the_logits_of_the_policy(exported):
   ids = exported.example['prompt']['ids']
   spec, params = exported.spec, exported.params
-  with sharding.activate(mesh):
+  with sharding.activate(tiny_world.mesh()):
     hidden, _ = transformer.encode_prompt(
       spec.model, params, np.array([ids]), np.array([len(ids)])
     )
@@ -154,10 +154,9 @@ def test_their_tokenizer_reads_and_shows_the_example(exported):
 
 def test_the_example_has_the_answer_that_reranking_gives(exported):
   spec, example = exported.spec, exported.example
-  slates = slates_lib.source(exported.found['slates'], 'test')
+  slates = slates_lib.SlateSource(exported.found['slates'], 'test')
   ranked = ranking.rank(
-    spec,
-    exported.params,
+    policy.Policy(spec, exported.params, tiny_world.mesh()),
     [slates[0]],
     thinking=True,
     order=exported.config.prompt.order,
@@ -254,7 +253,9 @@ def test_weights_are_the_policys_with_adapters_joined(exported):
   gate = exported.theirs.model.layers[0].mlp.gate_proj.weight
   np.testing.assert_array_equal(gate.detach().numpy().T, ours[0])
   if exported.config.model.lora_rank:
-    start = exported.spec.load_params(exported.found['backbone'], mesh)
+    start = exported.spec.load_params(
+      exported.found['backbone'], tiny_world.mesh()
+    )
     assert np.abs(ours - start['layers']['gate']).max() > 1e-3
 
 
@@ -287,7 +288,9 @@ def test_it_is_a_model_to_train_on(exported):
   params = hf.import_params(
     again,
     again.model,
-    jax.tree.map(lambda x: x.sharding, exported.spec.abstract_params(mesh)),
+    jax.tree.map(
+      lambda x: x.sharding, exported.spec.abstract_params(tiny_world.mesh())
+    ),
   )
   jax.tree.map(np.testing.assert_array_equal, params, exported.params)
 

@@ -137,7 +137,7 @@ def test_questions_are_of_validation_users_and_counts_of_train_users(
     slates_lib, 'read', lambda d, split: read.append(split) or whole(d, split)
   )
   stage = tiny_world.config().midtrain
-  _, baseline = midtrain.retriever(world, spec, stage)
+  _, baseline = midtrain.retriever(world, spec, tiny_world.mesh(), stage)
   assert read == ['validation', 'train']
   assert baseline['histories'] == min(16, len(whole(world['slates'], read[0])))
 

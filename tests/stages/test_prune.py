@@ -55,9 +55,11 @@ def test_the_idle_layer_goes_and_the_policy_is_as_it_was(
   assert effects[1] == pytest.approx(0.0, abs=1e-5)
   assert min(effects[0], effects[2]) > 1e-3
   spec = tiny_world.spec(world, tiny_world.config(**CONFIG))
-  whole = spec.load_params(start, mesh)
+  whole = spec.load_params(start, tiny_world.mesh())
   model = dataclasses.replace(spec.model, num_layers=2)
-  left = dataclasses.replace(spec, model=model).load_params(tmp_path, mesh)
+  left = dataclasses.replace(spec, model=model).load_params(
+    tmp_path, tiny_world.mesh()
+  )
   jax.tree.map(
     lambda x, y: np.testing.assert_array_equal(x, np.asarray(y)[[0, 2]]),
     left['layers'],

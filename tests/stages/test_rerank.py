@@ -50,12 +50,12 @@ def inputs(config, tmp_path_factory):
   codes = rng.integers(8, size=(config.data.world.n_items, 2))
   ids.SemanticIds(codes, 8).save(inputs['tokenizer'])
   home = inputs['backbone']
-  policy.found_vocabulary(
+  policy.create_vocabulary(
     config, inputs['slates'], inputs['tokenizer'], home, ('likes',)
   )
-  setup = policy.load(config, inputs)
+  spec = policy.load(config, inputs)
   params = sharding.unbox(
-    transformer.init_params(setup.model, jax.random.key(0))
+    transformer.init_params(spec.model, jax.random.key(0))
   )
   # Some parts begin at zero, which would make all candidates alike.
   params = jax.tree.map(
@@ -144,13 +144,13 @@ def test_results_say_what_the_output_holds(finished):
 
 
 def test_reasoning_names_candidates_by_incoming_rank(config, inputs):
-  setup = policy.load(config, inputs)
-  words = setup.vocabulary
+  spec = policy.load(config, inputs)
+  words = spec.vocabulary
   slots = words.slot_base + np.array([0, 2, 1, 5])
   tokens = [*words.encode('likes'), *slots, words.control['</think>'], slots[0]]
-  text = rerank._reasoning(setup, np.array(tokens), np.array([2, 0, 1]))
+  text = rerank._reasoning(spec, np.array(tokens), np.array([2, 0, 1]))
   assert text.replace(' ', '') == 'likes<slot2><slot1><slot0><slot5>'
-  assert rerank._reasoning(setup, slots, np.array([2, 0, 1])) == ''
+  assert rerank._reasoning(spec, slots, np.array([2, 0, 1])) == ''
 
 
 @pytest.mark.parametrize(
@@ -228,11 +228,10 @@ def test_without_input_the_test_slates_are_ranked(config, inputs, tmp_path):
   names = slates_lib.read_catalog(inputs['slates']).item_ids
   answers = output(tmp_path)
   assert results['slates'] == len(stored) == len(answers)
-  setup = policy.load(config, inputs)
+  spec, mesh = policy.load(config, inputs), tiny_world.mesh()
   direct = ranking.rank(
-    setup,
-    setup.load_params(inputs['rl']),
-    slates_lib.source(inputs['slates'], 'test'),
+    policy.Policy(spec, spec.load_params(inputs['rl'], mesh), mesh),
+    slates_lib.SlateSource(inputs['slates'], 'test'),
     thinking=True,
     order='shuffled',
     batch_size=8,

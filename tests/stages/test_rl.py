@@ -55,10 +55,10 @@ def acted(world, spec, compiled, seed=0, constrained=True, gate='v2'):
   rows = [render(slates[i], np.random.default_rng((seed, i))) for i in range(8)]
   rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
   act = compiled(constrained, gate)
-  with sharding.activate(mesh):
+  with sharding.activate(tiny_world.mesh()):
     batch, watches = act(
-      spec.load_params(world['sft'], mesh),
-      sharding.shard_batch(rows, mesh),
+      spec.load_params(world['sft'], tiny_world.mesh()),
+      sharding.shard_batch(rows, tiny_world.mesh()),
       jax.random.key(seed),
     )
   return rows, jax.device_get(batch), jax.device_get(watches)
@@ -127,7 +127,7 @@ def test_groups_that_are_all_flat_end_no_run(world, spec, tmp_path):
     assert row['used_groups'] == 0.0
     assert row['loss'] == row['gradient_norm'] == 0.0
     np.testing.assert_allclose(row['reward'], 1.2, atol=1e-6)
-  params = spec.load_params(tmp_path, mesh)
+  params = spec.load_params(tmp_path, tiny_world.mesh())
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
@@ -172,10 +172,10 @@ def test_the_start_is_a_candidate_too(world, tmp_path):
   result = rl.run(config, tiny_world.inputs(world, 'rl'), tmp_path)
   assert result['step'] == 0
   spec = tiny_world.spec(world, config)
-  found = spec.load_params(tmp_path, mesh)
+  found = spec.load_params(tmp_path, tiny_world.mesh())
   for x, y in zip(
     jax.tree.leaves(found),
-    jax.tree.leaves(spec.load_params(world['sft'], mesh)),
+    jax.tree.leaves(spec.load_params(world['sft'], tiny_world.mesh())),
     strict=True,
   ):
     np.testing.assert_array_equal(x, y)
@@ -347,7 +347,7 @@ def test_every_option_trains(world, variants, name):
   assert step == config.rl.steps
   assert spy.traces['clipped_surrogate'] == 1
   here = tiny_world.spec(world, config)
-  begun = here.load_params(world['sft'], mesh)
+  begun = here.load_params(world['sft'], tiny_world.mesh())
   if config.model.lora_rank:
     begun = here.adapters.start(begun, jax.random.key(0))
     moved = found['state'].params['up']
@@ -356,7 +356,7 @@ def test_every_option_trains(world, variants, name):
     assert (new['embedding'] != old['embedding']).any()
     # What is left is a plain policy, its base rows and norms untouched.
     first = here.adapters.first_row
-    before = here.load_params(world['sft'], mesh)
+    before = here.load_params(world['sft'], tiny_world.mesh())
     after = found['params']
     assert 0 < first < len(after['embedding'])
     tiny.assert_trees_equal(

@@ -86,14 +86,18 @@ def test_training_starts_from_the_stage_before(world, tmp_path):
   sft.run(config, tiny_world.inputs(world, 'sft'), tmp_path)
   spec = tiny_world.spec(world, config)
   tiny.assert_trees_close(
-    spec.load_params(tmp_path, mesh), spec.load_params(world['midtrain'], mesh), 1e-9
+    spec.load_params(tmp_path, tiny_world.mesh()),
+    spec.load_params(world['midtrain'], tiny_world.mesh()),
+    1e-9,
   )
   config = tiny_world.config(
     sft__steps=2, sft__learning_rate=1e-12, sft__init_from=str(world['rl'])
   )
   sft.run(config, tiny_world.inputs(world, 'sft'), tmp_path / 'other')
   tiny.assert_trees_close(
-    spec.load_params(tmp_path / 'other', mesh), spec.load_params(world['rl'], mesh), 1e-9
+    spec.load_params(tmp_path / 'other', tiny_world.mesh()),
+    spec.load_params(world['rl'], tiny_world.mesh()),
+    1e-9,
   )
 
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from gr2_jax.data import slates
+from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import checkpoint, reporting
-from gr2_jax.semantic_ids import assignment, rqvae
+from gr2_jax.semantic_ids import assignment, rqvae, training
 from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.stages import tokenizer
 
@@ -87,10 +88,10 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
     assert left.read_bytes() == right.read_bytes(), name
   stage, mesh = (
     tiny_tokenizer.settings().tokenizer,
-    tokenizer.sharding.make_mesh(),
+    sharding.make_mesh(),
   )
   params = [
-    tokenizer.load(stage, tmp_path / run / 'params', 16, mesh).params
+    training.load(stage, tmp_path / run / 'params', 16, mesh).params
     for run in ('whole', 'killed')
   ]
   jax.tree.map(np.testing.assert_array_equal, *params)
@@ -102,7 +103,7 @@ def test_a_run_killed_after_its_training_only_names(
   tmp_path, inputs, monkeypatch
 ):
   with monkeypatch.context() as patch:
-    patch.setattr(tokenizer, 'name', tiny_tokenizer.die)
+    patch.setattr(training, 'assign_ids', tiny_tokenizer.die)
     with pytest.raises(KeyboardInterrupt):
       tokenizer.run(tiny_tokenizer.short(), inputs, tmp_path / 'run')
   monkeypatch.setattr(
@@ -136,7 +137,7 @@ def test_the_best_checkpoint_is_chosen(tmp_path, inputs, monkeypatch, merit):
 
   monkeypatch.setattr(rqvae, 'make_update', make)
   if merit is worst_r2:  # Training improves it: an early step is the best.
-    monkeypatch.setattr(tokenizer, '_merit', merit)
+    monkeypatch.setattr(training, '_merit', merit)
   config = tiny_tokenizer.settings(learning_rate=0.05, checkpoint_every=5)
   results = tokenizer.run(config, inputs, tmp_path / 'run')
   measured = [
@@ -154,9 +155,9 @@ def test_the_best_checkpoint_is_chosen(tmp_path, inputs, monkeypatch, merit):
   assert merit is not worst_r2 or best['step'] < 30
   assert results['step'] == best['step']
   assert results['reconstruction_r2'] == best['catalog/r2']
-  chosen = tokenizer.load(
+  chosen = training.load(
     config.tokenizer, tmp_path / 'run' / 'params', 16,
-    tokenizer.sharding.make_mesh(),
+    sharding.make_mesh(),
   )  # fmt: skip
   np.testing.assert_array_equal(
     chosen.params['vectors'], states[best['step']].codebooks['vectors']
@@ -170,7 +171,7 @@ def test_the_best_checkpoint_is_chosen(tmp_path, inputs, monkeypatch, merit):
 
 def test_uniqueness_comes_first_then_reconstruction():
   order = [(0.5, 0.9), (0.9, 0.1), (0.9004, 0.2), (0.92, 0.0)]
-  merits = [tokenizer._merit({'uniqueness': u, 'r2': r}) for u, r in order]
+  merits = [training._merit({'uniqueness': u, 'r2': r}) for u, r in order]
   assert merits == sorted(merits)
 
 

@@ -64,7 +64,7 @@ def test_old_items_keep_their_tuples_and_new_ones_get_their_own(base, tmp_path):
   assert {tuple(t) for t in sids.retired.tolist()} == {
     old[name] for name in ('a0', 'a1', 'a2')
   }
-  # Items of one text are neighbours, whenever they came.
+  # Items of one text are neighbors, whenever they came.
   for name, like in (('a42', 'a0'), ('a43', 'a1'), ('a47', 'a5')):
     assert new[name][:3] == old[like][:3]
 

@@ -27,7 +27,7 @@ def run(world, workdir, **changes):
 
 def test_every_slate_is_kept_or_rejected_and_counted(world, tmp_path):
   results, kept, lost = run(world, tmp_path, noise=4.0, tries=2)
-  slates = slates_lib.source(world['slates'], 'train')
+  slates = slates_lib.SlateSource(world['slates'], 'train')
   assert lost
   assert (results['traces'], results['rejected']) == (len(kept), len(lost))
   indices = sorted(int(r['slate']) for r in [*kept, *lost])
@@ -104,8 +104,8 @@ def ask_policy(world, workdir, **changes):
 
 def test_a_policy_is_a_teacher(world, tmp_path):
   results, kept, lost = ask_policy(world, tmp_path)
-  slates = slates_lib.source(world['slates'], 'train')
-  setup = tiny_world.setup(world)
+  slates = slates_lib.SlateSource(world['slates'], 'train')
+  spec = tiny_world.spec(world)
   assert results['teacher'] == 'policy'
   assert (len(kept), len(lost)) == (results['traces'], results['rejected'])
   assert len(kept) + len(lost) == 40
@@ -117,7 +117,7 @@ def test_a_policy_is_a_teacher(world, tmp_path):
     verdict = 'accepted' if right else 'rejected'
     assert heuristic.VERDICTS[record['verdict']] == verdict
     assert sorted(record['ranking']) == list(range(slate['count']))
-    assert len(record['reasoning']) <= setup.prompter.reasoning
+    assert len(record['reasoning']) <= spec.prompter.reasoning
   unknown = sum(int(record['unknown']) for record in kept)
   assert results['unknown_tokens'] == unknown
   assert results['clipped_tokens'] == 0
@@ -181,7 +181,7 @@ def test_one_try_that_fails_is_no_first_try(world, tmp_path):
 
 def test_targeted_traces_lose_no_slate(world, tmp_path):
   results, kept, lost = run(world, tmp_path, kind='targeted')
-  assert len(kept) == len(slates_lib.source(world['slates'], 'train'))
+  assert len(kept) == len(slates_lib.SlateSource(world['slates'], 'train'))
   assert not lost
   assert results['first_try'] is None
 
@@ -238,21 +238,21 @@ def _key(monkeypatch):
 def test_a_model_behind_an_endpoint_is_a_teacher(world, tmp_path):
   with chat_server.serve(chat_server.ranks) as server:
     results, kept, lost = remote(world, tmp_path / 'traces', server)
-  slates = slates_lib.source(world['slates'], 'train')
+  slates = slates_lib.SlateSource(world['slates'], 'train')
   assert (len(kept), len(lost), len(server.requests)) == (10, 0, 10)
   assert results['traces'] == results['answers'] == 10
   assert (results['teacher'], results['model']) == ('http', 'm')
   np.testing.assert_allclose(results['cost'], (300 * 2 + 200 * 10) / 1e6)
-  setup = tiny_world.setup(world)
-  sids = {tuple(row) for row in setup.prompter.items['sid']}
+  spec = tiny_world.spec(world)
+  sids = {tuple(row) for row in spec.prompter.items['sid']}
   indices = [int(r['slate']) for r in kept]
   assert indices == sorted(set(indices))
   for record in kept:
     slate = slates[int(record['slate'])]
     assert slate['grades'][record['ranking'][0]] > 0
     assert sorted(record['ranking']) == list(range(slate['count']))
-    assert len(record['reasoning']) <= setup.prompter.reasoning
-    slots = record['reasoning'][-3:] - setup.vocabulary.slot_base
+    assert len(record['reasoning']) <= spec.prompter.reasoning
+    slots = record['reasoning'][-3:] - spec.vocabulary.slot_base
     assert slots.tolist() == record['ranking'][:3].tolist()
   assert results['clipped'] == 10  # Six tokens are not much.
   assert len(sids) > 1

@@ -22,7 +22,9 @@ def teacher(view='same', reads_its_own=True, lacks=()):
   table = np.random.default_rng(5).permutation(WIDER.vocab_size)[:V]
   table = table.astype(np.int32)
   table[list(lacks)] = -1
-  own = policy.Policy(tiny.spec(model=WIDER), tiny.params(WIDER, seed=3))
+  own = policy.Policy(
+    tiny.spec(model=WIDER), tiny.params(WIDER, seed=3), tiny.one_device()
+  )
   return distillation.Teacher(own, view, table, reads_its_own)
 
 
@@ -221,7 +223,7 @@ def test_the_readout_is_that_of_the_slot_tokens():
 
 def test_a_policy_is_no_way_from_itself():
   config = tiny.sampler()
-  itself = distillation.itself(tiny.spec(), tiny.params())
+  itself = distillation.itself(tiny.spec(), tiny.one_device(), tiny.params())
   assert not itself.reads_its_own
   for divergence in ('k3', 'reverse', 'forward'):
     look = distillation.make_look(itself, G, config, divergence)
@@ -235,10 +237,8 @@ def test_a_policy_is_no_way_from_itself():
 
 def test_a_teacher_that_thinks_reads_its_own_reasoning_first():
   config = tiny.sampler(thinking=False)
-  prompter = dataclasses.make_dataclass(
-    'Prompter', ['reasoning', 'thinking_tokens']
-  )(4, 10)
-  spec = dataclasses.replace(tiny.spec(model=WIDER), prompter=prompter)
+  spec = tiny.spec(model=WIDER)
+  spec.prompter.reasoning, spec.prompter.thinking_tokens = 4, 10
   params = tiny.params(WIDER, seed=3)
   batch = batch_for(config)
   prompt, length = jax.jit(functools.partial(distillation._think, spec))(

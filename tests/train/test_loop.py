@@ -62,6 +62,7 @@ def fit(spec):
     result = loop.fit(
       own,
       spec=spec,
+      mesh=tiny.one_device(),
       workdir=workdir,
       seed=0,
       optimizer=learner.make_optimizer(own),
@@ -78,9 +79,9 @@ def fit(spec):
 
 def test_a_data_set_is_made_of_the_rows_of_this_process(spec, monkeypatch):
   whole = examples.dataset(range(12), render, 4, seed=3)
-  own = loop.dataset(spec, range(12), render, 4, seed=3)
+  own = loop.dataset(tiny.one_device(), range(12), render, 4, seed=3)
   monkeypatch.setattr(sharding, 'own_rows', lambda *_: np.array([1, 3]))
-  half = loop.dataset(spec, range(12), render, 4, seed=3)
+  half = loop.dataset(tiny.one_device(), range(12), render, 4, seed=3)
   for i in range(6):
     for name, rows in whole[i].items():
       np.testing.assert_array_equal(own[i][name], rows)
@@ -89,16 +90,16 @@ def test_a_data_set_is_made_of_the_rows_of_this_process(spec, monkeypatch):
 
 def record(workdir, spec):
   """(parameters, last state, the record beside it)."""
-  with sharding.activate(mesh):
+  with sharding.activate(tiny.one_device()):
     state, _ = learner.init_state(
       spec.model,
       learner.make_optimizer(config()),
       jax.random.key(0),
-      mesh,
+      tiny.one_device(),
     )
   with checkpoint.Checkpointer(workdir / 'checkpoints') as saved:
     state, step, found = saved.restore(state)
-  params = spec.load_params(workdir, mesh)
+  params = spec.load_params(workdir, tiny.one_device())
   return jax.device_get({'params': params, 'state': state}), step, found
 
 
@@ -222,11 +223,11 @@ def test_without_a_step_the_start_is_left_as_it_was(fit, spec, tmp_path):
   result, taken = fit(tmp_path, [0.5], steps=0)
   assert taken == []
   assert result['step'] == 0
-  found = spec.load_params(tmp_path, mesh)
+  found = spec.load_params(tmp_path, tiny.one_device())
   start, _ = learner.init_state(
     spec.model,
     learner.make_optimizer(config()),
     jax.random.key(0),
-    mesh,
+    tiny.one_device(),
   )
   tiny.assert_trees_equal(found, start.params)

@@ -12,7 +12,7 @@ from gr2_jax.train import distillation, pruning
 from .. import tiny
 
 DEEP = dataclasses.replace(tiny.MODEL, num_layers=4)
-SETUP = tiny.setup(model=DEEP)
+SPEC = tiny.spec(model=DEEP)
 STAGE = types.SimpleNamespace(
   clip_low=0.2,
   clip_high=0.28,
@@ -39,7 +39,7 @@ def looked_at(params):
     slots=np.stack([np.arange(5) % n for n in lengths]).astype(np.int32),
   )
   teacher = distillation.Teacher(
-    policy.Policy(SETUP, params), 'same', np.arange(40), False
+    policy.Policy(SPEC, params, tiny.one_device()), 'same', np.arange(40), False
   )
   look = distillation.make_look(
     teacher, tiny.GRAMMAR, sampler, 'forward', readout=True
@@ -49,7 +49,7 @@ def looked_at(params):
 
 def test_layers_are_taken_and_nothing_else_changes():
   params = deep()
-  cut = pruning.take(SETUP, params, [0, 3])
+  cut = pruning.take(SPEC, tiny.one_device(), params, [0, 3])
   jax.tree.map(
     lambda x, y: np.testing.assert_array_equal(x, np.asarray(y)[[0, 3]]),
     cut['layers'],
@@ -57,15 +57,17 @@ def test_layers_are_taken_and_nothing_else_changes():
   )
   rest = {name: x for name, x in params.items() if name != 'layers'}
   tiny.assert_trees_equal({n: cut[n] for n in rest}, rest)
-  assert pruning.shallower(SETUP, 2).model.num_layers == 2
+  assert pruning.shallower(SPEC, 2).model.num_layers == 2
 
 
 def test_one_program_takes_any_layers_of_a_number():
   params = deep()
   before = pruning._take._cache_size()
   for kept in itertools.combinations(range(4), 3):
-    cut = pruning.take(SETUP, params, kept)
-    wanted = pruning.shallower(SETUP, 3).abstract_params()['layers']
+    cut = pruning.take(SPEC, tiny.one_device(), params, kept)
+    wanted = pruning.shallower(SPEC, 3).abstract_params(tiny.one_device())[
+      'layers'
+    ]
     for x, like in zip(
       jax.tree.leaves(cut['layers']), jax.tree.leaves(wanted), strict=True
     ):
@@ -76,9 +78,13 @@ def test_one_program_takes_any_layers_of_a_number():
 def test_layers_that_do_nothing_cost_nothing_and_go_first():
   params = deep(idle=(1, 2))
   batches, said = looked_at(params)
-  measure = pruning.make_measure(SETUP, tiny.sampler(), STAGE)
+  measure = pruning.make_measure(SPEC, tiny.sampler(), STAGE)
   found = pruning.choose(
-    SETUP, params, 2, lambda fewer: measure(fewer, batches, *said)
+    SPEC,
+    tiny.one_device(),
+    params,
+    2,
+    lambda fewer: measure(fewer, batches, *said),
   )
   np.testing.assert_array_equal(found.kept, [0, 3])
   first, second = found.effects
@@ -92,11 +98,11 @@ def test_layers_that_do_nothing_cost_nothing_and_go_first():
 def test_an_effect_weighs_tokens_and_read_out():
   params = deep()
   batches, said = looked_at(params)
-  cut = pruning.take(SETUP, params, [0, 1, 3])
+  cut = pruning.take(SPEC, tiny.one_device(), params, [0, 1, 3])
 
   def measured(**weights):
     stage = types.SimpleNamespace(**(vars(STAGE) | weights))
-    measure = pruning.make_measure(SETUP, tiny.sampler(), stage)
+    measure = pruning.make_measure(SPEC, tiny.sampler(), stage)
     return measure(cut, batches, *said)
 
   tokens = measured(readout_weight=0.0)
@@ -119,7 +125,7 @@ def test_effects_are_measured_anew_without_what_went():
     gone = {layer for layer, mark in enumerate(marks) if mark not in left}
     return 9.0 if {0, 1} <= gone else sum((1, 1, 4, 3)[i] for i in gone)
 
-  found = pruning.choose(SETUP, params, 2, measure)
+  found = pruning.choose(SPEC, tiny.one_device(), params, 2, measure)
   np.testing.assert_array_equal(found.kept, [1, 2])
   np.testing.assert_array_equal(found.effects[0], [1, 1, 4, 3])
   np.testing.assert_array_equal(found.effects[1], [np.nan, 9, 5, 4])
@@ -128,4 +134,4 @@ def test_effects_are_measured_anew_without_what_went():
 @pytest.mark.parametrize('layers', [0, 4, 5])
 def test_a_depth_that_cannot_be_is_refused(layers):
   with pytest.raises(ValueError, match=f'prune.layers={layers}: .* the 4 lay'):
-    pruning.choose(SETUP, deep(), layers, lambda fewer: 0.0)
+    pruning.choose(SPEC, tiny.one_device(), deep(), layers, lambda fewer: 0.0)

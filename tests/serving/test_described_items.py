@@ -9,7 +9,7 @@ import pytest
 
 from gr2_jax.data import log as log_lib
 from gr2_jax.semantic_ids import ids, tfidf, tokenizer
-from gr2_jax.serving import cold_items
+from gr2_jax.serving import described_items
 
 from .. import tiny_world
 
@@ -23,7 +23,9 @@ def spec(world):
 
 @pytest.fixture(scope='module')
 def reader(world, spec):
-  found, why = cold_items.load(spec, world['tokenizer'], TITLE_TOKENS)
+  found, why = described_items.load(
+    spec, tiny_world.mesh(), world['tokenizer'], TITLE_TOKENS
+  )
   assert why == ''
   return found
 
@@ -37,7 +39,9 @@ def test_nothing_is_compiled_before_it_is_asked_for_or_an_item_comes(
   world, spec
 ):
   tokenizer._codes.clear_cache()
-  found, _ = cold_items.load(spec, world['tokenizer'], TITLE_TOKENS)
+  found, _ = described_items.load(
+    spec, tiny_world.mesh(), world['tokenizer'], TITLE_TOKENS
+  )
   assert tokenizer._codes._cache_size() == 0
   found.compile()
   assert tokenizer._codes._cache_size() == 1
@@ -137,7 +141,7 @@ def test_no_line_is_longer_than_the_catalogs_longest(spec, reader):
     lines = zip(*(prompter.items[field] for field in shown), strict=True)
     longest = max(sum(map(len, parts)) for parts in lines)
     assert sum(len(line[field]) for field in shown) <= longest
-  cut = cold_items._cut(
+  cut = described_items._cut(
     {'sid': (1, 2), 'title': (3, 4, 5), 'categories': (6, 7)},
     {('sid', 'title', 'categories'): 6, ('title',): 2},
   )
@@ -149,7 +153,9 @@ def test_what_cannot_be_read_is_said(world, spec, tmp_path):
   shutil.copytree(world['tokenizer'], home)
 
   def why():
-    found, reason = cold_items.load(spec, home, TITLE_TOKENS)
+    found, reason = described_items.load(
+      spec, tiny_world.mesh(), home, TITLE_TOKENS
+    )
     assert found is None
     return reason
 
