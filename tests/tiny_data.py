@@ -46,7 +46,7 @@ def words(directory):
 
 
 def slate(seed=0, count=K, length=H):
-  """One record, as `slates.source` gives it."""
+  """One record, as `slates.SlateSource` gives it."""
   rng = np.random.default_rng(seed)
 
   def pad(x, size):

@@ -1,58 +1,20 @@
-"""Evidence: what an honest system may know of a candidate, in numbers.
+"""Evidence: what an honest system may know of a candidate, as numbers.
 
-History is what the user did before the slate, its last 30 items; everything
-else is fitted on rows that hold neither the slate's user (in training) nor
-anything after the validation cut. `even`, `long` (.97), `short` (.8) and
-`recent` (last 5) are weights over the history that sum to one.
-
-  incoming_score   score of the incoming ranker
-  incoming_rank    0 for the first
-  co_long          decayed symmetric co-engagement, mean by long
-  co_short         the same by short
-  co_last          the same with the last item alone
-  co_max           largest over the history
-  co_hits          history items that are neighbours
-  joint_mean       co-occurrence in a user at any distance, mean by even;
-                   a user counts 1 / length
-  joint_max        largest over the history
-  directed         decayed weight of the candidate after the item, by short,
-                   over the root of both counts
-  direction        log((after + .5) / (before + .5)), by short
-  latent           cosine-like product of mean history and candidate in the
-                   32 strongest singular directions
-  latent_recent    the same by recent
-  genre            category match with the history
-  genre_recent     the same by recent
-  leaf             share of the history with the same last category
-  transition       log lift of the candidate's categories after those of the
-                   last three items, mean; pairs at most 3 places apart
-  transition_max   largest over the last three
-  text_mean        TF-IDF cosine of titles (words, word pairs), by long
-  text_max         largest over the history
-  popularity       log(1 + rows of the item)
-  trend            log share of its earlier rows that fall in the last
-                   quarter of the time up to the slate
-  quality          mean grade, shrunk by 5 rows
-  popularity_gap   distance to the history's mean log popularity
-  stage_gap        mean log place in other histories, less log of this place
-  year             year - 2000, 0 where unknown
-  year_gap         log(1 + distance to the history's mean year)
-  year_gap_recent  the same by recent
-  age              years since then at the time of the slate
-
-A candidate that the catalog lacks, `Facts.beside`, has no interactions: the
-columns in MET are those of its neighbours in the incoming order.
-
-Where a file tells an order but no times (`Log.has_times`), the columns in
-ORDERED are zero: order inside a day may follow item codes.
+`COLUMNS` lists them all: an entry there is a new column, in every data set that
+is built from then on. The history is what the user did before the slate, its
+last 30 items. Everything else is fitted on rows that hold neither the slate's
+user (in training) nor anything after the validation cut.
 
 Axes: n slates, K candidates, R history items read, E columns, I items,
-C categories.
+C categories, D latent width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
+from collections.abc import Callable
 
 import numpy as np
 from scipy import sparse
@@ -62,95 +24,135 @@ from gr2_jax.data import item_text as content_lib
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import preranker
 
-EVIDENCE = (
-  'incoming_score',
-  'incoming_rank',
-  'co_long',
-  'co_short',
-  'co_last',
-  'co_max',
-  'co_hits',
-  'joint_mean',
-  'joint_max',
-  'directed',
-  'direction',
-  'latent',
-  'latent_recent',
-  'genre',
-  'genre_recent',
-  'leaf',
-  'transition',
-  'transition_max',
-  'text_mean',
-  'text_max',
-  'popularity',
-  'trend',
-  'quality',
-  'popularity_gap',
-  'stage_gap',
-  'year',
-  'year_gap',
-  'year_gap_recent',
-  'age',
-)
-
-# Columns that read who came first.
-ORDERED = (
-  'directed',
-  'direction',
-  'transition',
-  'transition_max',
-  'trend',
-  'stage_gap',
-  'age',
-)
-
-# Columns that read who met the candidate.
-MET = (
-  'co_long',
-  'co_short',
-  'co_last',
-  'co_max',
-  'co_hits',
-  'joint_mean',
-  'joint_max',
-  'directed',
-  'direction',
-  'latent',
-  'latent_recent',
-  'popularity',
-  'trend',
-  'quality',
-  'popularity_gap',
-  'stage_gap',
-)
-
 REACH = 30  # History items read.
-RECENT = 5
+RECENT = 5  # History items that the weights `recent` cover.
 NEXT = 3  # Places within which one category leads to another.
-ROWS = 2048
-LATENT = 32
+LATENT = 32  # Singular directions.
+PRIOR = 5  # Rows of the mean item that smooth an item's own mean.
+ROWS = 2048  # Slates computed at once: bounds the dense [ROWS, R, K] blocks.
+
+
+class Reads(enum.Flag):
+  """What a column reads beside the history."""
+
+  SLATE = enum.auto()  # The incoming order.
+  CATALOG = enum.auto()  # The candidate's title, categories and year.
+  # Who engaged with the candidate. A candidate outside the catalog has the mean
+  # of its neighbors in the incoming order.
+  INTERACTIONS = enum.auto()
+  # When things happened. The column is zero where the log gives only an order
+  # (`Log.has_times`), since order within a day may follow item codes.
+  TIMES = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A number about each candidate of a slate."""
+
+  name: str  # In configs, in `meta.json` and in the token `<name=bin>`.
+  reads: Reads
+  compute: Callable[[_Block], np.ndarray]  # Returns [n, K].
+  meaning: str
+
+
+SLATE, CATALOG, INTERACTIONS, TIMES = Reads
+
+# `even`, `long` (decay .97 per step back), `short` (.8) and `recent` (the last
+# 5 items) are weights over the history that sum to one.
+# fmt: off
+COLUMNS = (
+  Column('incoming_score', SLATE, lambda s: s.scores,
+         'score of the incoming ranker'),
+  Column('incoming_rank', SLATE, lambda s: np.arange(s.scores.shape[1]),
+         'place in the incoming order, 0 for the first'),
+  Column('co_long', INTERACTIONS, lambda s: s.mean(s.long, s.co),
+         'decayed symmetric co-engagement with the history, mean by `long`'),
+  Column('co_short', INTERACTIONS, lambda s: s.mean(s.short, s.co),
+         'the same by `short`'),
+  Column('co_last', INTERACTIONS, lambda s: s.co[:, 0],
+         'the same with the last item alone'),
+  Column('co_max', INTERACTIONS, lambda s: s.co.max(1),
+         'its largest value over the history'),
+  Column('co_hits', INTERACTIONS, lambda s: (s.co > 0).sum(1),
+         'history items that are neighbors'),
+  Column('joint_mean', INTERACTIONS, lambda s: s.mean(s.even, s.joint),
+         'co-occurrence in a user at any distance, a user counting 1 / length'),
+  Column('joint_max', INTERACTIONS, lambda s: s.joint.max(1),
+         'its largest value over the history'),
+  Column('directed', INTERACTIONS | TIMES, lambda s: s.directed(),
+         'decayed weight of the candidate after the item, by `short`, over the '
+         'root of both counts'),
+  Column('direction', INTERACTIONS | TIMES, lambda s: s.direction(),
+         'log((after + .5) / (before + .5)), by `short`'),
+  Column('latent', INTERACTIONS, lambda s: s.match(s.even, s.latent),
+         'match of mean history and candidate in the strongest singular '
+         'directions'),
+  Column('latent_recent', INTERACTIONS, lambda s: s.match(s.recent, s.latent),
+         'the same by `recent`'),
+  Column('genre', CATALOG, lambda s: s.match(s.even, s.genres),
+         'category match with the history'),
+  Column('genre_recent', CATALOG, lambda s: s.match(s.recent, s.genres),
+         'the same by `recent`'),
+  Column('leaf', CATALOG, lambda s: s.leaf(),
+         'share of the history with the same last category'),
+  Column('transition', CATALOG | TIMES, lambda s: s.lift.mean(axis=1),
+         "log lift of the candidate's categories after those of the last three "
+         'items, at most 3 places apart, mean'),
+  Column('transition_max', CATALOG | TIMES, lambda s: s.lift.max(axis=1),
+         'its largest value over the last three items'),
+  Column('text_mean', CATALOG, lambda s: s.mean(s.long, s.text),
+         'TF-IDF cosine of titles (words, word pairs), mean by `long`'),
+  Column('text_max', CATALOG, lambda s: s.text.max(1),
+         'its largest value over the history'),
+  Column('popularity', INTERACTIONS, lambda s: s.popularity[s.offered_row],
+         'log(1 + rows of the item)'),
+  Column('trend', INTERACTIONS | TIMES, lambda s: s.trend(),
+         'log share of its earlier rows that fall in the last quarter of the '
+         'time up to the slate'),
+  Column('quality', INTERACTIONS, lambda s: s.facts.quality[s.offered_row],
+         'mean grade, shrunk by 5 rows'),
+  Column('popularity_gap', INTERACTIONS, lambda s: s.popularity_gap(),
+         "distance to the history's mean log popularity"),
+  Column('stage_gap', INTERACTIONS | TIMES, lambda s: s.stage_gap(),
+         'mean log place in other histories, less the log of this place'),
+  Column('year', CATALOG, lambda s: np.where(s.year > 0, s.year - 2000, 0),
+         'year - 2000, 0 where unknown'),
+  Column('year_gap', CATALOG, lambda s: s.year_gap(s.even),
+         "log(1 + distance to the history's mean year)"),
+  Column('year_gap_recent', CATALOG, lambda s: s.year_gap(s.recent),
+         'the same by `recent`'),
+  Column('age', CATALOG | TIMES, lambda s: s.age(),
+         'years from then to the slate'),
+)
+# fmt: on
+NAMES = tuple(column.name for column in COLUMNS)
+
+
+def places(reads: Reads) -> list[int]:
+  """Places in COLUMNS of the columns that read this."""
+  return [i for i, column in enumerate(COLUMNS) if reads in column.reads]
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """Everything `compute` looks up, fitted on the rows of one Statistics.
+  """Everything that columns look up, fitted on the rows of one Statistics.
 
   Arrays of I + 1 rows have a last one for items without any interaction; those
   that the catalog lacks, with indices from I on, are such.
 
   Attributes:
-    statistics: the pre-ranker's.
-    content: what the items' text says.
+    statistics: of the pre-ranker.
+    content: the items' text.
     joint: float32 [I, I], co-occurrence at any distance.
     counts: float32 [I + 1], rows per item.
     transition: float32 [C, C], log lift.
-    latent: float32 [I + 1, 32].
+    latent: float32 [I + 1, D], unit rows.
     quality: float32 [I + 1].
     stage: float32 [I + 1], mean log(1 + place).
-    item_times: int64, sorted item * span + time of each row.
-    times: int64, sorted times of the rows.
+    item_times: int64, item * span + time - start of each row, sorted.
+    start: time of the first row.
     span: larger than any time difference.
+    has_times: whether the log gives times, not only an order.
   """
 
   statistics: preranker.Statistics
@@ -162,11 +164,12 @@ class Facts:
   quality: np.ndarray
   stage: np.ndarray
   item_times: np.ndarray
-  times: np.ndarray
+  start: int
   span: int
+  has_times: bool
 
   def beside(self, items: log_lib.Catalog) -> Facts:
-    """The same for items [M] beside the catalog's: I, I + 1, .. are theirs."""
+    """Adds items [M] that the catalog lacks, with indices I, I + 1, .."""
     return dataclasses.replace(self, content=self.content.beside(items))
 
 
@@ -175,11 +178,10 @@ def fit(
   statistics: preranker.Statistics,
   content: content_lib.Content,
 ) -> Facts:
-  """Fits the facts on exactly the rows that `statistics` saw."""
+  """Fits the facts on exactly the rows that `statistics` is made of."""
   rows = statistics.rows
-  users, items = log.users[rows], log.items[rows]
+  users, items, times = log.users[rows], log.items[rows], log.times[rows]
   n_items, n_users = len(log.catalog), len(log.user_ids)
-  counts = statistics.counts
 
   lengths = np.bincount(users, minlength=n_users)
   engaged = sparse.csr_array(
@@ -189,18 +191,10 @@ def fit(
     ),
     shape=(n_users, n_items),
   )
-  scale = sparse.diags_array(1 / np.sqrt(np.maximum(counts, 1.0)))
+  scale = sparse.diags_array(1 / np.sqrt(np.maximum(statistics.counts, 1.0)))
   joint = scale @ (engaged.T @ engaged) @ scale
   joint = sparse.csr_array(joint).astype(np.float32)
   joint.sort_indices()
-
-  rank = min(LATENT, min(n_users, n_items) - 1)
-  start = np.random.default_rng(0).normal(size=min(n_users, n_items))
-  _, value, vector = linalg.svds(
-    sparse.csr_array(engaged @ scale).astype(np.float64), k=rank, v0=start
-  )
-  latent = (vector.T * np.sqrt(np.maximum(value, 0))).astype(np.float32)
-  latent /= np.maximum(np.linalg.norm(latent, axis=1, keepdims=True), 1e-6)
 
   flow = sparse.csr_array((n_items, n_items), dtype=np.float32)
   for lag in range(1, NEXT + 1):
@@ -214,34 +208,44 @@ def fit(
   expected = np.outer(joint_genre.sum(1), joint_genre.sum(0))
   transition = np.log(joint_genre * joint_genre.sum() / expected)
 
-  counts = np.append(counts, np.float32(0))
-  latent = np.pad(latent, ((0, 1), (0, 0)))
-  grades = np.bincount(items, log.grades[rows], minlength=n_items + 1)
-  mean = log.grades[rows].mean() if len(rows) else 1.0
-  quality = (grades + 5 * mean) / (counts + 5)
-  places = np.log1p(log.positions()[rows])
-  overall = places.mean() if len(rows) else 0.0
-  stage = np.bincount(items, places, minlength=n_items + 1)
-  stage = (stage + 5 * overall) / (counts + 5)
-  order = np.lexsort((log.times[rows], items))
-  times = np.sort(log.times[rows])
-  base = times[0] if len(times) else 0
-  span = int(times[-1] - base) + 2 if len(times) else 2
-  item_times = items[order].astype(np.int64) * span
-  item_times += log.times[rows][order] - base
+  counts = np.append(statistics.counts, np.float32(0))
+
+  def smoothed(values: np.ndarray, empty: float) -> np.ndarray:
+    """Mean of the values by item, shrunk to the mean of all: [I + 1]."""
+    mean = values.mean() if len(rows) else empty
+    total = np.bincount(items, values, minlength=n_items + 1)
+    return ((total + PRIOR * mean) / (counts + PRIOR)).astype(np.float32)
+
+  start, end = (times.min(), times.max()) if len(times) else (0, 0)
+  span = int(end - start) + 2
+  order = np.lexsort((times, items))
+  item_times = items[order].astype(np.int64) * span + (times[order] - start)
   return Facts(
-    statistics,
-    content,
-    joint,
-    counts,
-    transition.astype(np.float32),
-    latent,
-    quality.astype(np.float32),
-    stage.astype(np.float32),
-    item_times,
-    times,
-    span,
+    statistics=statistics,
+    content=content,
+    joint=joint,
+    counts=counts,
+    transition=transition.astype(np.float32),
+    latent=_latent(sparse.csr_array(engaged @ scale)),
+    quality=smoothed(log.grades[rows], 1.0),
+    stage=smoothed(np.log1p(log.positions()[rows]), 0.0),
+    item_times=item_times,
+    start=int(start),
+    span=span,
+    has_times=log.has_times(),
   )
+
+
+def _latent(engaged_UxI: sparse.csr_array) -> np.ndarray:
+  """Unit vectors of the items in the strongest directions: [I + 1, D]."""
+  size = min(engaged_UxI.shape)
+  first = np.random.default_rng(0).normal(size=size)
+  _, value, vector = linalg.svds(
+    engaged_UxI.astype(np.float64), k=min(LATENT, size - 1), v0=first
+  )
+  latent = (vector.T * np.sqrt(np.maximum(value, 0))).astype(np.float32)
+  latent /= np.maximum(np.linalg.norm(latent, axis=1, keepdims=True), 1e-6)
+  return np.pad(latent, ((0, 1), (0, 0)))
 
 
 def compute(
@@ -258,11 +262,10 @@ def compute(
   end = log.offsets()[users] + positions
   index = np.maximum(end[:, None] - 1 - age, 0)
   history = np.where(age < positions[:, None], log.items[index], -1)
-  return of_histories(log, facts, history, positions, times, candidates, scores)
+  return of_histories(facts, history, positions, times, candidates, scores)
 
 
 def of_histories(
-  log: log_lib.Log,
   facts: Facts,
   history: np.ndarray,
   positions: np.ndarray,
@@ -273,10 +276,8 @@ def of_histories(
   """As `compute`, for histories that the log need not hold.
 
   Args:
-    log: what the facts were fitted on.
-    facts: of `fit`.
-    history: int [n, R], the last R = REACH items, LATEST first, -1 pads; from I
-      on of `Facts.beside`, and so the candidates.
+    facts: of `fit`, with the items `beside` it that the slates name.
+    history: int [n, R], the last R = REACH items, LATEST first, -1 pads.
     positions: int [n], length of each whole history.
     times: int [n], of the slates.
     candidates: int [n, K], -1 pads.
@@ -285,138 +286,182 @@ def of_histories(
   Returns:
     float32 [n, K, E]; finite also where a history is empty.
   """
-  out = np.zeros((*candidates.shape, len(EVIDENCE)), np.float32)
+  arrays = history, positions, times, candidates, scores
+  evidence = np.zeros((*candidates.shape, len(COLUMNS)), np.float32)
   for low in range(0, len(history), ROWS):
     part = slice(low, low + ROWS)
-    out[part] = _block(
-      log,
-      facts,
-      history[part],
-      positions[part],
-      times[part],
-      candidates[part],
-      scores[part],
-    )
-  _interpolate(out, candidates, len(facts.content))
-  if not log.has_times():
-    out[..., [EVIDENCE.index(name) for name in ORDERED]] = 0.0
-  out[candidates < 0] = 0.0
-  return out
+    block = _Block(facts, *(array[part] for array in arrays))
+    for place, column in enumerate(COLUMNS):
+      evidence[part, :, place] = column.compute(block)
+  _interpolate(evidence, candidates, len(facts.content))
+  if not facts.has_times:
+    evidence[..., places(TIMES)] = 0.0
+  evidence[candidates < 0] = 0.0
+  return evidence
 
 
-def _interpolate(out: np.ndarray, candidates: np.ndarray, size: int) -> None:
-  """Gives candidates beside the catalog the interactions of their neighbours.
+def _interpolate(
+  evidence: np.ndarray, candidates: np.ndarray, size: int
+) -> None:
+  """Fills in, in place, the interactions of candidates with indices from I on.
 
-  That nobody met an item says that it is new, where zeros would say that those
-  who met others left it. So its columns of MET are the mean of the two nearest
-  in the incoming order that the catalog has. A slate without any keeps zeros.
-
-  Args:
-    out: float32 [n, K, E], changed in place.
-    candidates: int [n, K], -1 pads.
-    size: I.
+  Nobody engaged with such an item because it is new; zeros would mean that
+  users passed it over. So its columns of INTERACTIONS are the mean of the two
+  nearest candidates, in the incoming order, that the catalog has. A slate
+  without any keeps zeros.
   """
-  columns = [EVIDENCE.index(name) for name in MET]
-  met = (candidates >= 0) & (candidates < size)
+  columns = places(INTERACTIONS)
+  known = (candidates >= 0) & (candidates < size)
   for row, place in np.argwhere(candidates >= size):
-    known = np.flatnonzero(met[row])
-    near = known[np.argsort(np.abs(known - place), kind='stable')[:2]]
+    near = np.flatnonzero(known[row])
+    near = near[np.argsort(np.abs(near - place), kind='stable')[:2]]
     if len(near):
-      out[row, place, columns] = out[row][np.ix_(near, columns)].mean(axis=0)
+      values = evidence[row][np.ix_(near, columns)]
+      evidence[row, place, columns] = values.mean(axis=0)
 
 
-def _block(log, facts, history, positions, times, candidates, scores):
-  n, k = candidates.shape
-  real = history >= 0
-  safe = np.maximum(history, 0)
-  item = np.maximum(candidates, 0)
-  # Whom nobody has met share the last row.
-  size, content = len(facts.counts) - 1, facts.content
-  safe_met, item_met = np.minimum(safe, size), np.minimum(item, size)
-  pair = (
-    np.where(history < size, history, -1),
-    np.where(candidates < size, candidates, -1),
-  )
-  age = np.arange(history.shape[1])
+class _Block:
+  """Some slates, with what several columns look up; each is looked up once.
 
-  def weights(decay, last=None):
-    w = np.where(real, decay**age, 0.0)
+  `_row` marks indices into arrays of I + 1 rows. Pads read item 0; the weights
+  over the history are 0 there.
+  """
+
+  def __init__(
+    self,
+    facts: Facts,
+    history: np.ndarray,
+    positions: np.ndarray,
+    times: np.ndarray,
+    candidates: np.ndarray,
+    scores: np.ndarray,
+  ):
+    self.facts, self.content = facts, facts.content
+    self.history, self.candidates = history, candidates
+    self.positions, self.times, self.scores = positions, times, scores
+    self.real = history >= 0
+    self.read, self.offered = np.maximum(history, 0), np.maximum(candidates, 0)
+    size = len(facts.counts) - 1
+    self.read_row = np.minimum(self.read, size)
+    self.offered_row = np.minimum(self.offered, size)
+    self.pair = (
+      np.where(history < size, history, -1),
+      np.where(candidates < size, candidates, -1),
+    )
+    self.even, self.short = self._weights(1.0), self._weights(0.8)
+    self.long, self.recent = self._weights(0.97), self._weights(1.0, RECENT)
+
+  def _weights(self, decay: float, last: int | None = None) -> np.ndarray:
+    age = np.arange(self.history.shape[1])
+    w = np.where(self.real, decay**age, 0.0)
     if last is not None:
       w = w * (age < last)
     return (w / np.maximum(w.sum(1, keepdims=True), 1e-6)).astype(np.float32)
 
-  even, short = weights(1.0), weights(0.8)
-  long, recent = weights(0.97), weights(1.0, RECENT)
-  columns = {}
-  columns['incoming_score'] = scores
-  columns['incoming_rank'] = np.broadcast_to(
-    np.arange(k, dtype=np.float32), (n, k)
-  )
-  co = content_lib.lookup(facts.statistics.similarity, *pair)
-  columns['co_long'] = np.einsum('nr,nrk->nk', long, co)
-  columns['co_short'] = np.einsum('nr,nrk->nk', short, co)
-  columns['co_last'] = co[:, 0]
-  columns['co_max'] = co.max(1)
-  columns['co_hits'] = (co > 0).sum(1)
-  joint = content_lib.lookup(facts.joint, *pair)
-  columns['joint_mean'] = np.einsum('nr,nrk->nk', even, joint)
-  columns['joint_max'] = joint.max(1)
-  root = np.sqrt(np.maximum(facts.counts, 1))
-  scale = 1 / (root[safe_met][:, :, None] * root[item_met][:, None, :])
-  after = content_lib.lookup(facts.statistics.directed, *pair)
-  before = content_lib.lookup(facts.statistics.directed, *pair[::-1])
-  before = before.swapaxes(1, 2)  # Turning the whole matrix takes far longer.
-  columns['directed'] = np.einsum('nr,nrk->nk', short, after * scale)
-  columns['direction'] = np.einsum(
-    'nr,nrk->nk', short, np.log((after + 0.5) / (before + 0.5))
-  )
-  taste = np.einsum('nr,nrd->nd', even, facts.latent[safe_met])
-  columns['latent'] = np.einsum('nd,nkd->nk', taste, facts.latent[item_met])
-  taste = np.einsum('nr,nrd->nd', recent, facts.latent[safe_met])
-  columns['latent_recent'] = np.einsum(
-    'nd,nkd->nk', taste, facts.latent[item_met]
-  )
-  read, offered = content.genres(safe), content.genres(item)
-  genre = np.einsum('nr,nrc->nc', even, read)
-  columns['genre'] = np.einsum('nc,nkc->nk', genre, offered)
-  genre = np.einsum('nr,nrc->nc', recent, read)
-  columns['genre_recent'] = np.einsum('nc,nkc->nk', genre, offered)
-  same = content.leaf(safe)[:, :, None] == content.leaf(item)[:, None, :]
-  columns['leaf'] = np.einsum('nr,nrk->nk', even, same)
-  last = read[:, :NEXT] @ facts.transition
-  lift = np.einsum('nrc,nkc->nrk', last, offered)
-  lift = lift * real[:, :NEXT, None]
-  columns['transition'] = lift.mean(axis=1)
-  columns['transition_max'] = lift.max(axis=1)
-  text = content.cosine(history, candidates)
-  columns['text_mean'] = np.einsum('nr,nrk->nk', long, text)
-  columns['text_max'] = text.max(1)
-  popularity = np.log1p(facts.counts)
-  columns['popularity'] = popularity[item_met]
-  base = facts.times[0] if len(facts.times) else 0
-  now = np.clip(times - base, 0, facts.span - 1)[:, None]
-  key = item.astype(np.int64) * facts.span
-  until = np.searchsorted(facts.item_times, key + now)
-  begin = np.searchsorted(facts.item_times, key)
-  half = np.searchsorted(facts.item_times, key + now * 3 // 4)
-  columns['trend'] = np.log((until - half + 1) / (until - begin + 2))
-  columns['quality'] = facts.quality[item_met]
-  habit = np.einsum('nr,nr->n', even, popularity[safe_met])
-  columns['popularity_gap'] = np.abs(popularity[item_met] - habit[:, None])
-  columns['stage_gap'] = facts.stage[item_met] - np.log1p(positions)[:, None]
-  then, year = content.years(safe), content.years(item)
-  known = then > 0
+  def mean(self, weights: np.ndarray, values_nxRxK: np.ndarray) -> np.ndarray:
+    """Mean over the history: [n, K]."""
+    return np.einsum('nr,nrk->nk', weights, values_nxRxK)
 
-  def year_gap(w):
-    w = w * known
-    centre = (w * then).sum(1) / np.maximum(w.sum(1), 1e-6)
-    gap = np.abs(year - centre[:, None])
-    valid = (year > 0) & (w.sum(1) > 0)[:, None]
+  def match(
+    self, weights: np.ndarray, vectors: tuple[np.ndarray, np.ndarray]
+  ) -> np.ndarray:
+    """Product of the mean history, of [n, R, D], and candidates [n, K, D]."""
+    taste = np.einsum('nr,nrd->nd', weights, vectors[0])
+    return np.einsum('nd,nkd->nk', taste, vectors[1])
+
+  @functools.cached_property
+  def co(self) -> np.ndarray:
+    """Symmetric co-engagement [n, R, K]."""
+    return content_lib.lookup(self.facts.statistics.similarity, *self.pair)
+
+  @functools.cached_property
+  def joint(self) -> np.ndarray:
+    """Co-occurrence at any distance [n, R, K]."""
+    return content_lib.lookup(self.facts.joint, *self.pair)
+
+  @functools.cached_property
+  def after(self) -> np.ndarray:
+    """Weight of the candidate after the history item [n, R, K]."""
+    return content_lib.lookup(self.facts.statistics.directed, *self.pair)
+
+  def directed(self) -> np.ndarray:
+    root = np.sqrt(np.maximum(self.facts.counts, 1))
+    scale = 1 / (
+      root[self.read_row][:, :, None] * root[self.offered_row][:, None, :]
+    )
+    return self.mean(self.short, self.after * scale)
+
+  def direction(self) -> np.ndarray:
+    directed = self.facts.statistics.directed
+    before = content_lib.lookup(directed, *self.pair[::-1])
+    before = before.swapaxes(1, 2)  # Transposing the matrix takes far longer.
+    ratio = np.log((self.after + 0.5) / (before + 0.5))
+    return self.mean(self.short, ratio)
+
+  @functools.cached_property
+  def latent(self) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of the history [n, R, D] and of the candidates [n, K, D]."""
+    latent = self.facts.latent
+    return latent[self.read_row], latent[self.offered_row]
+
+  @functools.cached_property
+  def genres(self) -> tuple[np.ndarray, np.ndarray]:
+    """Categories of the history [n, R, C] and of the candidates [n, K, C]."""
+    return self.content.genres(self.read), self.content.genres(self.offered)
+
+  def leaf(self) -> np.ndarray:
+    read, offered = map(self.content.leaf, (self.read, self.offered))
+    return self.mean(self.even, read[:, :, None] == offered[:, None, :])
+
+  @functools.cached_property
+  def lift(self) -> np.ndarray:
+    """Lift of the candidate after each of the last items [n, NEXT, K]."""
+    read, offered = self.genres
+    last = read[:, :NEXT] @ self.facts.transition
+    lift = np.einsum('nrc,nkc->nrk', last, offered)
+    return lift * self.real[:, :NEXT, None]
+
+  @functools.cached_property
+  def text(self) -> np.ndarray:
+    """Cosine of titles [n, R, K]."""
+    return self.content.cosine(self.history, self.candidates)
+
+  @functools.cached_property
+  def popularity(self) -> np.ndarray:
+    """Log of each item's rows [I + 1]."""
+    return np.log1p(self.facts.counts)
+
+  def popularity_gap(self) -> np.ndarray:
+    habit = np.einsum('nr,nr->n', self.even, self.popularity[self.read_row])
+    return np.abs(self.popularity[self.offered_row] - habit[:, None])
+
+  def trend(self) -> np.ndarray:
+    facts = self.facts
+    now = np.clip(self.times - facts.start, 0, facts.span - 1)[:, None]
+    key = self.offered.astype(np.int64) * facts.span
+    until = np.searchsorted(facts.item_times, key + now)
+    begin = np.searchsorted(facts.item_times, key)
+    recent = np.searchsorted(facts.item_times, key + now * 3 // 4)
+    return np.log((until - recent + 1) / (until - begin + 2))
+
+  def stage_gap(self) -> np.ndarray:
+    place = np.log1p(self.positions)[:, None]
+    return self.facts.stage[self.offered_row] - place
+
+  @functools.cached_property
+  def year(self) -> np.ndarray:
+    """Years of the candidates [n, K], 0 where unknown."""
+    return self.content.years(self.offered)
+
+  def year_gap(self, weights: np.ndarray) -> np.ndarray:
+    then = self.content.years(self.read)
+    weights = weights * (then > 0)
+    total = weights.sum(1)
+    center = (weights * then).sum(1) / np.maximum(total, 1e-6)
+    gap = np.abs(self.year - center[:, None])
+    valid = (self.year > 0) & (total > 0)[:, None]
     return np.where(valid, np.log1p(gap), 0.0)
 
-  columns['year'] = np.where(year > 0, year - 2000, 0)
-  columns['year_gap'] = year_gap(even)
-  columns['year_gap_recent'] = year_gap(recent)
-  today = 1970 + times[:, None] / (365.25 * 86400)
-  columns['age'] = np.where(year > 0, today - year, 0)
-  return np.stack([columns[name] for name in EVIDENCE], axis=-1)
+  def age(self) -> np.ndarray:
+    today = 1970 + self.times[:, None] / (365.25 * 86400)
+    return np.where(self.year > 0, today - self.year, 0)

@@ -1,4 +1,4 @@
-"""What every source delivers: a catalog, a log of interactions, impressions.
+"""The form that every source delivers: a catalog, interactions, impressions.
 
 Axes: I items, U users, n rows, K candidates.
 """
@@ -16,19 +16,12 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Catalog:
-  """The items.
+  """The items."""
 
-  Attributes:
-    item_ids: names outside this program [I]; they never reach a model.
-    titles: [I], may be empty.
-    categories: genres, or a path from wide to narrow [I].
-    years: int32 [I], 0 where unknown.
-  """
-
-  item_ids: tuple[str, ...]
-  titles: tuple[str, ...]
-  categories: tuple[tuple[str, ...], ...]
-  years: np.ndarray
+  item_ids: tuple[str, ...]  # [I], of the source; they never reach a model
+  titles: tuple[str, ...]  # [I], may be empty
+  categories: tuple[tuple[str, ...], ...]  # [I], genres, or a path from wide
+  years: np.ndarray  # int32 [I], 0 where unknown
 
   def __len__(self) -> int:
     return len(self.item_ids)
@@ -45,46 +38,27 @@ class Catalog:
 
 @dataclasses.dataclass(frozen=True)
 class Impressions:
-  """Slates that an upstream ranker showed.
+  """Slates that an upstream ranker showed."""
 
-  Attributes:
-    users: int32 [n].
-    times: int64 [n].
-    candidates: int32 [n, K] catalog indices, -1 pads at the end.
-    scores: float32 [n, K] of the upstream ranker.
-    grades: int8 [n, K] in 0..2.
-    utility: float32 [n, K], the true expected gain, or None.
-  """
-
-  users: np.ndarray
-  times: np.ndarray
-  candidates: np.ndarray
-  scores: np.ndarray
-  grades: np.ndarray
-  utility: np.ndarray | None = None
+  users: np.ndarray  # int32 [n]
+  times: np.ndarray  # int64 [n]
+  candidates: np.ndarray  # int32 [n, K] catalog indices, -1 pads at the end
+  scores: np.ndarray  # float32 [n, K] of the upstream ranker
+  grades: np.ndarray  # int8 [n, K] in 0..2
+  utility: np.ndarray | None = None  # float32 [n, K], the true expected gain
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-  """Interactions, sorted by user, then time, then a seeded random number.
-
-  Attributes:
-    catalog: the items.
-    user_ids: names outside this program [U].
-    users: int32 [n].
-    items: int32 [n] catalog indices.
-    times: int64 [n], in seconds, or any unit that orders.
-    grades: int8 [n], 1 or 2.
-    impressions: the slates shown, or None where the pre-ranker makes them.
-  """
+  """Interactions, sorted by user, then time, then a seeded random number."""
 
   catalog: Catalog
-  user_ids: tuple[str, ...]
-  users: np.ndarray
-  items: np.ndarray
-  times: np.ndarray
-  grades: np.ndarray
-  impressions: Impressions | None = None
+  user_ids: tuple[str, ...]  # [U], of the source
+  users: np.ndarray  # int32 [n]
+  items: np.ndarray  # int32 [n] catalog indices
+  times: np.ndarray  # int64 [n], in seconds, or any unit that orders
+  grades: np.ndarray  # int8 [n], 1 or 2
+  impressions: Impressions | None = None  # None: the pre-ranker makes slates
 
   def offsets(self) -> np.ndarray:
     """Returns int64 [U + 1]: user u owns rows offsets[u]:offsets[u + 1]."""
@@ -97,8 +71,8 @@ class Log:
   def has_times(self) -> bool:
     """Returns False where each time is just the row's place in its history.
 
-    Such a file tells an order, and often one in which ties stand by item
-    code; what came first inside a history then proves nothing.
+    Such a file gives an order, often with ties sorted by item code, so that the
+    order within a history proves nothing.
     """
     return not np.array_equal(self.times, self.positions())
 
@@ -117,28 +91,11 @@ def make_log(
   seed: int,
   impressions: Impressions | None = None,
 ) -> Log:
-  """Sorts rows into a Log; the seed alone orders ties, never file order.
-
-  Rows are first put into an order that depends on their content only, so that
-  shuffling a file does not change the result.
-
-  Args:
-    catalog: the items.
-    user_ids: [U].
-    users: int [n].
-    items: int [n].
-    times: int [n].
-    grades: int [n].
-    seed: of the order inside ties.
-    impressions: passed on.
-
-  Returns:
-    The sorted Log.
-  """
+  """Sorts rows into a Log; the seed orders ties, whatever the file's order."""
+  # An order that depends on the rows' content alone comes first.
   canonical = np.lexsort((grades, items, times, users))
-  draw = np.random.default_rng([seed, 1]).random(len(users))
   tie = np.empty(len(users))
-  tie[canonical] = draw
+  tie[canonical] = np.random.default_rng([seed, 1]).random(len(users))
   order = np.lexsort((tie, times, users))
   return Log(
     catalog,
@@ -152,18 +109,10 @@ def make_log(
 
 
 def core(users: np.ndarray, items: np.ndarray, least: int) -> np.ndarray:
-  """Returns the mask of rows in the `least`-core.
+  """Returns the mask of rows in the `least`-core, bool [n].
 
-  Users and items with fewer than `least` rows go, again and again, until none
+  Users and items with fewer than `least` rows are dropped repeatedly until none
   is left.
-
-  Args:
-    users: int [n].
-    items: int [n].
-    least: rows that each kept user and item has.
-
-  Returns:
-    bool [n].
   """
   keep = np.ones(len(users), bool)
   while True:

@@ -1,8 +1,8 @@
-"""The pre-ranker: a decayed item kNN, and the statistics it is made of.
+"""The pre-ranker: a decayed item kNN, and the statistics behind it.
 
 Two items that stand d places apart in one history are co-engaged with weight
-decay^(d - 1). Directed weights keep who came first; the kNN uses their
-symmetric sum, divided by the square root of both items' counts.
+decay^(d - 1). Directed weights record which item came first; the kNN uses
+their symmetric sum, divided by the square root of both items' counts.
 
 Axes: I items, U users, n slates, K candidates, H history.
 """
@@ -21,19 +21,12 @@ ROWS = 1024  # Slates scored at once: bounds the dense [ROWS, I] block.
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-  """What is known of the items from one set of rows of the log.
+  """Co-engagement in one set of rows of the log."""
 
-  Attributes:
-    directed: float32 [I, I] csr; entry (a, b): decayed weight of b after a.
-    similarity: float32 [I, I] csr, symmetric, normalised: the kNN.
-    counts: float32 [I], rows per item.
-    rows: int64 indices of the log's rows that all this was fitted on.
-  """
-
-  directed: sparse.csr_array
-  similarity: sparse.csr_array
-  counts: np.ndarray
-  rows: np.ndarray
+  directed: sparse.csr_array  # float32 [I, I], (a, b): weight of b after a
+  similarity: sparse.csr_array  # float32 [I, I], symmetric, scaled: the kNN
+  counts: np.ndarray  # float32 [I], rows per item
+  rows: np.ndarray  # int64, indices of the log's rows fitted on
 
 
 def fit(
@@ -43,17 +36,14 @@ def fit(
   window: int,
   neighbours: int,
 ) -> Statistics:
-  """Counts co-engagement over the kept rows.
+  """Counts co-engagement over the kept rows alone.
 
   Args:
     log: the log.
     keep: bool [rows of the log].
-    decay: weight lost per place of distance.
+    decay: factor per place of distance.
     window: largest distance counted.
-    neighbours: largest number of neighbours an item keeps in `similarity`.
-
-  Returns:
-    Statistics of the kept rows alone.
+    neighbours: most neighbors that an item keeps in `similarity`.
   """
   rows = np.flatnonzero(keep)
   users, items = log.users[rows], log.items[rows]
@@ -77,7 +67,7 @@ def fit(
 
 
 def prune(matrix: sparse.csr_array, most: int) -> sparse.csr_array:
-  """Returns the matrix with each row's `most` largest entries only."""
+  """Returns the matrix with only the `most` largest entries of each row."""
   matrix = sparse.csr_array(matrix)
   row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
   order = np.lexsort((matrix.indices, -matrix.data, row))
@@ -102,12 +92,12 @@ def score(
   """Finds the K items nearest to each history: score = sum_h w_h S[h, item].
 
   Args:
-    log: the log; of user u only the first `positions` items are read.
+    log: the log.
     statistics: fitted without these slates.
     users: int [n].
-    positions: int [n], length of each history.
-    k: candidates wanted.
-    decay: weight lost per step back into the history.
+    positions: int [n], how many of the user's first items are the history.
+    k: K.
+    decay: factor per step back into the history.
     reach: number of last items that count.
 
   Returns:
@@ -115,7 +105,7 @@ def score(
     positive score, none of them in the history; scores float32 [n, K].
   """
   start = log.offsets()[users]
-  # Ties go by a fixed draw, since catalog order can leak age.
+  # A fixed draw breaks ties, since catalog order can leak age.
   draw = np.random.default_rng(len(log.catalog)).random(len(log.catalog))
   nudge = (1.0 + 1e-5 * draw).astype(np.float32)
   candidates = np.full((len(users), k), -1, np.int32)
@@ -132,14 +122,19 @@ def score(
     top.sort(axis=1)
     value = np.take_along_axis(dense, top, axis=1)
     order = np.argsort(-value, axis=1, kind='stable')
-    top = np.take_along_axis(top, order, axis=1)
-    value = np.take_along_axis(value, order, axis=1)
+    top, value = (np.take_along_axis(x, order, axis=1) for x in (top, value))
     candidates[part, :width] = np.where(value > 0, top, -1)
     scores[part, :width] = np.maximum(value, 0)
   return candidates, scores
 
 
-def _history_matrix(log, begin, end, decay, reach) -> sparse.csr_array:
+def _history_matrix(
+  log: log_lib.Log,
+  begin: np.ndarray,
+  end: np.ndarray,
+  decay: float,
+  reach: int,
+) -> sparse.csr_array:
   """Returns [rows, I]: decay^age on each row's last `reach` items."""
   row, column = _spread(np.maximum(end - begin - reach, 0), end - begin)
   age = (end - begin)[row] - 1 - column
@@ -152,7 +147,7 @@ def _history_matrix(log, begin, end, decay, reach) -> sparse.csr_array:
   )
 
 
-def _spread(low: np.ndarray, high: np.ndarray):
+def _spread(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns all (i, j) with low[i] <= j < high[i], as two flat arrays."""
   size = high - low
   row = np.repeat(np.arange(len(size)), size)

@@ -21,67 +21,54 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
 from gr2_jax.data import evidence as evidence_lib
-from gr2_jax.data import item_text as content_lib
+from gr2_jax.data import item_text, preranker
 from gr2_jax.data import log as log_lib
-from gr2_jax.data import preranker
 from gr2_jax.data import splits as splits_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Slates:
-  """One split, a struct of arrays.
+  """One split. A padding candidate is -1 with grade, score and evidence 0."""
 
-  A padding candidate is -1 with grade, score and evidence 0.
-
-  Attributes:
-    user: int32 [n].
-    candidates: int32 [n, K] in the incoming order, pads at the end.
-    scores: float32 [n, K] of the incoming ranker.
-    grades: int8 [n, K] in 0..2.
-    count: int32 [n], real candidates.
-    history: int32 [n, H], the last H items, oldest first, -1 pads at the end.
-    history_grades: int8 [n, H], how the user took to each, 1 or 2; 0 where
-      that is not known, and in padding.
-    history_ages: int64 [n, H], time from each to the slate, in the unit of the
-      log; -1 where that is not known, and in padding.
-    history_length: int32 [n], real items in `history`.
-    time: int64 [n].
-    evidence: float32 [n, K, E], columns of `evidence.EVIDENCE`.
-    utility: float32 [n, K], true expected gain, NaN where unknown.
-  """
-
-  user: np.ndarray
-  candidates: np.ndarray
-  scores: np.ndarray
-  grades: np.ndarray
-  count: np.ndarray
-  history: np.ndarray
-  history_grades: np.ndarray
+  user: np.ndarray  # int32 [n]
+  candidates: np.ndarray  # int32 [n, K], incoming order, pads at the end
+  scores: np.ndarray  # float32 [n, K], of the incoming ranker
+  grades: np.ndarray  # int8 [n, K] in 0..2
+  count: np.ndarray  # int32 [n], real candidates
+  history: np.ndarray  # int32 [n, H], oldest first, -1 pads at the end
+  history_grades: (
+    np.ndarray
+  )  # int8 [n, H], 1 or 2; 0 where unknown, and in pads
+  # int64 [n, H], from the item to the slate, in the log's unit; -1 likewise.
   history_ages: np.ndarray
-  history_length: np.ndarray
-  time: np.ndarray
-  evidence: np.ndarray
-  utility: np.ndarray
+  history_length: np.ndarray  # int32 [n], real items in `history`
+  time: np.ndarray  # int64 [n]
+  evidence: np.ndarray  # float32 [n, K, E], columns of `evidence.NAMES`
+  utility: np.ndarray  # float32 [n, K], true expected gain, NaN where unknown
 
   def __len__(self) -> int:
-    """Returns n."""
     return len(self.user)
 
   def take(self, rows: np.ndarray) -> Slates:
-    """Some of the slates, in the order of `rows`, int [m]."""
-    return Slates(**{name: getattr(self, name)[rows] for name in NAMES})
+    """The slates of `rows`, indices or a mask."""
+    return splits_lib.take(self, rows)
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Slates))
 
 
-def build(log: log_lib.Log, config) -> dict[str, Slates]:
+def build(
+  log: log_lib.Log, config: ConfigDict
+) -> tuple[dict[str, Slates], dict[str, dict[str, Any]]]:
   """Builds the splits.
 
   Args:
@@ -89,151 +76,166 @@ def build(log: log_lib.Log, config) -> dict[str, Slates]:
     config: section `data`.
 
   Returns:
-    {'train', 'validation', 'test'} -> Slates, sorted by user, then time.
+    Split -> Slates, sorted by user, then time. Split -> counts: `requests`
+    before anything is dropped, their `users`, those dropped for `no_positive`
+    or `no_negative`, the `slates` kept, and, where the pre-ranker made the
+    slates, `recall`, the share of requests whose next item is a candidate.
   """
-  return build_counted(log, config)[0]
-
-
-def build_counted(
-  log: log_lib.Log, config
-) -> tuple[dict[str, Slates], dict[str, dict]]:
-  """As `build`; returns also, per split, what was kept and what dropped.
-
-  The counts of a split: `requests`, `no_positive`, `no_negative`, `slates`,
-  `users`; and, where the pre-ranker made the slates, `recall`, the share of
-  requests whose next item is among the candidates.
-  """
-  requests = splits_lib.requests(log, config)
+  positions = splits_lib.slate_positions(log, config)
   known = splits_lib.known_rows(log, config)
   fold = splits_lib.folds(len(log.user_ids), config)
-  content = content_lib.fit(log.catalog)
-  parts, counts = [], []
+  content = item_text.fit(log.catalog)
+  slates = {name: [] for name in splits_lib.SPLITS}
+  outcomes = {name: [] for name in splits_lib.SPLITS}
   for index in [*range(config.folds), None]:
     if index is None:
-      rows, chosen = known, requests.split > 0
+      rows, chosen = known, positions.split > 0
     else:
       rows = known & (fold[log.users] != index)
-      chosen = (requests.split == 0) & (fold[requests.user] == index)
-    here = splits_lib.take(requests, chosen)
+      chosen = (positions.split == 0) & (fold[positions.user] == index)
+    here = splits_lib.take(positions, chosen)
     statistics = preranker.fit(
       log, rows, config.knn_decay, config.knn_window, config.knn_neighbours
     )
-    kept, slates, dropped = retrieve(log, config, statistics, here)
-    facts = evidence_lib.fit(log, statistics, content)
-    evidence = evidence_lib.compute(
-      log,
-      facts,
-      kept.user,
-      kept.position,
-      kept.time,
-      slates['candidates'],
-      slates['scores'],
-    )
-    slates = Slates(
+    kept, arrays, outcome = retrieve(log, config, statistics, here)
+    part = Slates(
       user=kept.user.astype(np.int32),
-      count=(slates['candidates'] >= 0).sum(1).astype(np.int32),
+      count=(arrays['candidates'] >= 0).sum(1).astype(np.int32),
       time=kept.time,
-      evidence=evidence,
+      evidence=evidence_lib.compute(
+        log,
+        evidence_lib.fit(log, statistics, content),
+        kept.user,
+        kept.position,
+        kept.time,
+        arrays['candidates'],
+        arrays['scores'],
+      ),
       **_histories(log, kept, config.history),
-      **slates,
+      **arrays,
     )
-    parts.append((kept.split, slates))
-    counts.append((here.split, dropped))
-  return _assemble(parts), _count(counts)
+    for number, name in enumerate(splits_lib.SPLITS):
+      slates[name].append(part.take(kept.split == number))
+      inside = here.split == number
+      outcomes[name].append({key: x[inside] for key, x in outcome.items()})
+  return (
+    {name: _join(parts) for name, parts in slates.items()},
+    {name: _count(parts) for name, parts in outcomes.items()},
+  )
+
+
+def _join(parts: list[Slates]) -> Slates:
+  columns = zip(*(vars(part).values() for part in parts), strict=True)
+  slates = Slates(*map(np.concatenate, columns))
+  return slates.take(np.lexsort((slates.time, slates.user)))
+
+
+def _count(parts: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+  outcome = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+  users = outcome.pop('user')
+  counts = {'requests': len(users), 'users': len(np.unique(users))}
+  if 'recall' in outcome:
+    recall = outcome.pop('recall')
+    counts['recall'] = float(recall.mean()) if len(users) else 0.0
+  return counts | {key: int(value.sum()) for key, value in outcome.items()}
 
 
 def retrieve(
   log: log_lib.Log,
-  config,
+  config: ConfigDict,
   statistics: preranker.Statistics,
-  requests: splits_lib.Requests,
-) -> tuple[splits_lib.Requests, dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Finds candidates and labels; drops slates that teach nothing.
+  positions: splits_lib.SlatePositions,
+) -> tuple[
+  splits_lib.SlatePositions, dict[str, np.ndarray], dict[str, np.ndarray]
+]:
+  """Finds candidates and labels; drops slates without a contrast to learn.
 
   Args:
     log: the log.
     config: section `data`.
     statistics: of the pre-ranker; not read where the log has impressions.
-    requests: where slates stand.
+    positions: where slates stand.
 
   Returns:
-    The requests kept; their `candidates`, `scores`, `grades`, `utility`, each
-    [n, K]; and what became of every request given.
+    The positions kept; their `candidates`, `scores`, `grades`, `utility`, each
+    [n, K]; and the outcome of every position given, as masks, see `_count`.
   """
   shown = log.impressions
+  outcome = {}
   if shown is None:
     candidates, scores = preranker.score(
       log,
       statistics,
-      requests.user,
-      requests.position,
+      positions.user,
+      positions.position,
       config.candidates,
       config.history_decay,
       config.prerank_history,
     )
-    grades = _labels(log, requests, candidates)
-    utility = np.full(candidates.shape, np.nan, np.float32)
-    following = log.items[log.offsets()[requests.user] + requests.position]
-    found = (candidates == following[:, None]).any(axis=1)
+    grades = _labels(log, positions, candidates)
+    utility = np.full(candidates.shape, np.nan)
+    following = log.items[log.offsets()[positions.user] + positions.position]
+    outcome['recall'] = (candidates == following[:, None]).any(axis=1)
   else:
-    rows = requests.shown
-    candidates, scores = shown.candidates[rows], shown.scores[rows]
-    grades = shown.grades[rows]
-    utility = shown.utility
-    if utility is None:
-      utility = np.full(candidates.shape, np.nan, np.float32)
-    else:
-      utility = utility[rows]
-    scores = np.where(candidates < 0, -np.inf, scores)
+    rows = positions.shown
+    candidates, grades = shown.candidates[rows], shown.grades[rows]
+    utility = (
+      np.full(candidates.shape, np.nan)
+      if shown.utility is None
+      else shown.utility[rows]
+    )
+    scores = np.where(candidates < 0, -np.inf, shown.scores[rows])
     order = np.argsort(-scores, axis=1, kind='stable')[:, : config.candidates]
     candidates, scores, grades, utility = (
       np.take_along_axis(x, order, axis=1)
       for x in (candidates, scores, grades, utility)
     )
     scores = np.where(candidates < 0, 0, scores)
-    found = None
   positive = (grades > 0).any(axis=1)
   negative = ((grades == 0) & (candidates >= 0)).any(axis=1)
   kept = positive & negative
-  arrays = {
-    'candidates': candidates,
-    'scores': scores.astype(np.float32),
-    'grades': grades.astype(np.int8),
-    'utility': utility.astype(np.float32),
-  }
-  arrays = {name: array[kept] for name, array in arrays.items()}
-  outcome = {
-    'user': requests.user,
+  outcome |= {
+    'user': positions.user,
     'no_positive': ~positive,
     'no_negative': positive & ~negative,
     'slates': kept,
   }
-  if found is not None:
-    outcome['recall'] = found
-  return splits_lib.take(requests, kept), arrays, outcome
+  arrays = {
+    'candidates': candidates[kept],
+    'scores': scores[kept].astype(np.float32),
+    'grades': grades[kept].astype(np.int8),
+    'utility': utility[kept].astype(np.float32),
+  }
+  return splits_lib.take(positions, kept), arrays, outcome
 
 
-def _labels(log, requests, candidates) -> np.ndarray:
+def _labels(
+  log: log_lib.Log,
+  positions: splits_lib.SlatePositions,
+  candidates: np.ndarray,
+) -> np.ndarray:
   """Returns int8 [n, K]: the best grade among the rows up to the limit."""
-  start = log.offsets()[requests.user]
-  span = requests.limit - requests.position
+  start = log.offsets()[positions.user] + positions.position
+  span = positions.limit - positions.position
   grades = np.zeros(candidates.shape, np.int8)
   for step in range(int(span.max(initial=0))):
     inside = step < span
-    row = np.where(inside, start + requests.position + step, 0)
+    row = np.where(inside, start + step, 0)
     hit = inside[:, None] & (candidates == log.items[row][:, None])
     grades = np.maximum(grades, hit * log.grades[row][:, None])
   return grades
 
 
-def _histories(log, requests, keep) -> dict[str, np.ndarray]:
-  """Returns the fields of `Slates` that tell of the last items."""
-  length = np.minimum(requests.position, keep)
-  first = log.offsets()[requests.user] + requests.position - length
-  step = np.arange(keep)
+def _histories(
+  log: log_lib.Log, positions: splits_lib.SlatePositions, most: int
+) -> dict[str, np.ndarray]:
+  """Returns the fields of `Slates` that describe the last `most` items."""
+  length = np.minimum(positions.position, most)
+  first = log.offsets()[positions.user] + positions.position - length
+  step = np.arange(most)
   real = step < length[:, None]
   row = np.where(real, first[:, None] + step, 0)
-  age = np.maximum(requests.time[:, None] - log.times[row], 0)
+  age = np.maximum(positions.time[:, None] - log.times[row], 0)
   return {
     'history': np.where(real, log.items[row], -1).astype(np.int32),
     'history_grades': np.where(real, log.grades[row], 0).astype(np.int8),
@@ -242,41 +244,8 @@ def _histories(log, requests, keep) -> dict[str, np.ndarray]:
   }
 
 
-def _assemble(parts) -> dict[str, Slates]:
-  out = {}
-  for number, name in enumerate(splits_lib.SPLITS):
-    pieces = [
-      splits_lib.take(slates, split == number) for split, slates in parts
-    ]
-    names = [field.name for field in dataclasses.fields(Slates)]
-    whole = Slates(
-      *(np.concatenate([getattr(p, n) for p in pieces]) for n in names)
-    )
-    out[name] = splits_lib.take(whole, np.lexsort((whole.time, whole.user)))
-  return out
-
-
-def _count(parts) -> dict[str, dict]:
-  out = {}
-  for number, name in enumerate(splits_lib.SPLITS):
-    here = {
-      key: np.concatenate(
-        [outcome[key][split == number] for split, outcome in parts]
-      )
-      for key in parts[0][1]
-    }
-    users = here.pop('user')
-    out[name] = {'requests': len(users), 'users': len(np.unique(users))}
-    if 'recall' in here:
-      out[name]['recall'] = (
-        float(here.pop('recall').mean()) if len(users) else 0.0
-      )
-    out[name] |= {key: int(value.sum()) for key, value in here.items()}
-  return out
-
-
 class SlateDataset(tfds.core.GeneratorBasedBuilder):
-  """Writes splits of slates; `source` and `read` read them."""
+  """Writes splits of slates; `SlateSource` and `read` read them."""
 
   VERSION = tfds.core.Version('1.0.0')
 
@@ -285,15 +254,15 @@ class SlateDataset(tfds.core.GeneratorBasedBuilder):
     super().__init__(data_dir=data_dir, file_format='array_record')
 
   def _info(self) -> tfds.core.DatasetInfo:
-    slates = next(iter(self._slates.values()))
-    features = {}
-    for name in NAMES:
-      array = getattr(slates, name)
-      features[name] = tfds.features.Tensor(
+    arrays = vars(next(iter(self._slates.values())))
+    features = {
+      name: tfds.features.Tensor(
         shape=array.shape[1:] or (1,),
         dtype=array.dtype,
         encoding=tfds.features.Encoding.BYTES,
       )
+      for name, array in arrays.items()
+    }
     return tfds.core.DatasetInfo(
       builder=self,
       description='Slates of a recommender: history, candidates, labels.',
@@ -301,37 +270,34 @@ class SlateDataset(tfds.core.GeneratorBasedBuilder):
       disable_shuffling=True,
     )
 
-  def _split_generators(self, dl_manager):
+  def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
     del dl_manager  # Nothing is downloaded.
     return {
       name: self._generate_examples(slates)
       for name, slates in self._slates.items()
     }
 
-  def _generate_examples(self, slates: Slates):
+  def _generate_examples(self, slates: Slates) -> Iterator:
     for row in range(len(slates)):
-      yield (
-        row,
-        {name: np.atleast_1d(getattr(slates, name)[row]) for name in NAMES},
-      )
+      yield row, {k: np.atleast_1d(x[row]) for k, x in vars(slates).items()}
 
 
 def write(
   directory: str | os.PathLike,
   splits: dict[str, Slates],
   catalog: log_lib.Catalog,
-  meta: dict,
+  meta: dict[str, Any],
 ) -> None:
-  """Writes a data set; meta.json comes last, and says that it is whole.
+  """Writes a data set; meta.json appears last, when everything else is there.
 
   Args:
-    directory: made if it is not there.
+    directory: made if it does not exist.
     splits: 'train', 'validation', 'test'.
     catalog: written to catalog.jsonl.
-    meta: added to what meta.json says of itself.
+    meta: further fields of meta.json.
 
   Raises:
-    FileExistsError: `directory` holds a whole data set already.
+    FileExistsError: `directory` holds a complete data set already.
     DataError: a split is empty.
   """
   directory = pathlib.Path(directory)
@@ -358,7 +324,12 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_parts(directory, splits, catalog, meta):
+def _write_parts(
+  directory: pathlib.Path,
+  splits: dict[str, Slates],
+  catalog: log_lib.Catalog,
+  meta: dict[str, Any],
+) -> None:
   builder = SlateDataset(splits=splits, data_dir=str(directory))
   tfds.disable_progress_bar()
   with contextlib.redirect_stdout(io.StringIO()):
@@ -373,26 +344,26 @@ def _write_parts(directory, splits, catalog, meta):
       }
       file.write(json.dumps(line, ensure_ascii=False) + '\n')
   train = splits['train']
-  own = {
-    'evidence': evidence_lib.EVIDENCE,
+  fields = {
+    'evidence': evidence_lib.NAMES,
     'candidates': train.candidates.shape[1],
     'history': train.history.shape[1],
     'items': len(catalog),
     'empty_titles': sum(not title for title in catalog.titles),
     'slates': {name: len(slates) for name, slates in splits.items()},
   }
-  (directory / 'meta.json').write_text(json.dumps(own | meta, indent=2))
+  (directory / 'meta.json').write_text(json.dumps(fields | meta, indent=2))
 
 
-class Records:
-  """A split by random access, as Grain wants it.
+class SlateSource:
+  """Random access to the records of a split, as Grain requires it.
 
   A record is a dict of numpy arrays, the fields of `Slates` without the axis n.
   """
 
   def __init__(self, directory: str | os.PathLike, split: str):
-    place = pathlib.Path(directory) / SlateDataset.name
-    builder = tfds.builder_from_directory(place / str(SlateDataset.VERSION))
+    folder = pathlib.Path(directory) / SlateDataset.name
+    builder = tfds.builder_from_directory(folder / str(SlateDataset.VERSION))
     records = builder.as_data_source(split=split)
     self._raw = records.data_source
     self._specs = {
@@ -404,15 +375,14 @@ class Records:
     return len(self._raw)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    return {
-      name: np.frombuffer(blob, self._specs[name][0]).reshape(
-        self._specs[name][1]
-      )
-      for name, blob in _blobs(self._raw[index])
-    }
+    record = {}
+    for name, blob in _blobs(self._raw[index]):
+      dtype, shape = self._specs[name]
+      record[name] = np.frombuffer(blob, dtype).reshape(shape)
+    return record
 
   def slates(self) -> Slates:
-    """Returns the whole split."""
+    """Reads the whole split."""
     values = {name: [] for name in NAMES}
     for record in self._raw.__getitems__(range(len(self))):
       for name, blob in _blobs(record):
@@ -424,23 +394,18 @@ class Records:
     return Slates(**arrays)
 
 
-def _blobs(record: bytes):
+def _blobs(record: bytes) -> list[tuple[str, bytes]]:
   fields = tf_example_pb2.Example.FromString(record).features.feature
   return [(name, fields[name].bytes_list.value[0]) for name in NAMES]
 
 
-def source(directory: str | os.PathLike, split: str) -> Records:
-  """Returns a split's records by random access."""
-  return Records(directory, split)
-
-
 def read(directory: str | os.PathLike, split: str) -> Slates:
-  """Returns one whole split, exactly as it was written."""
-  return Records(directory, split).slates()
+  """Reads one whole split, exactly as it was written."""
+  return SlateSource(directory, split).slates()
 
 
 def read_catalog(directory: str | os.PathLike) -> log_lib.Catalog:
-  """Returns the catalog of a data set."""
+  """Reads the catalog of a data set."""
   with (pathlib.Path(directory) / 'catalog.jsonl').open() as file:
     lines = [json.loads(line) for line in file]
   return log_lib.Catalog(
@@ -451,6 +416,6 @@ def read_catalog(directory: str | os.PathLike) -> log_lib.Catalog:
   )
 
 
-def read_meta(directory: str | os.PathLike) -> dict:
-  """Returns meta.json: evidence names, K, H, counts."""
+def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
+  """Reads meta.json: evidence names, K, H, counts."""
   return json.loads((pathlib.Path(directory) / 'meta.json').read_text())

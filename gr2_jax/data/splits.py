@@ -6,33 +6,32 @@ Axes: U users, n impressions.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.data import log as log_lib
 
 SPLITS = ('train', 'validation', 'test')
 
+Struct = TypeVar('Struct')
+
 
 @dataclasses.dataclass(frozen=True)
-class Requests:
-  """Slates before the evidence is known; one row each."""
+class SlatePositions:
+  """Where slates stand in the log; one row for each slate."""
 
-  split: np.ndarray  # int [n], index in SPLITS.
-  user: np.ndarray  # int [n].
-  position: np.ndarray  # int [n], rows of the user that came before.
-  limit: np.ndarray  # int [n], positives are rows position..limit - 1.
-  time: np.ndarray  # int64 [n].
-  shown: np.ndarray  # int [n], row of the impressions, -1 if there are none.
+  split: np.ndarray  # int [n], index in SPLITS
+  user: np.ndarray  # int [n]
+  position: np.ndarray  # int [n], rows of the user that came before
+  limit: np.ndarray  # int [n], positives are rows position..limit - 1
+  time: np.ndarray  # int64 [n]
+  shown: np.ndarray  # int [n], row of the impressions, -1 if there are none
 
 
 def assign(n: int, shares: tuple[float, ...], seed: int) -> np.ndarray:
-  """Deals n users out at random, in the given shares.
-
-  Args:
-    n: number of users.
-    shares: of each part; they are scaled to sum to one.
-    seed: of the deal.
+  """Deals n users out at random, in the given shares (of their sum).
 
   Returns:
     int32 [n], the part of each user.
@@ -42,7 +41,7 @@ def assign(n: int, shares: tuple[float, ...], seed: int) -> np.ndarray:
   return np.searchsorted(np.round(edges), place, side='right').astype(np.int32)
 
 
-def by_user(config) -> bool:
+def by_user(config: ConfigDict) -> bool:
   """Returns whether users, not times, are split.
 
   Raises:
@@ -57,14 +56,14 @@ def by_user(config) -> bool:
   return config.split == 'user'
 
 
-def user_parts(n_users: int, config) -> np.ndarray:
+def user_parts(n_users: int, config: ConfigDict) -> np.ndarray:
   """Returns int32 [U]: the index in SPLITS, 0 for all where time splits."""
   if by_user(config):
     return assign(n_users, config.split_shares, config.split_seed)
   return np.zeros(n_users, np.int32)
 
 
-def folds(n_users: int, config) -> np.ndarray:
+def folds(n_users: int, config: ConfigDict) -> np.ndarray:
   """Returns int32 [U]: the fold that leaves each user's rows out."""
   return assign(n_users, (1.0,) * config.folds, config.split_seed + 7919)
 
@@ -80,7 +79,9 @@ def time_cuts(length: int) -> tuple[int, int]:
   return max(0, length - test - validation), max(0, length - test)
 
 
-def impression_parts(users: np.ndarray, n_users: int, config) -> np.ndarray:
+def impression_parts(
+  users: np.ndarray, n_users: int, config: ConfigDict
+) -> np.ndarray:
   """Returns int32 [n]: the split of each impression.
 
   Args:
@@ -99,8 +100,8 @@ def impression_parts(users: np.ndarray, n_users: int, config) -> np.ndarray:
   return parts
 
 
-def known_rows(log: log_lib.Log, config) -> np.ndarray:
-  """Returns bool [rows of the log]: what any statistic may be fitted on.
+def known_rows(log: log_lib.Log, config: ConfigDict) -> np.ndarray:
+  """Returns bool [rows of the log]: those that statistics may be fitted on.
 
   By user: the rows of train users. By time: each user's rows before that
   user's validation part.
@@ -118,17 +119,18 @@ def known_rows(log: log_lib.Log, config) -> np.ndarray:
   return log.times < cuts[log.users]
 
 
-def requests(log: log_lib.Log, config) -> Requests:
-  """Returns where slates stand: at the impressions, or the plan's positions.
+def slate_positions(log: log_lib.Log, config: ConfigDict) -> SlatePositions:
+  """Places slates: at the impressions, or else along each history.
+
+  Where a user has more than the config's maximum, they are evenly spaced.
 
   Raises:
     DataError: no history is long enough for a slate.
   """
-  return _impressions(log, config) if log.impressions else _plan(log, config)
+  return _of_impressions(log, config) if log.impressions else _plan(log, config)
 
 
-def _plan(log: log_lib.Log, config) -> Requests:
-  """Requests at a user's positions, evenly spaced where there are too many."""
+def _plan(log: log_lib.Log, config: ConfigDict) -> SlatePositions:
   lengths = np.diff(log.offsets())
   part = user_parts(len(lengths), config)
   least = config.min_history if by_user(config) else config.min_history_time
@@ -140,8 +142,7 @@ def _plan(log: log_lib.Log, config) -> Requests:
       low, high = time_cuts(length)
       borders = [(0, 0, low), (1, low, high), (2, high, length)]
     for split, begin, end in borders:
-      places = np.arange(max(begin, least), end)
-      places = places[_spaced(len(places), _most(config, split))]
+      places = _spaced(np.arange(max(begin, least), end), config, split)
       limit = np.minimum(places + config.horizon, end)
       same = np.ones_like(places)
       pieces.append(np.stack([same * split, same * user, places, limit]))
@@ -153,21 +154,19 @@ def _plan(log: log_lib.Log, config) -> Requests:
       'data.min_history_time or data.min_core, or bring longer histories'
     )
   time = log.times[log.offsets()[user] + place]
-  return Requests(split, user, place, limit, time, np.full_like(user, -1))
+  return SlatePositions(split, user, place, limit, time, np.full_like(user, -1))
 
 
-def _impressions(log: log_lib.Log, config) -> Requests:
-  """Requests at the impressions, evenly spaced where there are too many."""
+def _of_impressions(log: log_lib.Log, config: ConfigDict) -> SlatePositions:
   shown = log.impressions
-  n_users = len(log.user_ids)
-  split = impression_parts(shown.users, n_users, config)
+  split = impression_parts(shown.users, len(log.user_ids), config)
   rows = [np.zeros(0, np.int64)]
   for part in range(len(SPLITS)):
     inside = np.flatnonzero(split == part)
     inside = inside[np.argsort(shown.users[inside], kind='stable')]
     borders = np.flatnonzero(np.diff(shown.users[inside])) + 1
-    for own in np.split(inside, borders):
-      rows.append(own[_spaced(len(own), _most(config, part))])
+    for one_user in np.split(inside, borders):
+      rows.append(_spaced(one_user, config, part))
   rows = np.concatenate(rows)
   user, time = shown.users[rows].astype(np.int64), shown.times[rows]
   offsets = log.offsets()
@@ -178,21 +177,16 @@ def _impressions(log: log_lib.Log, config) -> Requests:
     ],
     np.int64,
   )
-  return Requests(split[rows], user, position, position, time, rows)
+  return SlatePositions(split[rows], user, position, position, time, rows)
 
 
-def _most(config, split: int) -> int:
-  return config.max_slates_train if split == 0 else config.max_slates_eval
+def _spaced(places: np.ndarray, config: ConfigDict, split: int) -> np.ndarray:
+  """Thins out places to the config's maximum, evenly spaced."""
+  most = config.max_slates_eval if split else config.max_slates_train
+  n = len(places)
+  return places[np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))]
 
 
-def _spaced(n: int, most: int) -> np.ndarray:
-  return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
-
-
-def take(struct, index):
+def take(struct: Struct, index: np.ndarray) -> Struct:
   """Returns the struct of arrays with rows `index`."""
-  arrays = {
-    field.name: getattr(struct, field.name)[index]
-    for field in dataclasses.fields(struct)
-  }
-  return type(struct)(**arrays)
+  return type(struct)(**{k: x[index] for k, x in vars(struct).items()})

@@ -214,7 +214,7 @@ def sources(
     texts = read_texts(stage.text_file)
   found = []
   for split, text in zip(('train', 'validation'), texts, strict=True):
-    of_slates = slates_lib.source(slates, split)
+    of_slates = slates_lib.SlateSource(slates, split)
     found.append(
       dict.fromkeys(('sequence', 'persona', 'pointing'), of_slates)
       | {'caption': range(items), 'text': text}

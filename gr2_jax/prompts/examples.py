@@ -130,7 +130,7 @@ def examples(
   }
 
 
-def requests(
+def generation_rows(
   prompter: prompt_lib.Prompter,
   control: str,
   order: str,
@@ -166,11 +166,11 @@ def requests(
 def behind_memory(
   prompter: prompt_lib.Prompter, row: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Splits an example of `requests` whose prompt has memory tokens.
+  """Splits an example of `generation_rows` whose prompt has memory tokens.
 
   Args:
     prompter: of the data set.
-    row: of `requests`.
+    row: of `generation_rows`.
 
   Returns:
     What `transformer.encode_memory` reads, with prompt and prompt_length, and
@@ -224,7 +224,7 @@ def in_order(
 
   Args:
     slates: random access to records.
-    render: of `requests`; its randomness is a function of (seed, index).
+    render: of `generation_rows`; its randomness is a function of (seed, index).
     batch_size: rows of every batch; the last repeats its last row.
     seed: of the presentation.
     first: index of the first slate in a longer run that these are a part of.

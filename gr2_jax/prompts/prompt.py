@@ -220,7 +220,7 @@ class Prompter:
     """Renders a slate, its candidates in a given order, without the request.
 
     Args:
-      slate: one record of `slates.source`.
+      slate: one record of `slates.SlateSource`.
       order: int [count], incoming ranks in the order of presentation.
       rng: of what the form of the context leaves to chance.
 

@@ -88,7 +88,7 @@ class Dialogue:
     """The chat that asks for reasoning and a ranking.
 
     Args:
-      slate: one record of `slates.source`.
+      slate: one record of `slates.SlateSource`.
       order: int [count], incoming ranks in the order of presentation.
       target: incoming rank of the candidate that is shown as the target.
     """
@@ -109,7 +109,7 @@ class Dialogue:
     """History and candidates, a line an item, in the policy's layout.
 
     Args:
-      slate: one record of `slates.source`; of labels nothing is read.
+      slate: one record of `slates.SlateSource`; of labels nothing is read.
       order: int [count], incoming ranks in the order of presentation.
       symbols: whether a line ends with what the policy reads of it and words
         lack: semantic ID, evidence, grade, age.

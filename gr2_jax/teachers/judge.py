@@ -85,7 +85,7 @@ class Case:
   """Reasoning to be judged, of a trace or of a rollout.
 
   Attributes:
-    slate: one record of `slates.source`.
+    slate: one record of `slates.SlateSource`.
     order: int [count], incoming ranks in the order of presentation.
     reasoning: token ids; slots are incoming ranks.
     ranking: int [count], incoming ranks, best first.
@@ -114,7 +114,7 @@ class Compression:
   """A compressed context to be judged.
 
   Attributes:
-    slate: one record of `slates.source`; it may lack labels, none is read.
+    slate: one record of `slates.SlateSource`; it may lack labels, none is read.
     order: int [count], incoming ranks in the order of presentation.
     tokens: ids, as the compressor wrote them; slots are places.
   """

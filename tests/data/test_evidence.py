@@ -9,6 +9,11 @@ from gr2_jax.data import log as log_lib
 DAY = 86_400
 
 
+def reading(reads):
+  """Names of the columns that read this."""
+  return [evidence.NAMES[place] for place in evidence.places(reads)]
+
+
 @pytest.fixture
 def log():
   """Users 0 and 1 are known; user 2 has [A] and asks. Items A B C D."""
@@ -63,10 +68,9 @@ def test_score_sums_over_the_decayed_history(log, statistics):
   np.testing.assert_allclose(scores[1, :2], [1, 0.5 / root], rtol=1e-4)
 
 
-@pytest.fixture
-def columns(log, statistics):
+def compute(log, statistics):
   facts = evidence.fit(log, statistics, item_text.fit(log.catalog))
-  values = evidence.compute(
+  return evidence.compute(
     log,
     facts,
     np.array([2]),
@@ -75,7 +79,35 @@ def columns(log, statistics):
     np.array([[1, 2, 3, -1]]),
     np.array([[0.9, 0.3, 0.1, 0.0]], np.float32),
   )
-  return dict(zip(evidence.EVIDENCE, values[0].T, strict=True))
+
+
+@pytest.fixture
+def columns(log, statistics):
+  values = compute(log, statistics)
+  return dict(zip(evidence.NAMES, values[0].T, strict=True))
+
+
+def test_a_column_is_added_by_one_entry_in_the_list(
+  monkeypatch, log, statistics
+):
+  column = evidence.Column(
+    'score_gap',
+    evidence.SLATE,
+    lambda s: s.scores[:, :1] - s.scores,
+    'distance to the first score',
+  )
+  monkeypatch.setattr(evidence, 'COLUMNS', (*evidence.COLUMNS, column))
+  values = compute(log, statistics)
+  assert values.shape == (1, 4, len(evidence.NAMES) + 1)
+  np.testing.assert_allclose(values[0, :, -1], [0, 0.6, 0.8, 0], rtol=1e-6)
+
+
+def test_every_column_has_a_name_of_its_own_and_a_meaning():
+  assert len(set(evidence.NAMES)) == len(evidence.COLUMNS)
+  for column in evidence.COLUMNS:
+    assert column.meaning, column.name
+    # Both are parts of a token or of a setting.
+    assert not set('<>=: ') & set(column.name)
 
 
 def test_columns_by_hand(columns):
@@ -119,7 +151,6 @@ def beside(log, statistics):
 def asked(log, facts, history, candidates):
   """Column -> values of one slate's candidates."""
   values = evidence.of_histories(
-    log,
     facts,
     np.array([history]),
     np.array([len(history)]),
@@ -127,7 +158,7 @@ def asked(log, facts, history, candidates):
     np.array([candidates]),
     np.zeros((1, len(candidates)), np.float32),
   )
-  return dict(zip(evidence.EVIDENCE, values[0].T, strict=True))
+  return dict(zip(evidence.NAMES, values[0].T, strict=True))
 
 
 @pytest.mark.parametrize('history', [[2, 0], [2, 4], [5, 4], [-1]])
@@ -135,7 +166,10 @@ def test_text_says_of_a_described_item_what_it_says_of_any(
   log, beside, history
 ):
   columns = asked(log, beside, history, [0, 3, 4, 5, -1])
-  for name in set(evidence.EVIDENCE) - {*evidence.MET, 'incoming_rank'}:
+  for name in set(evidence.NAMES) - {
+    *reading(evidence.INTERACTIONS),
+    'incoming_rank',
+  }:
     own, copies = columns[name][:2], columns[name][2:4]
     if not name.startswith('text') or 5 not in history:
       np.testing.assert_allclose(own, copies, atol=1e-6, err_msg=name)
@@ -146,7 +180,7 @@ def test_interactions_of_a_described_item_are_those_of_its_neighbours(
   log, beside
 ):
   columns = asked(log, beside, [2, 0], [1, 4, 3, 5, 0])
-  for name in evidence.MET:
+  for name in reading(evidence.INTERACTIONS):
     first, second, third = columns[name][::2]
     expected = (first + second) / 2, (second + third) / 2
     np.testing.assert_allclose(columns[name][1::2], expected, rtol=1e-6)
@@ -191,9 +225,9 @@ def test_an_order_without_times_tells_no_direction(log):
     np.array([[1, 2, 3]]),
     np.array([[0.9, 0.3, 0.1]], np.float32),
   )
-  for name in evidence.ORDERED:
-    assert (values[..., evidence.EVIDENCE.index(name)] == 0).all(), name
-  assert values[..., evidence.EVIDENCE.index('co_last')].any()
+  for name in reading(evidence.TIMES):
+    assert (values[..., evidence.NAMES.index(name)] == 0).all(), name
+  assert values[..., evidence.NAMES.index('co_last')].any()
 
 
 def test_transition_finds_what_follows_what():
@@ -230,6 +264,6 @@ def test_transition_finds_what_follows_what():
     np.array([[4, 3, 5]]),
     np.array([[0.3, 0.2, 0.1]], np.float32),
   )
-  lift = values[0, :, evidence.EVIDENCE.index('transition_max')]
+  lift = values[0, :, evidence.NAMES.index('transition_max')]
   assert lift[0] > lift[1]
   assert lift[0] > lift[2]

@@ -49,7 +49,7 @@ def log():
 
 @pytest.fixture(scope='module')
 def built(log):
-  return slates.build(log, config())
+  return slates.build(log, config())[0]
 
 
 def own(part, user, before=None):
@@ -123,7 +123,7 @@ def test_a_users_future_changes_nothing_before_it(log, built):
     items = log.items.copy()
     items[cut:end] = (items[cut:end] + 17) % len(log.catalog)
     other = dataclasses.replace(log, items=items)
-    changed = slates.build(other, config())['train']
+    changed = slates.build(other, config())[0]['train']
     before = log.times[cut - 10]
     expected = own(built['train'], user, before)
     assert len(expected)
@@ -147,7 +147,7 @@ def test_evaluation_users_touch_no_training_slate(log, built):
   items = np.where(
     parts[log.users] > 0, (log.items + 5) % len(log.catalog), log.items
   )
-  other = slates.build(dataclasses.replace(log, items=items), config())
+  other, _ = slates.build(dataclasses.replace(log, items=items), config())
   assert_equal(other['train'], built['train'])
 
 
@@ -158,7 +158,7 @@ def test_time_split_is_leave_one_out_for_short_histories():
 
 
 def test_time_split_trains_on_the_past(log):
-  built = slates.build(log, config('time'))
+  built, _ = slates.build(log, config('time'))
   for user in range(len(log.user_ids)):
     times = [own(part, user).time for part in built.values()]
     for earlier, later in zip(times[:-1], times[1:], strict=True):
@@ -167,7 +167,7 @@ def test_time_split_trains_on_the_past(log):
   items = log.items.copy()
   late = log.positions() >= splits.time_cuts(30)[1]
   items[late] = (items[late] + 9) % len(log.catalog)
-  other = slates.build(dataclasses.replace(log, items=items), config('time'))
+  other, _ = slates.build(dataclasses.replace(log, items=items), config('time'))
   assert_equal(other['train'], built['train'])
   assert_equal(other['validation'], built['validation'])
 
@@ -198,7 +198,7 @@ def test_impressions_are_the_slates_by_descending_score():
   settings.source = 'world'
   settings.world.update(n_users=60, visits=4)
   log = world.load(settings)
-  for part in slates.build(log, settings).values():
+  for part in slates.build(log, settings)[0].values():
     assert (np.diff(part.scores, axis=1) <= 0).all()
     assert np.isfinite(part.utility).all()
 
@@ -207,7 +207,7 @@ def test_written_slates_read_back_bit_for_bit(tmp_path, log, built):
   slates.write(tmp_path / 'd', built, log.catalog, {'note': 1})
   for name, part in built.items():
     assert_equal(slates.read(tmp_path / 'd', name), part)
-  source = slates.source(tmp_path / 'd', 'train')
+  source = slates.SlateSource(tmp_path / 'd', 'train')
   assert len(source) == len(built['train'])
   record = source[7]
   for name in slates.NAMES:
@@ -232,6 +232,6 @@ def test_an_empty_split_writes_nothing(tmp_path, log, built):
 
 
 def test_the_seed_decides_everything(log, built):
-  again = slates.build(log, config())
+  again, _ = slates.build(log, config())
   for name, part in built.items():
     assert_equal(again[name], part)

@@ -121,7 +121,7 @@ def test_requests_and_the_blocks_alone_share_a_prompt(tmp_path):
   slate, rng = tiny_data.slate(count=3), np.random.default_rng(0)
   shared = own.prompt(slate, np.arange(3))['prompt'].tolist()
   for control in ('<think>', '<answer>'):
-    row = examples.requests(own, control, 'incoming')(slate, rng)
+    row = examples.generation_rows(own, control, 'incoming')(slate, rng)
     n = int(row['prompt_length'])
     assert row['prompt'][:n].tolist() == [*shared, *own.asks[control]]
     assert row['prompt'].shape == (own.prompt_tokens,)

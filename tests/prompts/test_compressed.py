@@ -123,7 +123,7 @@ def test_a_report_counts_what_was_kept_and_what_is_wrong():
 
 
 class Slates:
-  """Random access to slates, as `slates.source` gives them."""
+  """Random access to slates, as `slates.SlateSource` gives them."""
 
   def __init__(self, size):
     self._size = size
@@ -170,7 +170,7 @@ def test_batches_are_made_of_what_was_written(file, prompter):
   own = dataclasses.replace(
     prompter, context=context.parse('text'), written=longest
   )
-  render = examples.requests(own, '<answer>', 'shuffled')
+  render = examples.generation_rows(own, '<answer>', 'shuffled')
   joined = compressed.Joined(Slates(9), file)
   found = examples.first_batches(joined, render, 3, 3, 0)
   slots = own.vocabulary.is_slot

@@ -144,7 +144,7 @@ def test_a_request_ends_in_its_control_token(tmp_path):
   prompter = tiny_data.prompter(tmp_path)
   slate = tiny_data.slate(count=4)
   for control in ('<think>', '<answer>'):
-    row = examples.requests(prompter, control, 'shuffled')(
+    row = examples.generation_rows(prompter, control, 'shuffled')(
       slate, np.random.default_rng(0)
     )
     n = int(row['prompt_length'])
@@ -155,7 +155,7 @@ def test_a_request_ends_in_its_control_token(tmp_path):
     order = row['incoming'][:4]
     assert order.tolist() != [0, 1, 2, 3]
     np.testing.assert_array_equal(row['grades'][:4], slate['grades'][order])
-  plain = examples.requests(prompter, '<answer>', 'incoming')
+  plain = examples.generation_rows(prompter, '<answer>', 'incoming')
   row = plain(slate, np.random.default_rng(0))
   assert row['incoming'].tolist() == list(range(6))
 
@@ -165,7 +165,7 @@ def test_the_order_of_presentation_is_a_choice(tmp_path):
   slate = tiny_data.slate(count=4)
   kept = {}
   for order in ('shuffled', 'incoming', 'mixed'):
-    render = examples.requests(prompter, '<answer>', order)
+    render = examples.generation_rows(prompter, '<answer>', order)
     rows = [render(slate, np.random.default_rng(i)) for i in range(200)]
     shown = np.stack([row['incoming'] for row in rows])
     assert (np.sort(shown) == np.arange(6)).all()
@@ -173,7 +173,7 @@ def test_the_order_of_presentation_is_a_choice(tmp_path):
   assert kept['incoming'] == 1.0
   assert kept['shuffled'] < 0.12  # One order of 24.
   assert 0.4 < kept['mixed'] < 0.65  # The coin's half, and half of the 24th.
-  render = examples.requests(prompter, '<answer>', 'random')
+  render = examples.generation_rows(prompter, '<answer>', 'random')
   with pytest.raises(ValueError, match="prompt.order='random'.*mixed"):
     render(slate, np.random.default_rng(0))
 
@@ -181,7 +181,7 @@ def test_the_order_of_presentation_is_a_choice(tmp_path):
 def test_several_views_of_a_record_have_randomness_of_their_own(tmp_path):
   prompter = tiny_data.prompter(tmp_path)
   slate = tiny_data.slate(count=4)
-  once = examples.requests(prompter, '<answer>', 'shuffled')
+  once = examples.generation_rows(prompter, '<answer>', 'shuffled')
   twice = examples.several(once, 2)
   orders = set()
   for seed in range(8):

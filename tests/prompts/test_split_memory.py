@@ -53,7 +53,7 @@ def test_both_pieces_have_room_and_make_the_prompt(
 ):
   budget = 0 if spare is None else prompter._least_tokens + spare
   own = reading(prompter, form, budget=budget, layout=layout)
-  row = examples.requests(own, control, 'shuffled')(
+  row = examples.generation_rows(own, control, 'shuffled')(
     slate, np.random.default_rng(0)
   )
   ids = row['prompt'][: row['prompt_length']]
