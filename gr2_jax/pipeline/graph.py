@@ -1,8 +1,9 @@
-"""The stage graph, and nothing else.
+"""The stage graph: what each stage needs, reads, and how it runs.
 
-A stage is the module `gr2_jax.stages.<name>` with one function,
-`run(config, inputs, workdir) -> dict`, which is resumable from whatever it
-left in `workdir`, and whose result becomes `results.json`.
+A stage is the module `gr2_jax.stages.<name>` (a study `study_<name>` is
+`gr2_jax.studies.<name>`) with one function, `run(config, inputs, workdir)`. It
+resumes from whatever it finds in `workdir`; the dict that it returns becomes
+`results.json`.
 """
 
 import dataclasses
@@ -16,19 +17,18 @@ class Stage:
   """One node of the graph.
 
   Attributes:
-    needs: stages that must be finished before. `name` is, where that stage is
-      seeded, its run with this stage's own seed; `name@*` is one run for every
-      seed of `config.seeds`, given to `run` as inputs `name@0`, `name@1`, ...
-      `{section.field}` is the stage that the config field names, of STARTS;
-      or, of a field `context`, the one that writes such contexts, if any.
-    sections: the top-level entries of the config that the stage reads. It is
-      given these and no others, so none can change without a new fingerprint.
-    seeded: whether the stage is run once per seed; it then reads
-      `config.seed`.
+    needs: stages that must finish before. `name` is the run with this stage's
+      own seed; `name@*` is one run for each of `config.seeds`, passed to `run`
+      as inputs `name@0`, `name@1`, ... `{section.field}` is the stage that the
+      config field names (one of STARTS); for a field `context` it is
+      `compress` if that stage writes such contexts, else nothing.
+    sections: the config sections that the stage reads. It receives no others,
+      so a change of any section that it reads changes its fingerprint.
+    seeded: whether the stage runs once per seed and reads `config.seed`.
     files: config fields (`section.field`) that may hold the path of a file or
-      folder; its content counts like the config.
-    together: whether all processes of a cluster run it. Process 0 runs any
-      other stage on its own devices, and the others wait.
+      folder. The content enters the fingerprint.
+    together: whether all processes of a cluster run the stage. Otherwise
+      process 0 runs it on its own devices while the others wait.
   """
 
   needs: tuple[str, ...]
@@ -39,33 +39,13 @@ class Stage:
 
 
 def module(name: str) -> str:
-  """The module of a stage: `study_<name>` is the study `<name>`."""
-  room, name = (
-    ('studies', name[6:]) if name[:6] == 'study_' else ('stages', name)
-  )
-  return f'gr2_jax.{room}.{name}'
+  """The module that implements a stage or study."""
+  if name.startswith('study_'):
+    return f'gr2_jax.studies.{name.removeprefix("study_")}'
+  return f'gr2_jax.stages.{name}'
 
 
-# What an SFT policy depends on, all the way from the data.
-_TRAINED = (
-  'data',
-  'tokenizer',
-  'prompt',
-  'model',
-  'mesh',
-  'midtrain',
-  'traces',
-  'sft',
-)
-
-_FILES = (
-  'data.path',
-  'model.source',
-  'tokenizer.text_source',
-  'midtrain.text_file',
-)
-
-# Which stages a config field may name as the one to start from.
+# Stages that a config field may name as the one to start from.
 STARTS = {
   'export.start': ('rl', 'internalize', 'prune', 'opd', 'sft'),
   'rerank.start': ('rl', 'internalize', 'prune', 'opd', 'sft'),
@@ -75,6 +55,35 @@ STARTS = {
   'opd.start': ('sft', 'midtrain'),
   'rl.start': ('sft', 'opd', 'midtrain'),
 }
+
+_BACKBONE = ('slates', 'tokenizer', 'backbone')
+_POLICY = ('data', 'prompt', 'model', 'mesh')
+
+
+def _training(name: str, *needs: str, files: tuple[str, ...] = ()) -> Stage:
+  """A stage that trains the language model."""
+  return Stage(
+    (*_BACKBONE, *needs),
+    (*_POLICY, name),
+    seeded=True,
+    files=files,
+    together=True,
+  )
+
+
+def _study(*sections: str) -> Stage:
+  """A study makes its own runs, so it reads all that these depend on."""
+  return Stage(
+    (),
+    (*_POLICY, 'tokenizer', 'midtrain', 'traces', 'sft', *sections, 'seeds'),
+    files=(
+      'data.path',
+      'model.source',
+      'tokenizer.text_source',
+      'midtrain.text_file',
+    ),
+  )
+
 
 STAGES: dict[str, Stage] = {
   'slates': Stage((), ('data',), files=('data.path',)),
@@ -88,132 +97,42 @@ STAGES: dict[str, Stage] = {
     ('prompt', 'model', 'mesh'),
     files=('model.source',),
   ),
-  'midtrain': Stage(
-    ('slates', 'tokenizer', 'backbone'),
-    ('data', 'prompt', 'model', 'mesh', 'midtrain'),
-    seeded=True,
-    together=True,
-    files=('midtrain.text_file',),
-  ),
+  'midtrain': _training('midtrain', files=('midtrain.text_file',)),
   'traces': Stage(
-    ('slates', 'tokenizer', 'backbone'),
-    ('data', 'prompt', 'model', 'mesh', 'traces'),
-    seeded=True,
-    files=('traces.policy',),
+    _BACKBONE, (*_POLICY, 'traces'), seeded=True, files=('traces.policy',)
   ),
-  'sft': Stage(
-    ('slates', 'tokenizer', 'backbone', 'midtrain', 'traces'),
-    ('data', 'prompt', 'model', 'mesh', 'sft'),
-    seeded=True,
-    together=True,
+  'sft': _training('sft', 'midtrain', 'traces'),
+  'opd': _training(
+    'opd', '{opd.start}', '{opd.context}', files=('opd.policy',)
   ),
-  'opd': Stage(
-    ('slates', 'tokenizer', 'backbone', '{opd.start}', '{opd.context}'),
-    ('data', 'prompt', 'model', 'mesh', 'opd'),
-    seeded=True,
-    together=True,
-    files=('opd.policy',),
+  'rl': _training('rl', '{rl.start}', '{rl.context}'),
+  'internalize': _training(
+    'internalize', '{internalize.start}', '{internalize.context}'
   ),
-  'rl': Stage(
-    ('slates', 'tokenizer', 'backbone', '{rl.start}', '{rl.context}'),
-    ('data', 'prompt', 'model', 'mesh', 'rl'),
-    seeded=True,
-    together=True,
-  ),
-  'internalize': Stage(
-    (
-      'slates',
-      'tokenizer',
-      'backbone',
-      '{internalize.start}',
-      '{internalize.context}',
-    ),
-    ('data', 'prompt', 'model', 'mesh', 'internalize'),
-    seeded=True,
-    together=True,
-  ),
-  'prune': Stage(
-    ('slates', 'tokenizer', 'backbone', '{prune.start}', '{prune.context}'),
-    ('data', 'prompt', 'model', 'mesh', 'prune'),
-    seeded=True,
-    together=True,
-  ),
-  'compress': Stage(
-    ('slates', 'tokenizer', 'backbone', '{compress.start}'),
-    ('data', 'prompt', 'model', 'mesh', 'compress'),
-    seeded=True,
-    together=True,
-  ),
+  'prune': _training('prune', '{prune.start}', '{prune.context}'),
+  'compress': _training('compress', '{compress.start}'),
   'baselines': Stage(('slates',), ('data', 'baselines')),
   'evaluate': Stage(
-    (
-      'slates',
-      'tokenizer',
-      'backbone',
-      'baselines',
-      '{rl.start}@*',
-      'rl@*',
-      '{rl.context}@*',
-    ),
-    ('data', 'prompt', 'model', 'mesh', 'rl', 'evaluate', 'seeds'),
+    (*_BACKBONE, 'baselines', '{rl.start}@*', 'rl@*', '{rl.context}@*'),
+    (*_POLICY, 'rl', 'evaluate', 'seeds'),
   ),
   'rerank': Stage(
-    ('slates', 'tokenizer', 'backbone', '{rerank.start}'),
-    ('data', 'prompt', 'model', 'mesh', 'rerank'),
+    (*_BACKBONE, '{rerank.start}'),
+    (*_POLICY, 'rerank'),
     seeded=True,
     files=('rerank.input',),
   ),
   'export': Stage(
-    ('slates', 'tokenizer', 'backbone', '{export.start}'),
+    (*_BACKBONE, '{export.start}'),
     ('prompt', 'model', 'mesh', 'export'),
     seeded=True,
   ),
-  # The studies make their own runs.
-  'study_hacking': Stage(
-    (),
-    (*_TRAINED, 'opd', 'rl', 'study_hacking', 'seeds'),
-    files=_FILES,
-  ),
-  'study_distill': Stage(
-    (),
-    (*_TRAINED, 'opd', 'rl', 'study_distill', 'seeds'),
-    files=_FILES,
-  ),
-  'study_compress': Stage(
-    (),
-    (*_TRAINED, 'opd', 'rl', 'compress', 'study_compress', 'seeds'),
-    files=_FILES,
-  ),
-  'study_internalize': Stage(
-    (),
-    (
-      *_TRAINED,
-      'opd',
-      'rl',
-      'internalize',
-      'study_internalize',
-      'seeds',
-    ),
-    files=_FILES,
-  ),
-  'study_prune': Stage(
-    (),
-    (
-      *_TRAINED,
-      'opd',
-      'rl',
-      'internalize',
-      'prune',
-      'study_prune',
-      'seeds',
-    ),
-    files=_FILES,
-  ),
-  'study_tokenizer': Stage(
-    (),
-    (*_TRAINED, 'study_tokenizer', 'seeds'),
-    files=_FILES,
-  ),
+  'study_hacking': _study('opd', 'rl', 'study_hacking'),
+  'study_distill': _study('opd', 'rl', 'study_distill'),
+  'study_compress': _study('opd', 'rl', 'compress', 'study_compress'),
+  'study_internalize': _study('opd', 'rl', 'internalize', 'study_internalize'),
+  'study_prune': _study('opd', 'rl', 'internalize', 'prune', 'study_prune'),
+  'study_tokenizer': _study('study_tokenizer'),
 }
 
 # Config fields that were renamed: new dotted name -> former last part. `*`
