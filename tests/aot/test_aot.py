@@ -85,7 +85,7 @@ def test_work_of_a_step_is_that_of_its_tokens():
   weights = sum(x.size for x in jax.tree.leaves(layers))
   prompt, written = 32, 4 * 28
   programs = _programs(step)
-  # One slate a device: two FLOPs a weight and token, attention and logits aside.
+  # One slate a device; two FLOPs a weight and token, beside attention, logits.
   assert 1 < programs['act'].flops / (2 * weights * (prompt + written)) < 1.6
   # An update needs three passes; it may compute the forward one again.
   update = programs['update'].flops / (2 * weights * (prompt + written))
