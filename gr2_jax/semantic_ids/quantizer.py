@@ -1,9 +1,8 @@
-"""Residual quantisation: codes, their search, and codebooks by k-means.
+"""Residual quantization: codes, their search, and codebooks by k-means.
 
-A latent is written as the sum of L codewords, one of each codebook. `quantise`
-takes the nearest codeword level by level and is what training differentiates
-around; `search` and `assign` find the codes of finished codebooks, greedily or
-with a beam.
+A latent is approximated by the sum of L codewords, one per codebook. `quantize`
+takes the nearest codeword level by level and serves training; `search` and
+`assign` find the codes under trained codebooks, greedily or with a beam.
 
 Axis letters: B batch, I items, D latent width, L levels, C codebook size,
 K beams, N candidates.
@@ -19,26 +18,21 @@ from scipy import sparse
 
 # Rows at a time on a CPU, so that their K C scores stay in a core's cache.
 _TILE = 128
-# Candidates that share one minimum while the best of a beam are looked for.
+# Candidates per group minimum in the search for the best of a beam.
 _GROUP = 16
-# Below this share of |p|^2 + |c|^2, |p - c|^2 is too small to come from them.
+# Share of |p|^2 + |c|^2 below which |p - c|^2 is computed by subtraction.
 _CANCELLED = 1e-3
 
 
-def quantise(
+def quantize(
   latents_BxD: jax.Array, vectors_LxCxD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Residual quantisation: z_k = argmin_j |r_k - e_kj|, r_k+1 = r_k - e_kz.
+  """Residual quantization: z_k = argmin_j |r_k - e_kj|, r_k+1 = r_k - e_kz.
 
-  Ties go to the lower code.
-
-  Args:
-    latents_BxD: float32 [B, D], r_1.
-    vectors_LxCxD: float32 [L, C, D].
+  Ties go to the lower code. The quantized latent is the codewords' sum over L.
 
   Returns:
-    codes int32 [B, L], residuals r_k float32 [B, L, D], and codewords float32
-    [B, L, D]; the quantised latent is the codewords' sum over L.
+    codes int32 [B, L], residuals r_k and codewords float32 [B, L, D].
   """
   chex.assert_rank([latents_BxD, vectors_LxCxD], [2, 3])
 
@@ -59,25 +53,23 @@ def quantise(
 def search(
   latents_BxD: jax.Array, vectors_LxCxD: jax.Array, *, beam: int = 1
 ) -> jax.Array:
-  """Codes of the best sum of codewords that a beam search meets.
+  """Codes int32 [B, L] of the best sum of codewords that a beam search finds.
 
   Level by level, each of the K best partial sums is extended by every codeword
   and the K best extensions are kept (Babenko and Lempitsky 2014, "Additive
-  quantization", section 3.2; Liu et al. 2015). A beam of 1 is greedy, as
-  `quantise`; one of C^(L-1) is exhaustive. Scores come from inner products with
+  quantization", section 3.2; Liu et al. 2015). A beam of 1 is greedy, like
+  `quantize`; one of C^(L-1) is exhaustive. Scores come from inner products with
   the latent and between codewords, r_k = x - sum e:
 
     |r_k - e|^2 - |r_k|^2 = |e|^2 - 2 x.e + sum_m<k 2 e_mz.e
 
-  so that no residual is formed. Ties go to the lower code.
+  so that no residual is formed. Ties go to the lower code. A row's codes do
+  not depend on the other rows.
 
   Args:
-    latents_BxD: float32 [B, D], finite.
-    vectors_LxCxD: float32 [L, C, D].
+    latents_BxD: float32, finite.
+    vectors_LxCxD: float32.
     beam: partial sums kept, K.
-
-  Returns:
-    codes int32 [B, L]. A row's codes do not depend on the other rows.
 
   Raises:
     ValueError: beam is below 1.
@@ -100,16 +92,16 @@ def search(
     scores_TxK = jnp.zeros((tile, 1))
     codes_TxKxL = jnp.zeros((tile, 1, 0), jnp.int32)
     for k in range(levels):
-      alone_TxC = norms_LxC[None, k] - 2 * dot(
+      unary_TxC = norms_LxC[None, k] - 2 * dot(
         'td,cd->tc', latents_TxD, vectors_LxCxD[k]
       )
-      scores_TxKxC = scores_TxK[:, :, None] + alone_TxC[:, None]
+      scores_TxKxC = scores_TxK[:, :, None] + unary_TxC[:, None]
       for m in range(k):
         scores_TxKxC += crosses_CxC[m, k][codes_TxKxL[:, :, m]]
       scores_TxN = scores_TxKxC.reshape(tile, -1)
       kept = min(beam, scores_TxN.shape[1]) if k < levels - 1 else 1
       picks_TxK, scores_TxK = _smallest(scores_TxN, kept)
-      # Relative to the best: what is common to all beams costs no precision.
+      # Relative to the best, so that a common offset costs no precision.
       scores_TxK -= scores_TxK[:, :1]
       parents_TxK, last_TxK = jnp.divmod(picks_TxK, size)
       codes_TxKxL = jnp.concatenate(
@@ -127,19 +119,12 @@ def search(
 
 
 def _smallest(scores_BxN: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-  """The `count` smallest of each row, in ascending order.
+  """Indices and scores [B, K] of each row's `count` = K smallest, ascending.
 
-  A minimum and the first index that has it, `count` times: on a CPU both are
-  vectorised, while argmin and top_k are not. Long rows are cut down to the
-  groups with the `count` smallest minima, which hold all of them.
-
-  Args:
-    scores_BxN: float32 [B, N], finite.
-    count: K, at most N.
-
-  Returns:
-    indices int32 [B, K] and scores float32 [B, K]; of equal scores, the lower
-    index comes first.
+  Takes the minimum and the first index that has it, `count` times: a CPU
+  vectorizes both, but not argmin or top_k. Long rows are first reduced to the
+  groups with the `count` smallest minima, which hold all results. Of equal
+  scores, the lower index comes first.
   """
   length = scores_BxN.shape[1]
   if count == 1 or length <= 2 * count * _GROUP:
@@ -153,12 +138,12 @@ def _smallest(scores_BxN: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     groups_BxGxN, groups_BxK[:, :, None], axis=1
   ).reshape(len(padded), -1)
   picks_BxK, least_BxK = _pick(near_BxN, count)
-  of_BxK, within_BxK = jnp.divmod(picks_BxK, _GROUP)
-  groups_BxK = jnp.take_along_axis(groups_BxK, of_BxK, axis=1)
+  group_BxK, within_BxK = jnp.divmod(picks_BxK, _GROUP)
+  groups_BxK = jnp.take_along_axis(groups_BxK, group_BxK, axis=1)
   return groups_BxK * _GROUP + within_BxK, least_BxK
 
 
-def _pick(scores_BxN, count):
+def _pick(scores_BxN: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   length = scores_BxN.shape[1]
   index_BxN = jax.lax.broadcasted_iota(jnp.int32, scores_BxN.shape, 1)
   picks, least = [], []
@@ -180,17 +165,13 @@ def assign(
   beam: int = 1,
   batch_size: int = 16384,
 ) -> np.ndarray:
-  """`search` over a catalog of any length; equal rows get equal codes.
+  """`search` over a catalog of any length, int32 [I, L].
 
   Args:
-    latents_IxD: float [I, D], in memory or memory-mapped: read once, a batch
-      at a time.
-    vectors_LxCxD: float32 [L, C, D].
+    latents_IxD: in memory or memory-mapped; read once, batch by batch.
+    vectors_LxCxD: float32.
     beam: partial sums kept, K.
-    batch_size: B; every batch has this shape, the last one padded.
-
-  Returns:
-    codes int32 [I, L].
+    batch_size: static size of a batch; the last one is padded.
 
   Raises:
     ValueError: a latent is not finite (the message names the first item), or
@@ -208,13 +189,13 @@ def assign(
     if len(bad):
       raise ValueError(
         f'the latent of item {start + bad[0]} holds NaN or infinity: check the '
-        'text vectors and the encoder that it came from'
+        'text vectors and their encoder'
       )
     count = len(block)
     if count < batch_size:
       block = np.pad(block, ((0, batch_size - count), (0, 0)))
-    found = search(block, vectors, beam=beam)
-    codes_IxL[start : start + count] = np.asarray(found)[:count]
+    codes = np.asarray(search(block, vectors, beam=beam))
+    codes_IxL[start : start + count] = codes[:count]
   return codes_IxL
 
 
@@ -228,19 +209,19 @@ def kmeans(
   """k-means with k-means++ seeding (Arthur and Vassilvitskii 2007).
 
   Args:
-    points_IxD: [I, D].
-    size: number of centres, C.
+    points_IxD: the points.
+    size: number of centers, C.
     iterations: Lloyd iterations after the seeding.
     rng: draws the seeds.
 
   Returns:
-    float32 centres [C, D] and int64 counts [C] of the points nearest to each.
-    Where the points have fewer than C distinct values, the surplus centres
+    float32 centers [C, D] and int64 counts [C] of the points nearest to each.
+    Where the points have fewer than C distinct values, the surplus centers
     repeat a point and have count zero.
   """
   points = np.ascontiguousarray(points_IxD, np.float32)
-  centres = points[_seeds(points, size, rng)]
-  codes = nearest_codes(points, centres)
+  centers = points[_seeds(points, size, rng)]
+  codes = nearest_codes(points, centers)
   for _ in range(iterations):
     counts = np.bincount(codes, minlength=size)
     hot_IxC = sparse.csr_matrix(
@@ -249,15 +230,15 @@ def kmeans(
     )
     sums = hot_IxC.T @ points
     filled = counts > 0
-    centres[filled] = sums[filled] / counts[filled, None]
-    codes = nearest_codes(points, centres)
-  return centres, np.bincount(codes, minlength=size)
+    centers[filled] = sums[filled] / counts[filled, None]
+    codes = nearest_codes(points, centers)
+  return centers, np.bincount(codes, minlength=size)
 
 
 def _seeds(
   points: np.ndarray, size: int, rng: np.random.Generator
 ) -> list[int]:
-  """Rows drawn one after another by their distance^2 to those drawn before."""
+  """Rows drawn in proportion to their distance^2 to the rows drawn before."""
   norms = (points**2).sum(-1)
   chosen = [int(rng.integers(len(points)))]
   nearest = np.full(len(points), np.inf)
@@ -265,7 +246,7 @@ def _seeds(
     newest = chosen[-1]
     distance = norms + norms[newest] - 2 * (points @ points[newest])
     close = distance < _CANCELLED * (norms + norms[newest])
-    # By subtraction, a point that repeats a seed is at 0 exactly.
+    # Subtraction gives exactly 0 for a point that repeats a seed.
     distance[close] = ((points[close] - points[newest]) ** 2).sum(-1)
     nearest = np.minimum(nearest, distance)
     cumulative = np.cumsum(nearest)
@@ -275,9 +256,9 @@ def _seeds(
   return chosen
 
 
-def nearest_codes(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-  """Index of the nearest centre [C, D] of each point [I, D], int32 [I]."""
-  return np.asarray(search(points, centres[None]))[:, 0]
+def nearest_codes(points: np.ndarray, centers: np.ndarray) -> np.ndarray:
+  """Index of the nearest center [C, D] of each point [I, D], int32 [I]."""
+  return np.asarray(search(points, centers[None]))[:, 0]
 
 
 def residual_codebooks(
@@ -292,12 +273,12 @@ def residual_codebooks(
   """Codebooks by k-means on the residuals of many items, level by level.
 
   Args:
-    latents_IxD: float32 [I, D] encoder outputs.
+    latents_IxD: encoder outputs.
     levels: L.
     size: C.
-    batch_size: B; the counts start at what a batch of this size would give.
+    batch_size: the counts are scaled to those of one batch of this size.
     iterations: Lloyd iterations per level.
-    seed: of the draws.
+    seed: of the seeding.
 
   Returns:
     vectors and sums float32 [L, C, D], counts float32 [L, C].
@@ -306,9 +287,9 @@ def residual_codebooks(
   vectors, counts = [], []
   for level in range(levels):
     rng = np.random.default_rng([seed, level])
-    centres, assigned = kmeans(residuals, size, iterations=iterations, rng=rng)
-    residuals = residuals - centres[nearest_codes(residuals, centres)]
-    vectors.append(centres)
+    centers, assigned = kmeans(residuals, size, iterations=iterations, rng=rng)
+    residuals = residuals - centers[nearest_codes(residuals, centers)]
+    vectors.append(centers)
     counts.append(assigned * (batch_size / len(residuals)))
   vectors = np.stack(vectors)
   counts = np.stack(counts).astype(np.float32)

@@ -1,9 +1,9 @@
-"""Residual-quantised autoencoder over item vectors.
+"""Residual-quantized autoencoder over item vectors.
 
-An encoder maps an item's text vector to a latent; L codebooks quantise the
-latent level by level, each the residual of the one before; a decoder
-reconstructs the text vector from the sum of the codewords. A step is a pure
-function `(state, batch) -> (state, metrics)`.
+An encoder maps an item's text vector to a latent. L codebooks quantize the
+latent level by level, each the residual of the level before. A decoder
+reconstructs the text vector from the sum of the codewords. `config` is the
+section `tokenizer` throughout.
 
 Axis letters: B batch, I items, F text features, D latent width, L levels,
 C codebook size.
@@ -17,43 +17,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from ml_collections import ConfigDict
 
-from gr2_jax.semantic_ids import co_engagement, code_losses, quantizer
+from gr2_jax.semantic_ids import co_engagement, quantizer
 from gr2_jax.semantic_ids import codebooks as codebook_lib
 
 CODEBOOK_KINDS = ('ema', 'ema_gradient', 'gradient', 'kmeans')
+# First step of the batches of `pretrain`; those of training count from 0.
+_PRETRAIN = 1 << 31
 
 
 class Autoencoder(nn.Module):
-  """A mirrored pair of MLPs around the latent.
+  """A mirrored pair of MLPs around the latent."""
 
-  Attributes:
-    features: width of an item vector, F.
-    hidden: widths of the encoder's hidden layers; the decoder's reversed.
-    latent: width of the latent, D; 0: the latent is the item vector itself,
-      and there is nothing to learn.
-  """
-
-  features: int
-  hidden: Sequence[int]
-  latent: int
+  features: int  # width of an item vector, F
+  hidden: Sequence[int]  # widths of the encoder's layers; the decoder reverses
+  latent: int  # D; 0: the latent is the item vector, and nothing is learned
 
   def setup(self) -> None:
-    """Names the two halves."""
+    """Creates the encoder and the decoder."""
     if self.latent:
       self.encoder = _mlp((*self.hidden, self.latent))
       self.decoder = _mlp((*reversed(self.hidden), self.features))
 
   def encode(self, x_BxF: jax.Array) -> jax.Array:
-    """float32 [B, F] -> latents [B, D]."""
+    """Item vectors -> latents [B, D]."""
     return self.encoder(x_BxF) if self.latent else x_BxF
 
   def decode(self, latents_BxD: jax.Array) -> jax.Array:
-    """Latents [B, D] -> float32 [B, F]."""
+    """Latents -> item vectors [B, F]."""
     return self.decoder(latents_BxD) if self.latent else latents_BxD
 
   def __call__(self, x_BxF: jax.Array) -> jax.Array:
-    """Encodes and decodes without quantisation."""
+    """Encodes and decodes without quantization."""
     return self.decode(self.encode(x_BxF))
 
 
@@ -66,20 +62,18 @@ def _mlp(widths: Sequence[int]) -> nn.Sequential:
 
 @chex.dataclass(frozen=True)
 class State:
-  """Everything a resumed run needs."""
+  """Training state."""
 
   step: jax.Array  # int32 []
-  moved: Mapping[str, chex.ArrayTree]  # what the optimizer moves
+  moved: Mapping[str, chex.ArrayTree]  # parameters of the optimizer
   codebooks: Mapping[str, jax.Array]  # see `start_codebooks`
   opt_state: chex.ArrayTree
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-  """Adam, linear warm-up, cosine decay to a tenth.
-
-  Args:
-    config: the `tokenizer` section: learning_rate, warmup_steps, steps.
-  """
+def make_optimizer(
+  config: ConfigDict,
+) -> optax.GradientTransformation:
+  """Adam with linear warm-up and cosine decay to a tenth."""
   warmup = min(config.warmup_steps, max(config.steps - 1, 0))
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0,
@@ -91,8 +85,8 @@ def make_optimizer(config) -> optax.GradientTransformation:
   return optax.adam(schedule)
 
 
-def make_model(config, features: int) -> Autoencoder:
-  """The autoencoder that the `tokenizer` section describes."""
+def make_model(config: ConfigDict, features: int) -> Autoencoder:
+  """The autoencoder for item vectors of a width."""
   return Autoencoder(
     features=features,
     hidden=tuple(config.hidden),
@@ -100,8 +94,8 @@ def make_model(config, features: int) -> Autoencoder:
   )
 
 
-def check(config) -> None:
-  """Raises ValueError naming the field of the section that has no meaning."""
+def check(config: ConfigDict) -> None:
+  """Raises ValueError where a field of the section has an invalid value."""
   for field, known in (
     ('codebook', CODEBOOK_KINDS),
     ('estimator', tuple(codebook_lib.ESTIMATORS)),
@@ -118,28 +112,28 @@ def check(config) -> None:
 
 
 def draw_batch(
-  config,
+  config: ConfigDict,
   features_IxF: np.ndarray,
-  neighbours: co_engagement.Neighbours | None,
+  neighbors: co_engagement.Neighbors | None,
   step: int,
 ) -> dict[str, np.ndarray]:
-  """Items drawn with replacement: a function of (seed, step) alone.
+  """Items drawn with replacement; a function of (seed, step) alone.
 
   Args:
-    config: the `tokenizer` section: seed, batch_size.
-    features_IxF: float32 [I, F]; may lie on disk.
-    neighbours: whom partners are drawn from; None: no partners.
-    step: of the run.
+    config: the section.
+    features_IxF: float32, in memory or memory-mapped.
+    neighbors: source of the partners; None: no partners.
+    step: training step.
 
   Returns:
-    items float32 [B, F]; and, with neighbours, rows and partner_rows int32
-    [B], and partners float32 [B, F].
+    items float32 [B, F]; with neighbors also rows and partner_rows int32 [B],
+    and partners float32 [B, F].
   """
   rng = np.random.default_rng([config.seed, step])
   rows = rng.integers(len(features_IxF), size=config.batch_size)
   batch = {'items': features_IxF[rows]}
-  if neighbours is not None:
-    partners = neighbours.draw(rows, rng)
+  if neighbors is not None:
+    partners = neighbors.draw(rows, rng)
     batch |= {
       'rows': rows.astype(np.int32),
       'partner_rows': partners,
@@ -148,17 +142,8 @@ def draw_batch(
   return batch
 
 
-def init(config, features_IxF: np.ndarray, levels: int) -> State:
-  """A fresh state: pretrained networks, and codebooks to start from.
-
-  Args:
-    config: the `tokenizer` section.
-    features_IxF: float32 [I, F] all items; may lie on disk.
-    levels: number of fitted levels, L.
-
-  Returns:
-    The state at step 0.
-  """
+def init(config: ConfigDict, features_IxF: np.ndarray, levels: int) -> State:
+  """The state at step 0: pretrained networks and initial codebooks."""
   model = make_model(config, features_IxF.shape[1])
   networks = pretrain(
     config, model, _init_networks(config, model), features_IxF
@@ -173,8 +158,8 @@ def init(config, features_IxF: np.ndarray, levels: int) -> State:
   return _fresh(config, networks, start_codebooks(config, latents, levels))
 
 
-def init_shapes(config, features: int, levels: int) -> State:
-  """A state of the right shapes and of no value, for `jax.eval_shape`."""
+def init_shapes(config: ConfigDict, features: int, levels: int) -> State:
+  """A state with the shapes of `init`, for `jax.eval_shape`."""
   model = make_model(config, features)
   size = (levels, config.codebook_size)
   codebooks = {
@@ -187,15 +172,16 @@ def init_shapes(config, features: int, levels: int) -> State:
 
 
 def start_codebooks(
-  config, latents_IxD: np.ndarray | None, levels: int
+  config: ConfigDict,
+  latents_IxD: np.ndarray | None,
+  levels: int,
 ) -> dict[str, jax.Array]:
   """Codebooks before the first step.
 
   Args:
-    config: the `tokenizer` section: seed, latent, codebook_size, batch_size,
-      init_iterations.
-    latents_IxD: float32 [I, D] to run k-means on, level by level; None:
-      codewords are drawn from a Gaussian of deviation 1 / C.
+    config: the section.
+    latents_IxD: float32 points of a k-means on each level; None: codewords are
+      drawn from a Gaussian of deviation 1 / C.
     levels: L.
 
   Returns:
@@ -208,13 +194,13 @@ def start_codebooks(
     vectors = rng.standard_normal((levels, size, config.latent), np.float32)
     vectors /= size
     counts = np.full((levels, size), config.batch_size / size, np.float32)
-    found = {
+    codebooks = {
       'vectors': vectors,
       'counts': counts,
       'sums': vectors * counts[..., None],
     }
   else:
-    found = quantizer.residual_codebooks(
+    codebooks = quantizer.residual_codebooks(
       latents_IxD,
       levels=levels,
       size=size,
@@ -222,21 +208,28 @@ def start_codebooks(
       iterations=config.init_iterations,
       seed=config.seed,
     )
-  found['idle'] = np.zeros((levels, size), np.int32)
-  return jax.tree.map(jnp.asarray, found)
+  codebooks['idle'] = np.zeros((levels, size), np.int32)
+  return jax.tree.map(jnp.asarray, codebooks)
 
 
-def _init_networks(config, model: Autoencoder) -> chex.ArrayTree:
+def _init_networks(config: ConfigDict, model: Autoencoder) -> chex.ArrayTree:
   key = jax.random.fold_in(jax.random.key(config.seed), 0)
   variables = model.init(key, jnp.zeros((1, model.features)))
   return variables.get('params', {})
 
 
-def _apply(model: Autoencoder, networks, x, method: str) -> jax.Array:
+def _apply(
+  model: Autoencoder, networks: chex.ArrayTree, x: chex.Array, method: str
+) -> jax.Array:
   return model.apply({'params': networks}, x, method=method)
 
 
-def _fresh(config, networks, codebooks) -> State:
+def _fresh(
+  config: ConfigDict,
+  networks: chex.ArrayTree,
+  codebooks: dict[str, jax.Array],
+) -> State:
+  """The state at step 0 with given networks and codebooks."""
   moved = {'networks': networks}
   if config.codebook in ('gradient', 'ema_gradient'):
     moved['vectors'] = codebooks['vectors']
@@ -249,18 +242,20 @@ def _fresh(config, networks, codebooks) -> State:
 
 
 def pretrain(
-  config, model: Autoencoder, networks, features_IxF: np.ndarray
+  config: ConfigDict,
+  model: Autoencoder,
+  networks: chex.ArrayTree,
+  features_IxF: np.ndarray,
 ) -> chex.ArrayTree:
-  """Trains the autoencoder alone, so that k-means meets latents that last.
+  """Trains the autoencoder alone, before k-means initializes the codebooks.
 
-  Without it the encoder leaves the first codebooks behind and codes die.
+  Without it the encoder moves away from the first codebooks and codes die.
 
   Args:
-    config: the `tokenizer` section: seed, pretrain_steps, learning_rate and
-      batch_size.
+    config: the section.
     model: the autoencoder.
-    networks: its fresh parameters.
-    features_IxF: float32 [I, F] all items.
+    networks: its initial parameters.
+    features_IxF: float32, all items.
 
   Returns:
     The parameters after config.pretrain_steps updates.
@@ -281,42 +276,38 @@ def pretrain(
 
   opt_state = optimizer.init(networks)
   for index in range(config.pretrain_steps):
-    # Not the batches of the steps that follow: those count from 0.
     batch = draw_batch(config, features_IxF, None, _PRETRAIN + index)
     networks, opt_state = step(networks, opt_state, batch['items'])
   return networks
 
 
-_PRETRAIN = 1 << 31
-
-
 def loss_fn(
-  config,
+  config: ConfigDict,
   model: Autoencoder,
   moved: Mapping[str, chex.ArrayTree],
   vectors_LxCxD: jax.Array,
   batch: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """What the networks, and gradient codebooks, are trained to make small.
+  """The training loss of networks and gradient codebooks.
 
   |x - x'|^2 + beta sum_k |r_k - sg(e_k)|^2, each a sum over features and a
   mean over the batch; + sum_k |sg(r_k) - e_k|^2 where gradients move the
-  codewords; + the weighted diversity and InfoNCE of `ops.quantisation`.
+  codewords; + the weighted diversity and InfoNCE of `codebooks`.
 
   Args:
-    config: the `tokenizer` section.
+    config: the section.
     model: the autoencoder.
-    moved: of the state.
-    vectors_LxCxD: codewords that quantise; constants.
+    moved: `State.moved`.
+    vectors_LxCxD: codewords that quantize; constants to the gradient.
     batch: of `draw_batch`.
 
   Returns:
-    The loss and a dict with its terms, codes [B, L], residuals and codewords
+    The loss, and a dict with its terms, codes [B, L], residuals and codewords
     [B, L, D].
   """
   latents = _apply(model, moved['networks'], batch['items'], 'encode')
   vectors = jax.lax.stop_gradient(vectors_LxCxD)
-  codes, _, words = quantizer.quantise(jax.lax.stop_gradient(latents), vectors)
+  codes, _, words = quantizer.quantize(jax.lax.stop_gradient(latents), vectors)
   # Residuals depend on the encoder alone: earlier codewords are constants.
   residuals = latents[:, None] - (jnp.cumsum(words, axis=1) - words)
   estimate = codebook_lib.ESTIMATORS[config.estimator]
@@ -334,14 +325,14 @@ def loss_fn(
     chosen = learned[jnp.arange(codes.shape[1]), codes]
     loss += ((fixed - chosen) ** 2).sum((1, 2)).mean()
   if config.diversity_weight:
-    terms['diversity'] = code_losses.diversity(
+    terms['diversity'] = codebook_lib.diversity(
       residuals,
       vectors if learned is None else learned,
       config.diversity_temperature,
     )
     loss += config.diversity_weight * terms['diversity']
   if config.contrastive_weight:
-    terms['contrastive'] = code_losses.info_nce(
+    terms['contrastive'] = codebook_lib.info_nce(
       latents,
       _apply(model, moved['networks'], batch['partners'], 'encode'),
       batch['rows'],
@@ -353,18 +344,14 @@ def loss_fn(
 
 
 def make_update(
-  config, model: Autoencoder
+  config: ConfigDict, model: Autoencoder
 ) -> Callable[
   [State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]
 ]:
   """The jitted update step `(state, batch) -> (state, metrics)`.
 
-  Batches split over a mesh give the same sums: moving averages, like
-  gradients, are over the whole batch.
-
-  Args:
-    config: the `tokenizer` section.
-    model: the autoencoder.
+  Moving averages, like gradients, are over the whole batch, so splitting a
+  batch over a mesh changes no result.
   """
   optimizer = make_optimizer(config)
 
@@ -382,7 +369,7 @@ def make_update(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.moved)
     moved = optax.apply_updates(state.moved, updates)
 
-    # The codebooks, each in its own way; the counts are kept for the log.
+    # The moving average runs for every kind: its counts are logged.
     codebooks = codebook_lib.ema_update(
       state.codebooks, codes, residuals, decay=config.decay
     )
@@ -414,8 +401,14 @@ def make_update(
   return update
 
 
-def _revive(codebooks, moved, dead_LxC, residuals, words):
-  """Moves dead codes everywhere they stand, as if used once."""
+def _revive(
+  codebooks: Mapping[str, jax.Array],
+  moved: Mapping[str, chex.ArrayTree],
+  dead_LxC: jax.Array,
+  residuals: jax.Array,
+  words: jax.Array,
+) -> tuple[dict[str, jax.Array], Mapping[str, chex.ArrayTree]]:
+  """Replaces dead codes in codebooks and parameters, with a count of 1."""
   vectors = codebook_lib.revive(
     codebooks['vectors'], dead_LxC, residuals, words
   )

@@ -1,10 +1,10 @@
-"""Items' text -> vectors: one function, three encoders, kept on disk.
+"""Item text -> vectors by one of three encoders, kept on disk.
 
 'tfidf' fits hashed TF-IDF and an SVD to the catalog; 'minilm' is a BERT
-sentence encoder; 'backbone' takes the hidden states of a language model, less
-their mean.
+sentence encoder; 'backbone' takes the centered hidden states of a language
+model. `config` is the section `tokenizer` throughout.
 
-Axis letters: I items, F width of a vector.
+Axis letters: n texts, I items, F width of a vector.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.data import files
 from gr2_jax.data import log as log_lib
@@ -25,47 +26,41 @@ from gr2_jax.semantic_ids import language_encoders, tfidf
 
 ENCODERS = ('tfidf', *language_encoders.KINDS)
 FEATURES = 'features.npy'
-# What the vectors were made with and of; written before them.
-RECORD = 'features.json'
-# What later items need to be put into the same space: that of 'tfidf' (see
-# `data/text`), the mean of 'backbone'.
-SPACE = 'text.npz'
-_ROWS = 65_536  # rows that are checked at a time
+RECORD = 'features.json'  # settings and texts of the vectors
+SPACE = 'text.npz'  # the fitted space ('tfidf') or mean vector ('backbone')
+_ROWS = 65_536  # rows checked at a time
 
 
 def embed(
-  config,
+  config: ConfigDict,
   catalog: log_lib.Catalog,
   directory: os.PathLike[str] | str,
   *,
   fitted: os.PathLike[str] | str | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
-  """The items' text vectors: those in the directory, or fresh ones.
+  """The items' text vectors: those in the directory, or new ones.
 
-  Writes features.npy, whole or not at all, and features.json, which says what
-  it was made of; 'tfidf' and 'backbone' write text.npz too. Items with the same
-  text have the same row, bit for bit; an item without any text has a row of
-  zeros.
+  Writes features.npy and, with the settings, features.json; 'tfidf' and
+  'backbone' also write text.npz. Items with equal text have equal rows, bit for
+  bit; an item without text has a row of zeros.
 
   Args:
-    config: the `tokenizer` section: text_encoder, and text_dim, text_buckets
-      and seed ('tfidf') or text_source and text_batch_size (the others).
+    config: the section.
     catalog: the items.
-    directory: where the files lie or go.
-    fitted: the directory of an earlier call, whose space new items are put
-      into; None: the space is fitted to this catalog.
-    mesh: what a language model runs on; None: the batch over all devices.
+    directory: folder of the files.
+    fitted: folder of an earlier call, whose space new items are placed in;
+      None: the space is fitted to this catalog.
+    mesh: of the language model; None: the batch over all devices.
 
   Returns:
     float32 [I, F], memory-mapped, rows of unit length.
 
   Raises:
-    ValueError: an unknown encoder; vectors in the directory that are damaged
-      or of other texts; another space in `fitted`; a vector that is not finite
-      (names the item).
-    FileNotFoundError: the encoder's files, or those of `fitted`, are missing.
-    ModuleNotFoundError: a package is missing; tells how to install it.
+    ValueError: the encoder is unknown; the vectors in the directory are damaged
+      or of other texts; `fitted` has another space; a vector is not finite.
+    FileNotFoundError: a file of the encoder or of `fitted` is missing.
+    ModuleNotFoundError: a package is missing.
   """
   if config.text_encoder not in ENCODERS:
     raise ValueError(
@@ -84,51 +79,61 @@ def embed(
     encoder = language_encoders.open_encoder(
       config.text_encoder, config.text_source
     )
-  made_of = _made_of(config, catalog, encoder, fitted)
+  record = _record(config, catalog, encoder, fitted)
   if not (directory / FEATURES).exists():
-    if 'fitted' in made_of:
+    if 'fitted' in record:
       shutil.copyfile(fitted / SPACE, directory / SPACE)
+    space, fit = directory / SPACE, fitted is None
     if encoder is None:
-      rows = _tfidf(config, catalog, directory / SPACE, fitted is None)
+      rows = _tfidf(config, catalog, space, fit)
     else:
-      rows, of_item = _read_texts(config, catalog, encoder, mesh)
+      vectors, text_of_item = _encode(config, catalog, encoder, mesh)
       if config.text_encoder == 'backbone':
-        rows = _centre(rows, directory / SPACE, fitted is None)
-      rows = rows[of_item]
+        vectors = _center(vectors, space, fit)
+      rows = vectors[text_of_item]
     with files.atomic_write(directory / RECORD) as file:
-      json.dump(made_of, file, indent=2)
+      json.dump(record, file, indent=2)
     with files.atomic_write(directory / FEATURES, 'wb') as file:
       np.save(file, rows)
-  return _open_features(directory, catalog, made_of)
+  return _open_features(directory, catalog, record)
 
 
-def _made_of(
-  config,
+def _record(
+  config: ConfigDict,
   catalog: log_lib.Catalog,
   encoder: language_encoders.Encoder | None,
   fitted: pathlib.Path | None,
 ) -> dict[str, object]:
-  """What decides the vectors, as features.json has it."""
-  found: dict[str, object] = {'text_encoder': config.text_encoder}
+  """Everything that determines the vectors; the content of features.json."""
+  record: dict[str, object] = {'text_encoder': config.text_encoder}
   if encoder is None:
-    found['text_dim'] = config.text_dim
-    found['text_buckets'] = config.text_buckets
+    record['text_dim'] = config.text_dim
+    record['text_buckets'] = config.text_buckets
   else:
-    found['encoder'] = encoder.key
+    record['encoder'] = encoder.key
   if fitted is not None:
-    _check_record(fitted, found, 'old and new items need one space')
+    _check_record(fitted, record, 'old and new items need one space')
     if config.text_encoder != 'minilm':
       content = (fitted / SPACE).read_bytes()
-      found['fitted'] = hashlib.sha256(content).hexdigest()
+      record['fitted'] = hashlib.sha256(content).hexdigest()
   elif encoder is None:
-    found['seed'] = config.seed
-  return found | {'texts': _digest(catalog)}
+    record['seed'] = config.seed
+  texts = hashlib.sha256()
+  for title, path, year in _texts(catalog):
+    texts.update(json.dumps([title, *path, int(year)]).encode())
+  return record | {'texts': texts.hexdigest()}
+
+
+def _texts(catalog: log_lib.Catalog) -> zip:
+  """(title, categories, year) of every item."""
+  columns = catalog.titles, catalog.categories, catalog.years
+  return zip(*columns, strict=True)
 
 
 def _tfidf(
-  config, catalog: log_lib.Catalog, path: pathlib.Path, fit: bool
+  config: ConfigDict, catalog: log_lib.Catalog, path: pathlib.Path, fit: bool
 ) -> np.ndarray:
-  """Vectors [I, F], in the space of a file, which is fitted first or not."""
+  """Vectors [I, F] in the space of a file, which is fitted first if `fit`."""
   columns = catalog.titles, catalog.categories, catalog.years
   if fit:
     tfidf.fit(
@@ -140,47 +145,41 @@ def _tfidf(
   return tfidf.embed(tfidf.load(path), *columns)
 
 
-def _read_texts(
-  config,
+def _encode(
+  config: ConfigDict,
   catalog: log_lib.Catalog,
   encoder: language_encoders.Encoder,
   mesh: jax.sharding.Mesh | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Vectors of the distinct texts, and which of them each item has."""
-  first: dict[str, int] = {}
-  columns = zip(catalog.titles, catalog.categories, catalog.years, strict=True)
-  of_item = [
-    first.setdefault(language_encoders.line(*parts), len(first))
-    for parts in columns
+  """Vectors [n, F] of the distinct texts, and each item's text int [I]."""
+  rows: dict[str, int] = {}
+  text_of_item = [
+    rows.setdefault(language_encoders.line(*text), len(rows))
+    for text in _texts(catalog)
   ]
-  owners = np.unique(of_item, return_index=True)[1]
+  first_items = np.unique(text_of_item, return_index=True)[1]
   vectors = language_encoders.encode(
     encoder,
-    list(first),
-    [f'item {catalog.item_ids[item]!r}' for item in owners],
+    list(rows),
+    [f'item {catalog.item_ids[item]!r}' for item in first_items],
     config.text_batch_size,
     mesh or sharding.make_mesh(),
   )
-  return vectors, np.array(of_item)
+  return vectors, np.array(text_of_item)
 
 
-def _centre(vectors: np.ndarray, path: pathlib.Path, fit: bool) -> np.ndarray:
-  """Takes the mean out, and scales to unit length again.
+def _center(
+  vectors_nxF: np.ndarray, path: pathlib.Path, fit: bool
+) -> np.ndarray:
+  """Subtracts the mean and scales to unit length; zero rows stay zero.
 
-  Hidden states of a decoder all lean one way, whatever the text (Mu and
-  Viswanath, arXiv 1702.01417); what is left tells texts apart.
-
-  Args:
-    vectors: float32 [n, F] of distinct texts; rows of zeros stay.
-    path: the .npz file of the mean.
-    fit: write it; else read it.
-
-  Returns:
-    float32 [n, F].
+  A decoder's hidden states share a large mean, whatever the text (Mu and
+  Viswanath, arXiv 1702.01417). `fit` computes the mean and writes it to the
+  file; otherwise the file has it.
   """
-  real = vectors.any(axis=1, keepdims=True)
+  real = vectors_nxF.any(axis=1, keepdims=True)
   if fit:
-    total = vectors.sum(axis=0, dtype=np.float64)
+    total = vectors_nxF.sum(axis=0, dtype=np.float64)
     mean = (total / max(real.sum(), 1)).astype(np.float32)
     with files.atomic_write(path, 'wb') as file:
       np.savez(file, mean=mean)
@@ -190,54 +189,44 @@ def _centre(vectors: np.ndarray, path: pathlib.Path, fit: bool) -> np.ndarray:
         mean = file['mean']
     except tfidf.DAMAGE as e:
       raise ValueError(
-        f'{path}: no mean of text vectors in it ({e}); it is written by the '
-        'run that fitted it, run that again'
+        f'{path}: no mean of text vectors in it ({e}); run the stage that '
+        'fitted it again'
       ) from e
-  out = np.where(real, vectors - mean, np.float32(0))
+  out = np.where(real, vectors_nxF - mean, np.float32(0))
   norm = np.linalg.norm(out, axis=1, keepdims=True)
   return out / np.maximum(norm, 1e-6)
 
 
 def _report_empty(catalog: log_lib.Catalog) -> None:
-  """One line where items have neither title nor category."""
+  """Prints a line where items have neither title nor category."""
   empty = [
-    item
-    for item, title, path in zip(
-      catalog.item_ids, catalog.titles, catalog.categories, strict=True
+    item_id
+    for item_id, (title, path, _) in zip(
+      catalog.item_ids, _texts(catalog), strict=True
     )
     if not title.strip() and not any(name.strip() for name in path)
   ]
   if empty:
     print(
       f'{len(empty)} of {len(catalog)} items have neither title nor category, '
-      f'the first is item {empty[0]!r}: nothing tells them apart but the code '
-      'that is drawn; give them a title'
+      f'the first is item {empty[0]!r}: only the drawn codes distinguish them; '
+      'give them a title'
     )
-
-
-def _digest(catalog: log_lib.Catalog) -> str:
-  """SHA-256 of the texts in catalog order."""
-  found = hashlib.sha256()
-  for title, path, year in zip(
-    catalog.titles, catalog.categories, catalog.years, strict=True
-  ):
-    found.update(json.dumps([title, *path, int(year)]).encode())
-  return found.hexdigest()
 
 
 def _check_record(
   directory: pathlib.Path, record: Mapping[str, object], cure: str
 ) -> None:
-  """Compares what the vectors of a directory were made of."""
+  """Raises ValueError where the vectors of a directory have another record."""
   file = directory / RECORD
   try:
-    found = json.loads(file.read_text())
+    stored = json.loads(file.read_text())
   except (OSError, ValueError) as e:
     raise ValueError(f'{file}: missing or damaged ({e}); {cure}') from e
   for name, value in record.items():
-    if found.get(name) != value:
+    if stored.get(name) != value:
       raise ValueError(
-        f'{file}: made with {name} {found.get(name)!r}, but this run has '
+        f'{file}: made with {name} {stored.get(name)!r}, but this run has '
         f'{value!r}; {cure}'
       )
 
@@ -247,7 +236,7 @@ def _open_features(
   catalog: log_lib.Catalog,
   record: Mapping[str, object],
 ) -> np.ndarray:
-  """The vectors of a directory, where they are of this catalog."""
+  """The vectors of a directory, checked against catalog and record."""
   path = directory / FEATURES
   cure = f'delete {path} to embed the items again'
   _check_record(directory, record, cure)
@@ -263,8 +252,8 @@ def _open_features(
   for start in range(0, len(rows), _ROWS):
     bad = ~np.isfinite(rows[start : start + _ROWS]).all(axis=1)
     if bad.any():
+      item_id = catalog.item_ids[start + int(bad.argmax())]
       raise ValueError(
-        f'{path}: the vector of item '
-        f'{catalog.item_ids[start + int(bad.argmax())]!r} is not finite; {cure}'
+        f'{path}: the vector of item {item_id!r} is not finite; {cure}'
       )
   return rows

@@ -1,18 +1,16 @@
-"""Item text as dense vectors, without any download.
+"""Item text as dense vectors by latent semantic analysis, without a download.
 
 Title, categories (a path or a set of genres) and year become hashed TF-IDF
-columns (words and word pairs, character n-grams, categories, years); a
-truncated SVD turns them into one unit vector per item. `fit` learns the space
-from a catalog, `embed` puts items into it, those that came later too. The
-vectors depend on the text and the seed alone, never on the process: the hash
-is CRC-32.
+columns (words and word pairs, character n-grams, categories, years). A
+truncated SVD projects them to one unit vector per item. `fit` learns the space
+from a catalog; `embed` places items in it, including later ones. The vectors
+depend on the text and the seed alone, never on the process.
 
 Axis letters: I items, F hashed columns, D width of a vector.
 """
 
 import array
 import dataclasses
-import os
 import pathlib
 import re
 import zipfile
@@ -22,7 +20,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import sparse
 
-# Share of each block in an item's vector: blocks are unit length before it.
+from gr2_jax.data import files, hashed_text
+
+# Length of each block's part of an item's row.
 BLOCK_WEIGHTS = {
   'words': 1.0,
   'grams': 0.7,
@@ -40,14 +40,13 @@ Text = tuple[str, tuple[str, ...], int]
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-  """What turns a text into a vector.
+  """A fitted map from text to vectors.
 
   Attributes:
     buckets: hash buckets per block of columns.
-    columns: int64 [F], ascending; block b's bucket j is b * buckets + j.
-    idf: float32 [F], what a column's term frequencies are multiplied with.
-    projection: float32 [F, D], right singular vectors; zero where the rank of
-      the text ends.
+    columns: int64 [F], ascending; bucket j of block b is b * buckets + j.
+    idf: float32 [F] inverse document frequencies.
+    projection: float32 [F, D] right singular vectors, zero beyond the rank.
   """
 
   buckets: int
@@ -61,30 +60,28 @@ class Space:
     return self.projection.shape[1]
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes an .npz file, whole or not at all."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    with temporary.open('wb') as file:
+    """Writes an .npz file atomically."""
+    with files.atomic_write(path, 'wb') as file:
       np.savez(file, **dataclasses.asdict(self))
-    os.replace(temporary, path)
 
 
 def load(path: pathlib.Path) -> Space:
-  """Reads what `Space.save` wrote.
+  """Reads a file of `Space.save`.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is damaged, or another kind of file.
+    FileNotFoundError: the file is missing.
+    ValueError: it is damaged or of another kind.
   """
   names = [field.name for field in dataclasses.fields(Space)]
   try:
     with np.load(path) as file:
-      found = {name: file[name] for name in names}
+      arrays = {name: file[name] for name in names}
   except DAMAGE as e:
     raise ValueError(
-      f'{path}: not a whole text space ({e}); it is written by the run that '
-      'fitted it, run that again'
+      f'{path}: not a whole text space ({e}); run the stage that fitted it '
+      'again'
     ) from e
-  return Space(**found | {'buckets': int(found['buckets'])})
+  return Space(**arrays | {'buckets': int(arrays['buckets'])})
 
 
 def fit(
@@ -98,29 +95,25 @@ def fit(
 ) -> Space:
   """Latent semantic analysis of a catalog's distinct texts.
 
-  A column's idf is 1 + log((1 + I) / (1 + df)). Columns that fewer than two
-  texts have say nothing about likeness and are dropped, unless that leaves an
-  empty block.
+  A column's idf is 1 + log((1 + I) / (1 + df)). Columns that only one text has
+  carry no similarity and are dropped, unless that would empty their block.
 
   Args:
-    titles: [I] titles, may be empty.
-    categories: [I] category paths or genres, may be empty.
-    years: [I] years, 0 where unknown.
+    titles: [I], may be empty strings.
+    categories: [I] paths or genres, may be empty.
+    years: [I], 0 where unknown.
     dim: width of a vector, D.
     buckets: hash buckets per block of columns.
-    seed: of the range finder of the SVD.
-
-  Returns:
-    The space.
+    seed: of the SVD's random test matrix.
 
   Raises:
-    ValueError: the three columns differ in length, there is no item, or the
-      sizes are not positive.
+    ValueError: the columns differ in length, there is no item, or dim or
+      buckets is out of range.
   """
-  most = np.iinfo(np.int32).max // len(BLOCK_WEIGHTS)
-  if dim < 1 or not 1 <= buckets <= most:
+  limit = np.iinfo(np.int32).max // len(BLOCK_WEIGHTS)
+  if dim < 1 or not 1 <= buckets <= limit:
     raise ValueError(
-      f'dim and buckets must be positive, buckets at most {most}, got '
+      f'dim and buckets must be positive, buckets at most {limit}, got '
       f'dim={dim}, buckets={buckets}'
     )
   texts = distinct(titles, categories, years)[0]
@@ -128,20 +121,18 @@ def fit(
   frequency = np.bincount(counts.indices, minlength=counts.shape[1])
   columns = []
   for block in range(len(BLOCK_WEIGHTS)):
-    of_block = frequency[block * buckets : (block + 1) * buckets]
-    kept = np.flatnonzero(of_block >= 2)
+    block_frequency = frequency[block * buckets : (block + 1) * buckets]
+    kept = np.flatnonzero(block_frequency >= 2)
     if not len(kept):
-      kept = np.flatnonzero(of_block)
+      kept = np.flatnonzero(block_frequency)
     columns.append(kept + block * buckets)
   columns = np.concatenate(columns)
   idf = 1.0 + np.log((1.0 + len(texts)) / (1.0 + frequency[columns]))
   space = Space(
     buckets, columns, idf.astype(np.float32), np.zeros((len(columns), dim), 'f')
   )
-  matrix = _weigh(space, counts)
-  return dataclasses.replace(
-    space, projection=right_singular_vectors(matrix, dim, seed)
-  )
+  projection = right_singular_vectors(_weigh(space, counts), dim, seed)
+  return dataclasses.replace(space, projection=projection)
 
 
 def embed(
@@ -150,43 +141,32 @@ def embed(
   categories: Sequence[Sequence[str]],
   years: Sequence[int],
 ) -> np.ndarray:
-  """Puts items into a space.
+  """Places items in a space.
 
-  A row depends on that item's text alone: items with the same text get the
-  same row, bit for bit, whatever other items stand beside them. An item with
-  no text, or with none of the space's columns, gets a row of zeros.
+  A row depends on its item's text alone, bit for bit. An item with no text, or
+  with none of the space's columns, gets a row of zeros.
 
   Args:
     space: of `fit`.
-    titles: [I] titles, may be empty.
-    categories: [I] category paths or genres, may be empty.
-    years: [I] years, 0 where unknown.
+    titles: [I], may be empty strings.
+    categories: [I] paths or genres, may be empty.
+    years: [I], 0 where unknown.
 
   Returns:
     float32 [I, D], rows of unit length.
 
   Raises:
-    ValueError: the three columns differ in length, or there is no item.
+    ValueError: the columns differ in length, or there is no item.
   """
-  texts, of_item = distinct(titles, categories, years)
+  texts, text_of_item = distinct(titles, categories, years)
   dense = tfidf(space, texts) @ space.projection
   norm = np.linalg.norm(dense, axis=1, keepdims=True)
   dense = np.where(norm > 1e-6, dense / np.maximum(norm, 1e-6), 0.0)
-  return np.ascontiguousarray(dense[of_item], dtype=np.float32)
+  return np.ascontiguousarray(dense[text_of_item], dtype=np.float32)
 
 
-def tfidf(space: Space, texts: Sequence[Text]) -> sparse.csr_matrix:
-  """TF-IDF blocks side by side, each scaled to its weight.
-
-  An entry is (1 + log tf) * idf before its block is scaled.
-
-  Args:
-    space: its projection is not read.
-    texts: [I].
-
-  Returns:
-    float32 [I, F].
-  """
+def tfidf(space: Space, texts: Sequence[Text]) -> sparse.csr_array:
+  """Blocks of (1 + log tf) * idf, each scaled to its weight: float32 [I, F]."""
   return _weigh(space, _counts(texts, space.buckets))
 
 
@@ -195,13 +175,10 @@ def distinct(
   categories: Sequence[Sequence[str]],
   years: Sequence[int],
 ) -> tuple[list[Text], np.ndarray]:
-  """The texts that differ, in order of appearance, and each item's among them.
-
-  Returns:
-    The texts, and int64 [I].
+  """The distinct texts in order of appearance, and each item's text int64 [I].
 
   Raises:
-    ValueError: the three columns differ in length, or there is no item.
+    ValueError: the columns differ in length, or there is no item.
   """
   if not len(titles) == len(categories) == len(years):
     raise ValueError(
@@ -211,46 +188,48 @@ def distinct(
   if not len(titles):
     raise ValueError('the catalog is empty: no item to embed')
   rows: dict[Text, int] = {}
-  of_item = [
+  text_of_item = [
     rows.setdefault((title, tuple(path), int(year)), len(rows))
     for title, path, year in zip(titles, categories, years, strict=True)
   ]
-  return list(rows), np.array(of_item, np.int64)
+  return list(rows), np.array(text_of_item, np.int64)
 
 
 def right_singular_vectors(
-  matrix: sparse.csr_matrix,
+  matrix_IxF: sparse.csr_array,
   dim: int,
   seed: int,
   *,
   oversample: int = 32,
   iterations: int = 3,
 ) -> np.ndarray:
-  """The first V_k of a randomised SVD (Halko et al. 2011, algorithm 4.4).
+  """The first singular vectors by a randomized SVD.
+
+  Halko et al. 2011, algorithm 4.4, with orthonormalized power iterations.
 
   Args:
-    matrix: [I, F].
-    dim: number of vectors, k.
+    matrix_IxF: the matrix.
+    dim: number of vectors.
     seed: of the Gaussian test matrix.
     oversample: extra directions in the range finder.
-    iterations: power iterations, each orthonormalised.
+    iterations: power iterations.
 
   Returns:
     float32 [F, dim], orthonormal columns in order of their singular values;
     zero beyond the rank. The largest entry of a column is positive.
   """
-  n_rows, n_columns = matrix.shape
+  n_rows, n_columns = matrix_IxF.shape
   out = np.zeros((n_columns, dim), np.float32)
   rank = min(dim + oversample, n_rows, n_columns)
   if not rank:
     return out
   rng = np.random.default_rng(seed)
   start = rng.standard_normal((n_columns, rank), dtype=np.float32)
-  basis = np.linalg.qr(matrix @ start)[0]
-  transposed = matrix.T.tocsr()
+  basis = np.linalg.qr(matrix_IxF @ start)[0]
+  transposed = matrix_IxF.T.tocsr()
   for _ in range(iterations):
     other = np.linalg.qr(transposed @ basis)[0]
-    basis = np.linalg.qr(matrix @ other)[0]
+    basis = np.linalg.qr(matrix_IxF @ other)[0]
   other, triangle = np.linalg.qr(transposed @ basis)
   rotation, values, _ = np.linalg.svd(triangle)
   kept = np.flatnonzero(values[:dim] > 1e-5 * max(values[0], 1e-5))
@@ -261,61 +240,43 @@ def right_singular_vectors(
   return out
 
 
-def _counts(texts: Sequence[Text], buckets: int) -> sparse.csr_matrix:
+def _counts(texts: Sequence[Text], buckets: int) -> sparse.csr_array:
   """Term counts, float32 [I, blocks * buckets]."""
-  found = array.array('I')
-  ends = array.array('q', [0])
-  of_word: dict[str, array.array] = {}
   offset = {name: i * buckets for i, name in enumerate(BLOCK_WEIGHTS)}
+  word_columns: dict[str, array.array] = {}
 
-  def column(block: str, text: str) -> int:
-    """CRC-32: the same in every process, unlike Python's salted hash."""
-    return (
-      offset[block]
-      + zlib.crc32(text.encode('utf-8', 'surrogatepass')) % buckets
-    )
+  def column(block: str, term: str) -> int:
+    return offset[block] + hashed_text.bucket(term, buckets)
 
-  for title, path, year in texts:
+  def columns(title: str, path: tuple[str, ...], year: int) -> array.array:
+    indices = array.array('I')
     words = _WORD.findall(title.lower())
     for word in words:
-      if word not in of_word:
-        columns = [column('grams', gram) for gram in _grams(word)]
-        of_word[word] = array.array('I', [column('words', word), *columns])
-      found.extend(of_word[word])
+      if word not in word_columns:
+        grams = [column('grams', gram) for gram in _grams(word)]
+        word_columns[word] = array.array('I', [column('words', word), *grams])
+      indices.extend(word_columns[word])
     for a, b in zip(words, words[1:], strict=False):
-      found.append(column('words', f'{a} {b}'))
-    found.extend(column('categories', name) for name in _category_names(path))
-    found.extend(column('years', name) for name in _year_names(year))
-    ends.append(len(found))
-  counts = sparse.csr_matrix(
-    (
-      np.ones(len(found), np.float32),
-      np.asarray(found, np.int64),
-      np.asarray(ends),
-    ),
-    shape=(len(texts), len(BLOCK_WEIGHTS) * buckets),
+      indices.append(column('words', f'{a} {b}'))
+    indices.extend(column('categories', name) for name in _category_names(path))
+    indices.extend(column('years', name) for name in _year_names(year))
+    return indices
+
+  return hashed_text.count(
+    (columns(*text) for text in texts), len(BLOCK_WEIGHTS) * buckets
   )
-  counts.sum_duplicates()
-  return counts
 
 
-def _weigh(space: Space, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-  """Counts -> TF-IDF of the kept columns, blocks of the length of their weight.
-
-  Sums run inside a row, in the order of its columns: rows are independent of
-  one another bit for bit.
-  """
-  matrix = counts[:, space.columns].sorted_indices()
-  matrix.data = (1.0 + np.log(matrix.data)) * space.idf[matrix.indices]
-  block = (space.columns // space.buckets)[matrix.indices]
-  n_blocks = len(BLOCK_WEIGHTS)
-  row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-  part = row * n_blocks + block
-  squares = np.bincount(part, matrix.data**2, minlength=n_blocks)
-  weight = np.array(list(BLOCK_WEIGHTS.values()))
-  scale = weight[block] / np.sqrt(squares)[part]
-  matrix.data = (matrix.data * scale).astype(np.float32)
-  return matrix
+def _weigh(space: Space, counts: sparse.csr_array) -> sparse.csr_array:
+  """Counts -> TF-IDF of the kept columns."""
+  frequencies = counts[:, space.columns]
+  frequencies.data = 1.0 + np.log(frequencies.data)
+  return hashed_text.weigh(
+    frequencies,
+    space.idf,
+    block_F=space.columns // space.buckets,
+    lengths=list(BLOCK_WEIGHTS.values()),
+  )
 
 
 def _grams(word: str) -> list[str]:

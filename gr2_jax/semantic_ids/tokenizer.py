@@ -1,7 +1,7 @@
-"""A trained quantiser at work: catalogs of any size to semantic IDs.
+"""A trained quantizer that maps catalogs of any size to semantic IDs.
 
-Vectors are read in batches of one static shape, so they may lie on disk, and
-nothing but codes is kept for every item.
+Vectors are read in batches of one static shape, so they may be memory-mapped;
+only codes are kept for every item.
 
 Axis letters: B batch, I items, F text features, D latent width, L levels,
 C codebook size.
@@ -9,62 +9,42 @@ C codebook size.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import chex
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.distributed import sharding
 from gr2_jax.semantic_ids import assignment, ids, quantizer, rqvae
 
-CHUNK = 4096  # vectors at a time; the last batch is padded
+CHUNK = 4096  # vectors per batch; the last batch is padded
 
 
 @dataclasses.dataclass(frozen=True)
 class SidTokenizer:
-  """What turns item vectors into semantic IDs.
+  """Maps item vectors, in memory or memory-mapped, to semantic IDs."""
 
-  Attributes:
-    config: the `tokenizer` section.
-    model: the autoencoder.
-    params: 'networks' of the autoencoder, and 'vectors' float32 [L, C, D].
-    mesh: batches are split over it.
-    chunk: vectors at a time.
-  """
-
-  config: object
+  config: ConfigDict  # the section `tokenizer`
   model: rqvae.Autoencoder
+  # 'networks' of the autoencoder, and 'vectors' float32 [L, C, D].
   params: Mapping[str, chex.ArrayTree]
-  mesh: jax.sharding.Mesh
+  mesh: jax.sharding.Mesh  # batches are split over it
   chunk: int = CHUNK
 
   def fitted_codes(self, features_IxF: np.ndarray) -> np.ndarray:
-    """Codes of the fitted levels; equal vectors get equal codes.
-
-    Args:
-      features_IxF: float32 [I, F]; may lie on disk.
-
-    Returns:
-      int32 [I, L].
+    """Codes of the fitted levels, int32 [I, L]; equal vectors get equal codes.
 
     Raises:
       ValueError: an item vector is not finite; the message names the first.
     """
-    return self._each(
-      functools.partial(_codes, self.model, self.config.beam), features_IxF
-    )
+    codes = functools.partial(_codes, self.model, self.config.beam)
+    return self._map(codes, features_IxF)
 
   def latents(self, features_IxF: np.ndarray) -> np.ndarray:
-    """Encodes the few items that need it; equal vectors get equal bits.
-
-    Args:
-      features_IxF: float32 [I, F].
-
-    Returns:
-      float32 [I, D].
-    """
-    return self._each(functools.partial(_latents, self.model), features_IxF)
+    """Encodes items: float32 [I, D]; equal vectors get equal bits."""
+    return self._map(functools.partial(_latents, self.model), features_IxF)
 
   def complete(
     self,
@@ -72,15 +52,15 @@ class SidTokenizer:
     fitted_IxL: np.ndarray,
     taken: np.ndarray | None = None,
   ) -> tuple[ids.SemanticIds, int]:
-    """A tuple for every item, its own wherever the config promises it.
+    """A tuple for every item, unique where `last_level` guarantees it.
 
     Args:
-      features_IxF: float32 [I, F]; may lie on disk.
-      fitted_IxL: int32 [I, L], of `fitted_codes`.
+      features_IxF: float32.
+      fitted_IxL: int32, of `fitted_codes`.
       taken: int32 [T, levels], tuples that no item here may get.
 
     Returns:
-      The semantic IDs, and how many items were moved out of full prefixes.
+      The semantic IDs, and the number of items moved out of full prefixes.
     """
     codes, spilled = assignment.complete(
       fitted_IxL,
@@ -98,68 +78,74 @@ class SidTokenizer:
   ) -> float:
     """Share of the vectors' variance that the codewords' sum explains.
 
-    1 - sum |x - x'|^2 / sum |x - mean x|^2.
-
-    Args:
-      features_IxF: float32 [I, F].
-      codes_IxL: int32 [I, L], of the fitted levels.
+    1 - sum |x - x'|^2 / sum |x - mean x|^2, with codes of the fitted levels.
     """
-    error, total = 0.0, np.zeros(self.model.features)
-    square = 0.0
-    for batch, codes, real in self._coded_batches(features_IxF, codes_IxL):
-      residual = np.asarray(_residual(self.model, self.params, batch, codes))[
-        :real
-      ]
+    error, square, total = 0.0, 0.0, np.zeros(self.model.features)
+    begin = 0
+    for batch, real in self._batches(
+      features_IxF, np.arange(len(features_IxF))
+    ):
+      codes = np.zeros((len(batch), codes_IxL.shape[1]), np.int32)
+      codes[:real] = codes_IxL[begin : begin + real]
+      begin += real
+      codes = sharding.shard_batch(codes, self.mesh)
+      residual = np.asarray(_residual(self.model, self.params, batch, codes))
       x = np.asarray(batch)[:real].astype(np.float64)
-      error += float((residual.astype(np.float64) ** 2).sum())
+      error += float((residual[:real].astype(np.float64) ** 2).sum())
       total += x.sum(0)
       square += float((x**2).sum())
     variance = square - float((total**2).sum()) / len(features_IxF)
     return 1.0 - error / max(variance, 1e-12)
 
-  def _each(self, function, features: np.ndarray) -> np.ndarray:
-    """Applies it to every distinct vector, and deals the results out."""
-    rows, of_item = distinct_rows(features)
-    found = [
+  def _map(
+    self, function: Callable[..., jax.Array], features_IxF: np.ndarray
+  ) -> np.ndarray:
+    """Applies a function to every distinct vector: [I, ...]."""
+    rows, row_of_item = distinct_rows(features_IxF)
+    results = [
       (function(self.params, batch), real)
-      for batch, real in self._batches(features, rows)
+      for batch, real in self._batches(features_IxF, rows)
     ]
-    return np.concatenate([np.asarray(x)[:real] for x, real in found])[of_item]
+    values = np.concatenate([np.asarray(x)[:real] for x, real in results])
+    return values[row_of_item]
 
   def _batches(
-    self, features: np.ndarray, rows: np.ndarray
+    self, features_IxF: np.ndarray, rows: np.ndarray
   ) -> Iterator[tuple[jax.Array, int]]:
-    """Batches [B, F] of the rows, and how many of each are real."""
+    """Batches [B, F] of rows, and the number of real rows in each."""
     for begin in range(0, len(rows), self.chunk):
-      part = features[rows[begin : begin + self.chunk]]
+      part = features_IxF[rows[begin : begin + self.chunk]]
       padded = np.zeros((self.chunk, part.shape[1]), np.float32)
       padded[: len(part)] = part
       yield sharding.shard_batch(padded, self.mesh), len(part)
 
-  def _coded_batches(self, features, codes):
-    rows, begin = np.arange(len(features)), 0
-    for batch, real in self._batches(features, rows):
-      own = np.zeros((len(batch), codes.shape[1]), np.int32)
-      own[:real] = codes[begin : begin + real]
-      yield batch, sharding.shard_batch(own, self.mesh), real
-      begin += real
-
 
 @functools.partial(jax.jit, static_argnums=0)
-def _latents(model: rqvae.Autoencoder, params, x_BxF) -> jax.Array:
-  variables = {'params': params['networks']}
-  return model.apply(variables, x_BxF, method='encode')
+def _latents(
+  model: rqvae.Autoencoder, params: Mapping[str, chex.ArrayTree], x: jax.Array
+) -> jax.Array:
+  return model.apply({'params': params['networks']}, x, method='encode')
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _codes(model: rqvae.Autoencoder, beam: int, params, x_BxF) -> jax.Array:
+def _codes(
+  model: rqvae.Autoencoder,
+  beam: int,
+  params: Mapping[str, chex.ArrayTree],
+  x_BxF: jax.Array,
+) -> jax.Array:
   latents = _latents(model, params, x_BxF)
   return quantizer.search(latents, params['vectors'], beam=beam)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _residual(model: rqvae.Autoencoder, params, x_BxF, codes_BxL) -> jax.Array:
-  """What the codewords' sum leaves of the vectors, [B, F]."""
+def _residual(
+  model: rqvae.Autoencoder,
+  params: Mapping[str, chex.ArrayTree],
+  x_BxF: jax.Array,
+  codes_BxL: jax.Array,
+) -> jax.Array:
+  """Vectors minus their reconstruction from codes, [B, F]."""
   levels = np.arange(codes_BxL.shape[1])
   words = params['vectors'][levels, codes_BxL].sum(1)
   variables = {'params': params['networks']}
@@ -167,7 +153,7 @@ def _residual(model: rqvae.Autoencoder, params, x_BxF, codes_BxL) -> jax.Array:
 
 
 def params_of(state: rqvae.State) -> dict[str, chex.ArrayTree]:
-  """What of a training state a tokenizer needs."""
+  """The parameters of a tokenizer in a training state."""
   return {
     'networks': state.moved['networks'],
     'vectors': state.codebooks['vectors'],
@@ -178,10 +164,10 @@ def distinct_rows(features_IxF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """The first row of each distinct value, by two 64-bit hashes of its bytes.
 
   Args:
-    features_IxF: float32 [I, F]; may lie on disk.
+    features_IxF: float32, in memory or memory-mapped.
 
   Returns:
-    int64 [R] rows in order, and int64 [I] which of them each row equals.
+    int64 [R] rows in order, and for each row the index of its equal, int64 [I].
 
   Raises:
     ValueError: a row is not finite; the message names the first.
@@ -208,6 +194,6 @@ def distinct_rows(features_IxF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   rows, group = order[new], np.cumsum(new) - 1
   rank = np.empty(len(rows), np.int64)  # of each group, by its first row
   rank[np.argsort(rows)] = np.arange(len(rows))
-  of_item = np.empty(len(order), np.int64)
-  of_item[order] = rank[group]
-  return np.sort(rows), of_item
+  row_of_item = np.empty(len(order), np.int64)
+  row_of_item[order] = rank[group]
+  return np.sort(rows), row_of_item

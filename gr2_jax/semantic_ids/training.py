@@ -1,8 +1,8 @@
 """Trains the quantizer of a catalog, and loads a trained one.
 
-Resume: the training state is saved every `checkpoint_every` steps; batches are
-a function of (seed, step), so a run that was killed ends bit for bit where an
-uninterrupted one does.
+Resume: the training state is saved every `checkpoint_every` steps and batches
+are a function of (seed, step), so a killed run ends with the same bits as an
+uninterrupted one. `stage` is the section `tokenizer` throughout.
 """
 
 import pathlib
@@ -10,39 +10,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import artifacts, checkpoint, reporting
-from gr2_jax.semantic_ids import (
-  assignment,
-  co_engagement,
-  ids,
-  rqvae,
-)
+from gr2_jax.semantic_ids import assignment, co_engagement, ids, rqvae
 from gr2_jax.semantic_ids import tokenizer as tokenizer_lib
 
 PARAMS = 'params'
-
-# Fields that an item's tuple depends on once the quantiser is trained.
+# Fields that determine an item's tuple under a trained quantizer.
 NAMING = (
-  'seed',
-  'levels',
-  'codebook_size',
-  'text_encoder',
-  'text_dim',
-  'text_buckets',
-  'text_source',
-  'hidden',
-  'latent',
-  'codebook',
-  'beam',
-  'last_level',
+  'seed', 'levels', 'codebook_size', 'text_encoder', 'text_dim', 'text_buckets',
+  'text_source', 'hidden', 'latent', 'codebook', 'beam', 'last_level',
   'drawn_levels',
-)
+)  # fmt: skip
 
 
-def check(stage) -> None:
-  """Raises ValueError naming the field of the section that has no meaning."""
+def check(stage: ConfigDict) -> None:
+  """Raises ValueError where a field of the section has an invalid value."""
   rqvae.check(stage)
   if stage.last_level not in assignment.LAST_LEVELS:
     raise ValueError(
@@ -59,70 +44,70 @@ def check(stage) -> None:
       f'tokenizer.levels={stage.levels} of tokenizer.codebook_size='
       f'{stage.codebook_size} codes do not fit in 63 bits: lower one of them'
     )
-  if stage.levels <= appended(stage):
+  if stage.levels <= completed_levels(stage):
     raise ValueError(
       f'tokenizer.levels={stage.levels} leaves no level to fit: raise it'
     )
 
 
-def appended(stage) -> int:
-  """Levels that are given after the fit: drawn ones, or a digit."""
-  return {'unused': stage.drawn_levels, 'uniform': stage.drawn_levels}.get(
-    stage.last_level, int(stage.last_level == 'digit')
-  )
+def completed_levels(stage: ConfigDict) -> int:
+  """Number of levels that are assigned after the fit: drawn ones or a digit."""
+  if stage.last_level in ('unused', 'uniform'):
+    return stage.drawn_levels
+  return int(stage.last_level == 'digit')
 
 
 def train(
-  stage,
-  features: np.ndarray,
-  neighbours: co_engagement.Neighbours | None,
+  stage: ConfigDict,
+  features_IxF: np.ndarray,
+  neighbors: co_engagement.Neighbors | None,
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
 ) -> tuple[tokenizer_lib.SidTokenizer, int]:
-  """Fits the quantiser to a catalog's vectors.
+  """Fits the quantizer to a catalog's vectors.
 
   Args:
-    stage: section `tokenizer`.
-    features: float32 [I, F]; may lie on disk.
-    neighbours: of every item, for the contrastive loss.
+    stage: the section.
+    features_IxF: float32, in memory or memory-mapped.
+    neighbors: of every item, for the contrastive loss.
     mesh: batches are split over it.
     workdir: gets `checkpoints`, `metrics.jsonl` and `params`.
 
   Returns:
-    The tokenizer with the chosen parameters, and the step they are of.
+    The tokenizer with the chosen parameters, and the step of these.
   """
-  levels = stage.levels - appended(stage)
+  levels = stage.levels - completed_levels(stage)
   steps = 0 if stage.codebook == 'kmeans' else stage.steps
-  width = features.shape[1]
+  width = features_IxF.shape[1]
   model = rqvae.make_model(stage, width)
   update = rqvae.make_update(stage, model)
-  sample = _sample(stage, features)
+  sample = _sample(stage, features_IxF)
 
   def consider(step: int, state: rqvae.State, best: dict) -> dict:
-    """Measures the fit; keeps its parameters if it is the best so far."""
-    own = tokenizer_lib.SidTokenizer(
+    """Measures a state; saves its parameters if it is the best so far."""
+    tokenizer = tokenizer_lib.SidTokenizer(
       stage, model, tokenizer_lib.params_of(state), mesh
     )
-    codes = own.fitted_codes(sample)
-    found = {
+    codes = tokenizer.fitted_codes(sample)
+    measures = {
       'uniqueness': float(
         ids.SemanticIds(codes, stage.codebook_size).unique().mean()
       ),
-      'r2': own.reconstruction_r2(sample, codes),
+      'r2': tokenizer.reconstruction_r2(sample, codes),
     }
-    writer.write(step, {f'catalog/{k}': v for k, v in found.items()})
-    if not best or _merit(found) > _merit(best):
-      best = found | {'step': step}
-      checkpoint.save_params(workdir / PARAMS, own.params)
+    writer.write(step, {f'catalog/{k}': v for k, v in measures.items()})
+    if not best or _merit(measures) > _merit(best):
+      best = measures | {'step': step}
+      checkpoint.save_params(workdir / PARAMS, tokenizer.params)
     return best
 
   with checkpoint.Checkpointer(workdir / 'checkpoints') as saver:
-    # 1. Own workdir: go on from the last checkpoint.  2. Scratch.
+    # Resume from this workdir's last checkpoint, or start from scratch.
     restored = saver.restore(_abstract(stage, width, mesh))
     if restored:
       state, first, best = restored
     else:
-      state = rqvae.init(stage, features, levels)
+      state = rqvae.init(stage, features_IxF, levels)
       state = jax.device_put(state, sharding.replicated(mesh))
       first, best = 0, {}
     with (
@@ -132,7 +117,7 @@ def train(
       if not steps:
         best = consider(0, state, best)
       for step in range(first, steps):
-        batch = rqvae.draw_batch(stage, features, neighbours, step)
+        batch = rqvae.draw_batch(stage, features_IxF, neighbors, step)
         state, metrics = update(state, sharding.shard_batch(batch, mesh))
         done = step + 1
         save = done % stage.checkpoint_every == 0 or done == steps
@@ -146,45 +131,48 @@ def train(
   return load(stage, workdir / PARAMS, width, mesh), best['step']
 
 
-def _merit(found: dict[str, float]) -> tuple[float, float]:
-  """Uniqueness first; within a tenth of a per cent, reconstruction."""
-  return round(found['uniqueness'], 3), found['r2']
+def _merit(measures: dict[str, float]) -> tuple[float, float]:
+  """Uniqueness to a tenth of a percent, then reconstruction."""
+  return round(measures['uniqueness'], 3), measures['r2']
 
 
-def _sample(stage, features: np.ndarray) -> np.ndarray:
-  """The vectors that checkpoints are compared on: a fixed draw."""
-  if len(features) <= stage.eval_items:
-    return features
+def _sample(stage: ConfigDict, features_IxF: np.ndarray) -> np.ndarray:
+  """A fixed draw of vectors that checkpoints are compared on."""
+  if len(features_IxF) <= stage.eval_items:
+    return features_IxF
   rng = np.random.default_rng(stage.seed)
-  rows = np.sort(rng.permutation(len(features))[: stage.eval_items])
-  return features[rows]
+  rows = np.sort(rng.permutation(len(features_IxF))[: stage.eval_items])
+  return features_IxF[rows]
 
 
-def name(
+def assign_ids(
   tokenizer: tokenizer_lib.SidTokenizer,
-  features: np.ndarray,
+  features_IxF: np.ndarray,
   taken: np.ndarray | None = None,
 ) -> tuple[ids.SemanticIds, dict[str, Any]]:
-  """Semantic IDs of items, none of them taken, and how it went."""
-  fitted = tokenizer.fitted_codes(features)
-  sids, spilled = tokenizer.complete(features, fitted, taken)
+  """Semantic IDs of items, and measures of the assignment.
+
+  Args:
+    tokenizer: trained.
+    features_IxF: float32 text vectors.
+    taken: int32 [T, levels], tuples that no item here may get.
+
+  Returns:
+    The IDs; `spilled`, items moved out of full prefixes, and
+    `reconstruction_r2` of the fitted levels.
+  """
+  fitted = tokenizer.fitted_codes(features_IxF)
+  sids, spilled = tokenizer.complete(features_IxF, fitted, taken)
   return sids, {
     'spilled': spilled,
-    'reconstruction_r2': tokenizer.reconstruction_r2(features, fitted),
+    'reconstruction_r2': tokenizer.reconstruction_r2(features_IxF, fitted),
   }
 
 
 def load(
-  stage, params: pathlib.Path, width: int, mesh: jax.sharding.Mesh
+  stage: ConfigDict, params: pathlib.Path, width: int, mesh: jax.sharding.Mesh
 ) -> tokenizer_lib.SidTokenizer:
-  """A trained tokenizer.
-
-  Args:
-    stage: section `tokenizer` that it was trained with.
-    params: folder that `train` left.
-    width: of the text vectors, F.
-    mesh: batches are split over it.
-  """
+  """The tokenizer whose parameters `train` saved, for vectors of a width."""
   model = rqvae.make_model(stage, width)
   state = _abstract(stage, width, mesh)
   wanted = tokenizer_lib.params_of(state)
@@ -193,9 +181,11 @@ def load(
   )
 
 
-def _abstract(stage, width: int, mesh: jax.sharding.Mesh) -> rqvae.State:
+def _abstract(
+  stage: ConfigDict, width: int, mesh: jax.sharding.Mesh
+) -> rqvae.State:
   """Shapes and shardings of the training state."""
-  levels = stage.levels - appended(stage)
+  levels = stage.levels - completed_levels(stage)
   shapes = jax.eval_shape(lambda: rqvae.init_shapes(stage, width, levels))
   whole = sharding.replicated(mesh)
   return jax.tree.map(
@@ -203,15 +193,15 @@ def _abstract(stage, width: int, mesh: jax.sharding.Mesh) -> rqvae.State:
   )
 
 
-def check_same(stage, earlier: pathlib.Path) -> None:
-  """Raises ValueError naming a field that would give new items other codes."""
-  theirs = artifacts.read_config(earlier).get('tokenizer', {})
-  ours = stage.to_dict()
+def check_same(stage: ConfigDict, earlier: pathlib.Path) -> None:
+  """Raises ValueError where a field of NAMING differs from an artifact's."""
+  stored = artifacts.read_config(earlier).get('tokenizer', {})
+  section = stage.to_dict()
   for field in NAMING:
-    value = ours[field]
+    value = section[field]
     value = list(value) if isinstance(value, tuple) else value
-    if theirs.get(field) != value:
+    if stored.get(field) != value:
       raise ValueError(
-        f'tokenizer.{field} is {ours[field]!r}, but {earlier} was made with '
-        f'{theirs.get(field)!r}: items of one catalog need one tokenizer'
+        f'tokenizer.{field} is {section[field]!r}, but {earlier} was made with '
+        f'{stored.get(field)!r}: all items of a catalog need one tokenizer'
       )

@@ -1,4 +1,4 @@
-"""The trie of a catalog's semantic IDs, as arrays, for decoding inside jit.
+"""The trie of a catalog's semantic IDs as arrays, for decoding inside jit.
 
 Axis letters: C codebook size, N trie nodes.
 """
@@ -20,33 +20,22 @@ from gr2_jax.semantic_ids import ids
 )
 @dataclasses.dataclass(frozen=True)
 class Trie:
-  """The catalog's tuples as compressed rows, for decoding inside jit.
+  """The catalog's tuples as compressed rows.
 
-  Nodes are numbered level by level in lexicographic order; node 0 is the
-  root, and the children of node n are nodes offsets[n] .. offsets[n + 1] - 1.
-  A state is a node, or -1 once a code has left the catalog.
-
-  Attributes:
-    offsets: int32 [N + 1].
-    codes: int32 [N], the code that leads into a node; -1 for the root.
-    items: int32 [N], the item of a leaf (the first, where several share the
-      tuple); -1 for inner nodes.
-    codebook_size: C.
+  Nodes are numbered level by level in lexicographic order. Node 0 is the root;
+  the children of node n are nodes offsets[n] .. offsets[n + 1] - 1. A state is
+  a node, or -1 once a code has left the catalog.
   """
 
-  offsets: jax.Array
-  codes: jax.Array
-  items: jax.Array
-  codebook_size: int
+  offsets: jax.Array  # int32 [N + 1]
+  codes: jax.Array  # int32 [N], the code that leads to a node; -1 for the root
+  items: jax.Array  # int32 [N], the first item of a leaf; -1 for inner nodes
+  codebook_size: int  # C
 
   def allowed(self, state: jax.Array) -> jax.Array:
-    """Which codes may follow.
+    """Codes that may follow states [...]: bool [..., C].
 
-    Args:
-      state: int32 [...].
-
-    Returns:
-      bool [..., C]; nothing may follow a leaf or state -1.
+    No code follows a leaf or state -1.
     """
     child, exists = self._children(state)
     code = jnp.where(exists, self.codes[child], self.codebook_size)
@@ -56,25 +45,17 @@ class Trie:
     return mask.at[rows, flat].set(True, mode='drop').reshape(code.shape)
 
   def advance(self, state: jax.Array, code: jax.Array) -> jax.Array:
-    """The state after a code.
-
-    Args:
-      state: int32 [...].
-      code: int32 [...].
-
-    Returns:
-      int32 [...], -1 where the code is not allowed.
-    """
+    """States after a code each, int32 [...]; -1 where it is not allowed."""
     child, exists = self._children(state)
     hit = exists & (self.codes[child] == code[..., None])
     return jnp.where(hit, child, -1).max(-1)
 
   def item(self, state: jax.Array) -> jax.Array:
-    """The item at a leaf, int32 [...]; -1 elsewhere."""
+    """Items of states, int32 [...]; -1 where a state is no leaf."""
     return jnp.where(state >= 0, self.items[jnp.maximum(state, 0)], -1)
 
   def _children(self, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Node numbers [..., C] and which of them are children of the state."""
+    """Nodes [..., C], and whether each is a child of the state."""
     node = jnp.maximum(state, 0)[..., None]
     slots = jnp.arange(self.codebook_size, dtype=jnp.int32)
     slots = slots.reshape((1,) * state.ndim + (-1,))
@@ -84,14 +65,7 @@ class Trie:
 
 
 def build_trie(sids: ids.SemanticIds) -> Trie:
-  """The trie of a catalog's tuples.
-
-  Args:
-    sids: the semantic IDs.
-
-  Returns:
-    A trie whose paths from the root to a leaf are exactly the tuples.
-  """
+  """The trie whose paths from root to leaf are exactly the tuples."""
   keys = ids.prefix_keys(sids.codes, sids.codebook_size)
   _, items = np.unique(keys, return_index=True)
   codes = sids.codes[items]

@@ -11,7 +11,7 @@ N = 300
 
 @pytest.fixture(scope='module')
 def catalog():
-  """Titles of common and rare words; every row has more than 100 neighbours."""
+  """Titles of common and rare words; every row has more than 100 neighbors."""
   rng = np.random.default_rng(0)
   words = np.array([f'w{i}' for i in range(24)])
   return log_lib.Catalog(

@@ -59,35 +59,35 @@ def counts(found, items):
   ),
   st.integers(0, 6),
 )
-def test_neighbours_equal_brute_force(rows, window):
+def test_neighbors_equal_brute_force(rows, window):
   users, histories = zip(*rows, strict=True)
-  found = co_engagement.neighbours(make(users, histories), 7, window=window)
+  found = co_engagement.neighbors(make(users, histories), 7, window=window)
   assert counts(found, 7) == brute_force(users, histories, 7, window)
 
 
 def test_overlapping_slates_of_one_user_count_once():
   users, histories = [4, 4, 4, 9], [[0, 1], [0, 1, 2], [1, 2, 0], [0, 1]]
-  found = co_engagement.neighbours(make(users, histories), 4, window=1)
+  found = co_engagement.neighbors(make(users, histories), 4, window=1)
   assert counts(found, 4) == [{1: 2, 2: 1}, {0: 2, 2: 1}, {1: 1, 0: 1}, {}]
 
 
 def test_an_item_that_comes_again_is_one_meeting_a_user():
-  found = co_engagement.neighbours(make([0], [[0, 1, 0]]), 2, window=3)
+  found = co_engagement.neighbors(make([0], [[0, 1, 0]]), 2, window=3)
   assert counts(found, 2) == [{1: 1}, {0: 1}]
 
 
 def test_the_window_is_a_distance_in_places():
   slates_ = make([0], [[0, 1, 2, 3]])
-  near = co_engagement.neighbours(slates_, 4, window=1)
-  wide = co_engagement.neighbours(slates_, 4, window=2)
+  near = co_engagement.neighbors(slates_, 4, window=1)
+  wide = co_engagement.neighbors(slates_, 4, window=2)
   assert counts(near, 4) == [{1: 1}, {0: 1, 2: 1}, {1: 1, 3: 1}, {2: 1}]
   assert counts(wide, 4)[0] == {1: 1, 2: 1}
 
 
-def test_draws_are_neighbours_as_often_as_they_count():
+def test_draws_are_neighbors_as_often_as_they_count():
   users = [0, 1, 2, 3]
   histories = [[0, 1], [0, 1], [0, 1], [0, 2]]
-  found = co_engagement.neighbours(make(users, histories), 4, window=1)
+  found = co_engagement.neighbors(make(users, histories), 4, window=1)
   drawn = found.draw(np.zeros(4000, np.int64), np.random.default_rng(0))
   assert drawn.dtype == np.int32
   share = np.bincount(drawn, minlength=4) / 4000
@@ -95,8 +95,8 @@ def test_draws_are_neighbours_as_often_as_they_count():
 
 
 @pytest.mark.parametrize('histories', [[[0, 1]], [[2]]])
-def test_an_item_without_neighbours_draws_itself(histories):
-  found = co_engagement.neighbours(make([0], histories), 5, window=3)
+def test_an_item_without_neighbors_draws_itself(histories):
+  found = co_engagement.neighbors(make([0], histories), 5, window=3)
   drawn = found.draw(np.array([2, 3, 4, 4]), np.random.default_rng(0))
   np.testing.assert_array_equal(drawn, [2, 3, 4, 4])
   assert drawn.dtype == np.int32
@@ -104,10 +104,10 @@ def test_an_item_without_neighbours_draws_itself(histories):
 
 @settings(max_examples=20)
 @given(st.integers(0, 99), st.integers(0, 99))
-def test_draws_stay_among_the_neighbours(seed, other):
+def test_draws_stay_among_the_neighbors(seed, other):
   rng = np.random.default_rng(seed)
   histories = rng.integers(8, size=(6, 4)).tolist()
-  found = co_engagement.neighbours(make(range(6), histories), 9, window=2)
+  found = co_engagement.neighbors(make(range(6), histories), 9, window=2)
   anchors = rng.integers(9, size=30)
   drawn = found.draw(anchors, np.random.default_rng(other))
   known = brute_force(range(6), histories, 9, 2)

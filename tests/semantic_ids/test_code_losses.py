@@ -6,7 +6,7 @@ import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.semantic_ids import code_losses
+from gr2_jax.semantic_ids import codebooks
 
 
 def batch(seed=0, size=7, levels=3, codes=5, width=4):
@@ -31,7 +31,7 @@ def diversity(residuals, vectors, temperature):
 @pytest.mark.parametrize('temperature', [0.3, 1.0, 4.0])
 def test_diversity_equals_numpy(jitted, temperature):
   residuals, vectors = batch()
-  run = jax.jit(code_losses.diversity) if jitted else code_losses.diversity
+  run = jax.jit(codebooks.diversity) if jitted else codebooks.diversity
   want, _ = diversity(*map(np.float64, batch()), temperature)
   np.testing.assert_allclose(
     run(residuals, vectors, temperature), want, rtol=1e-5
@@ -42,7 +42,7 @@ def test_diversity_equals_numpy(jitted, temperature):
 @given(st.integers(0, 99), st.floats(0.05, 20))
 def test_diversity_lies_between_even_and_one_code(seed, temperature):
   residuals, vectors = batch(seed)
-  found = float(code_losses.diversity(residuals, vectors, temperature))
+  found = float(codebooks.diversity(residuals, vectors, temperature))
   assert 3 - 1e-4 <= found <= 3 * 5 + 1e-4
 
 
@@ -50,22 +50,22 @@ def test_diversity_is_levels_where_even_and_levels_x_codes_where_collapsed():
   corners = np.eye(4, dtype=np.float32)
   spread = np.repeat(corners[:, None], 2, axis=1)  # each code once, 2 levels
   vectors = np.stack([corners, corners])
-  even = code_losses.diversity(spread, vectors, 1e-2)
-  alone = code_losses.diversity(spread[[1, 1, 1]], vectors, 1e-2)
+  even = codebooks.diversity(spread, vectors, 1e-2)
+  alone = codebooks.diversity(spread[[1, 1, 1]], vectors, 1e-2)
   np.testing.assert_allclose(even, 2, rtol=1e-5)
   np.testing.assert_allclose(alone, 2 * 4, rtol=1e-5)
 
 
 def test_diversity_is_less_after_a_step_along_either_gradient():
   residuals, vectors = batch(size=4)
-  value = code_losses.diversity(residuals, vectors, 1.0)
-  gradients = jax.grad(code_losses.diversity, argnums=(0, 1))(
+  value = codebooks.diversity(residuals, vectors, 1.0)
+  gradients = jax.grad(codebooks.diversity, argnums=(0, 1))(
     residuals, vectors, 1.0
   )
   for place, gradient in enumerate(gradients):
     moved = [residuals, vectors]
     moved[place] = moved[place] - 1e-2 * gradient
-    assert code_losses.diversity(*moved, 1.0) < value - 1e-5
+    assert codebooks.diversity(*moved, 1.0) < value - 1e-5
 
 
 # ------------------------------------------------------------------- InfoNCE
@@ -118,7 +118,7 @@ def sharing(ids_left, ids_right):
 @pytest.mark.parametrize('jitted', [False, True])
 @pytest.mark.parametrize('items', [3, 8, 1000])
 def test_info_nce_equals_numpy(jitted, items):
-  run = jax.jit(code_losses.info_nce) if jitted else code_losses.info_nce
+  run = jax.jit(codebooks.info_nce) if jitted else codebooks.info_nce
   for seed in range(4):
     given_ = pairs(seed, items=items)
     want = info_nce(*given_, 0.3)
@@ -142,7 +142,7 @@ def test_a_partner_that_is_one_of_a_pair_is_no_negative_of_it(
   anchors, partners, a, p = sharing(anchor, partner)
 
   def loss(anchors, partners):
-    return code_losses.info_nce(anchors, partners, a, p, 0.3)
+    return codebooks.info_nce(anchors, partners, a, p, 0.3)
 
   np.testing.assert_allclose(
     loss(anchors, partners), info_nce(anchors, partners, a, p, 0.3), rtol=1e-4
@@ -159,10 +159,10 @@ def test_an_item_without_a_partner_counts_nowhere():
   lonely = p.copy()
   lonely[[2, 5]] = a[[2, 5]]
   rest = np.delete(np.arange(9), [2, 5])
-  got, gradient = jax.value_and_grad(code_losses.info_nce)(
+  got, gradient = jax.value_and_grad(codebooks.info_nce)(
     jnp.asarray(anchors), partners, a, lonely, 0.1
   )
-  want = code_losses.info_nce(
+  want = codebooks.info_nce(
     anchors[rest], partners[rest], a[rest], p[rest], 0.1
   )
   np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -172,7 +172,7 @@ def test_an_item_without_a_partner_counts_nowhere():
 
 def test_a_batch_without_any_pair_is_zero_with_gradient_zero():
   anchors, partners, a, _ = pairs()
-  value, gradient = jax.value_and_grad(code_losses.info_nce)(
+  value, gradient = jax.value_and_grad(codebooks.info_nce)(
     anchors, partners, a, a, 0.1
   )
   assert value == 0.0
@@ -182,7 +182,7 @@ def test_a_batch_without_any_pair_is_zero_with_gradient_zero():
 def test_a_zero_latent_has_a_finite_gradient():
   anchors, partners, a, p = pairs(items=1000)
   anchors[3] = 0
-  gradients = jax.grad(code_losses.info_nce, argnums=(0, 1))(
+  gradients = jax.grad(codebooks.info_nce, argnums=(0, 1))(
     anchors, partners, a, p, 0.1
   )
   for gradient in gradients:
@@ -191,13 +191,13 @@ def test_a_zero_latent_has_a_finite_gradient():
 
 def test_info_nce_draws_partners_together():
   anchors, partners, a, p = pairs(items=1000)
-  value, gradients = jax.value_and_grad(code_losses.info_nce, argnums=(0, 1))(
+  value, gradients = jax.value_and_grad(codebooks.info_nce, argnums=(0, 1))(
     anchors, partners, a, p, 0.2
   )
   for place, gradient in enumerate(gradients):
     moved = [anchors, partners]
     moved[place] = moved[place] - 1e-2 * gradient
-    assert code_losses.info_nce(*moved, a, p, 0.2) < value - 1e-4
+    assert codebooks.info_nce(*moved, a, p, 0.2) < value - 1e-4
 
 
 @settings(max_examples=20)
@@ -208,10 +208,10 @@ def test_info_nce_knows_neither_order_nor_length(seed, random):
   random.shuffle(order)
   scale = np.float32(random.uniform(0.5, 3))
   np.testing.assert_allclose(
-    code_losses.info_nce(
+    codebooks.info_nce(
       scale * anchors[order], partners[order], a[order], p[order], 0.3
     ),
-    code_losses.info_nce(anchors, partners, a, p, 0.3),
+    codebooks.info_nce(anchors, partners, a, p, 0.3),
     rtol=1e-4,
     atol=1e-6,
   )

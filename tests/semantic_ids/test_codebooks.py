@@ -25,10 +25,10 @@ def random_books(levels=3, size=5, width=4, seed=0):
   }
 
 
-def pull(estimate, latents, quantised, gradient):
+def pull(estimate, latents, quantized, gradient):
   """The estimate, and what a gradient of it is to the latents."""
   value, back = jax.vjp(
-    lambda h: estimate(h, jnp.asarray(quantised)), jnp.asarray(latents)
+    lambda h: estimate(h, jnp.asarray(quantized)), jnp.asarray(latents)
   )
   return value, back(jnp.asarray(gradient))[0]
 
@@ -48,30 +48,30 @@ def rotation(h, q):
 
 
 @pytest.mark.parametrize('name', codebooks.ESTIMATORS)
-def test_an_estimate_is_the_quantised_value(name):
+def test_an_estimate_is_the_quantized_value(name):
   rng = np.random.default_rng(0)
-  latents, quantised = rng.normal(size=(2, 20, 6)).astype(np.float32)
-  latents[0], quantised[1] = 0, 0
-  quantised[2] = -latents[2]
+  latents, quantized = rng.normal(size=(2, 20, 6)).astype(np.float32)
+  latents[0], quantized[1] = 0, 0
+  quantized[2] = -latents[2]
   estimate = codebooks.ESTIMATORS[name]
-  np.testing.assert_allclose(estimate(latents, quantised), quantised, atol=1e-6)
+  np.testing.assert_allclose(estimate(latents, quantized), quantized, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', codebooks.ESTIMATORS)
-def test_the_quantised_value_is_a_constant(name):
+def test_the_quantized_value_is_a_constant(name):
   rng = np.random.default_rng(0)
-  latents, quantised = rng.normal(size=(2, 5, 6)).astype(np.float32)
+  latents, quantized = rng.normal(size=(2, 5, 6)).astype(np.float32)
   gradient = jax.grad(
     lambda q: (codebooks.ESTIMATORS[name](latents, q) ** 2).sum()
-  )(quantised)
+  )(quantized)
   # Straight-through and rotation alike: only the latent is moved.
   np.testing.assert_array_equal(gradient, 0.0)
 
 
 def test_straight_through_hands_the_gradient_on():
   rng = np.random.default_rng(1)
-  latents, quantised, gradient = rng.normal(size=(3, 5, 6)).astype(np.float32)
-  _, got = pull(codebooks.straight_through, latents, quantised, gradient)
+  latents, quantized, gradient = rng.normal(size=(3, 5, 6)).astype(np.float32)
+  _, got = pull(codebooks.straight_through, latents, quantized, gradient)
   np.testing.assert_array_equal(got, gradient)
 
 
@@ -79,15 +79,15 @@ def test_straight_through_hands_the_gradient_on():
 @given(st.integers(0, 999), st.integers(2, 8))
 def test_rotation_hands_on_the_transposed_turn_scaled(seed, width):
   rng = np.random.default_rng(seed)
-  latents, quantised, gradient = rng.normal(size=(3, 4, width)).astype(
+  latents, quantized, gradient = rng.normal(size=(3, 4, width)).astype(
     np.float32
   )
-  _, got = pull(codebooks.rotate, latents, quantised, gradient)
+  _, got = pull(codebooks.rotate, latents, quantized, gradient)
   for b in range(4):
-    turn = rotation(latents[b], quantised[b])
-    scale = np.linalg.norm(quantised[b]) / np.linalg.norm(latents[b])
+    turn = rotation(latents[b], quantized[b])
+    scale = np.linalg.norm(quantized[b]) / np.linalg.norm(latents[b])
     np.testing.assert_allclose(
-      scale * turn @ latents[b], quantised[b], atol=1e-4
+      scale * turn @ latents[b], quantized[b], atol=1e-4
     )
     # Half the turn's sine divides: the closer to apart, the less is known.
     np.testing.assert_allclose(
@@ -100,30 +100,30 @@ def test_rotation_hands_on_the_transposed_turn_scaled(seed, width):
 
 def test_rotation_keeps_the_angle_between_gradient_and_value():
   rng = np.random.default_rng(2)
-  latents, quantised, gradient = rng.normal(size=(3, 20, 6)).astype(np.float32)
-  _, got = pull(codebooks.rotate, latents, quantised, gradient)
+  latents, quantized, gradient = rng.normal(size=(3, 20, 6)).astype(np.float32)
+  _, got = pull(codebooks.rotate, latents, quantized, gradient)
 
   def cosine(x, y):
     lengths = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
     return (x * y).sum(-1) / lengths
 
   np.testing.assert_allclose(
-    cosine(got, latents), cosine(gradient, quantised), atol=1e-4
+    cosine(got, latents), cosine(gradient, quantized), atol=1e-4
   )
-  _, straight = pull(codebooks.straight_through, latents, quantised, gradient)
-  assert np.abs(cosine(straight, latents) - cosine(gradient, quantised)).max(
+  _, straight = pull(codebooks.straight_through, latents, quantized, gradient)
+  assert np.abs(cosine(straight, latents) - cosine(gradient, quantized)).max(
   ) > 0.1  # fmt: skip
 
 
 def test_rotation_is_straight_through_where_there_is_no_turn_to_take():
   rng = np.random.default_rng(3)
-  latents, quantised, gradient = rng.normal(size=(3, 5, 6)).astype(np.float32)
+  latents, quantized, gradient = rng.normal(size=(3, 5, 6)).astype(np.float32)
   latents[0] = 0
-  quantised[1] = 0
-  quantised[2] = -latents[2]
-  quantised[3] = -0.3 * latents[3]
-  quantised[4] = 0.5 * latents[4]  # no turn, but a scale
-  _, got = pull(codebooks.rotate, latents, quantised, gradient)
+  quantized[1] = 0
+  quantized[2] = -latents[2]
+  quantized[3] = -0.3 * latents[3]
+  quantized[4] = 0.5 * latents[4]  # no turn, but a scale
+  _, got = pull(codebooks.rotate, latents, quantized, gradient)
   np.testing.assert_array_equal(got[:4], gradient[:4])
   np.testing.assert_allclose(got[4], 0.5 * gradient[4], rtol=1e-4, atol=1e-5)
 

@@ -55,7 +55,7 @@ def beam_oracle(latent, vectors, beam):
 
 def test_quantise_equals_brute_force():
   latents, vectors = draw()
-  codes, residuals, words = quantizer.quantise(latents, vectors)
+  codes, residuals, words = quantizer.quantize(latents, vectors)
   for b in range(len(latents)):
     residual = latents[b].astype(np.float64)
     for level in range(3):
@@ -88,7 +88,7 @@ def test_a_beam_of_one_is_greedy():
   latents, vectors = draw(300, 4, 32, 8)
   np.testing.assert_array_equal(
     quantizer.search(latents, vectors),
-    quantizer.quantise(latents, vectors)[0],
+    quantizer.quantize(latents, vectors)[0],
   )
 
 
@@ -135,7 +135,7 @@ def test_ties_go_to_the_lower_code(beam):
   latents = np.zeros((4, 2), np.float32)
   codes = quantizer.search(latents, vectors, beam=beam)
   np.testing.assert_array_equal(codes, 0)
-  codes = quantizer.quantise(latents, vectors)[0]
+  codes = quantizer.quantize(latents, vectors)[0]
   np.testing.assert_array_equal(codes, 0)
 
 
@@ -270,7 +270,7 @@ def test_codebooks_start_at_the_means_of_their_residuals():
   books = quantizer.residual_codebooks(
     latents, levels=2, size=8, batch_size=100, iterations=20, seed=0
   )
-  codes, residuals, _ = quantizer.quantise(latents, books['vectors'])
+  codes, residuals, _ = quantizer.quantize(latents, books['vectors'])
   np.testing.assert_allclose(books['counts'].sum(1), 100.0, rtol=1e-5)
   for code in np.unique(codes[:, 0]):
     mine = np.asarray(codes[:, 0]) == code

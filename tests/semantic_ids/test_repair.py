@@ -3,14 +3,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 
-from gr2_jax.semantic_ids import ids, repair
+from gr2_jax.semantic_ids import assignment, ids
 
 
 def logarithm_of_plan(cost, mass):
-  """Balanced transport of one problem, normalised in the logarithm."""
+  """Balanced transport of one problem, normalized in the logarithm."""
   span = (cost.max() - cost.min()) / 2
-  plan = -cost / span / repair.EPSILON
-  for _ in range(repair.ITERATIONS):
+  plan = -cost / span / assignment.EPSILON
+  for _ in range(assignment.ITERATIONS):
     plan += np.log(mass / mass.sum())[:, None]
     plan -= logsumexp(plan, axis=1, keepdims=True)
     plan += np.log(mass / mass.sum())[:, None]
@@ -31,7 +31,7 @@ def test_codes_have_the_largest_share_of_the_plan(rows, columns, seed):
   padded[0, :rows, 1 : columns + 1] = cost
   masses = np.zeros((2, 8))
   masses[0, :rows], masses[1, 0] = mass, 1
-  got = repair.sinkhorn(padded, masses, free)
+  got = assignment.sinkhorn(padded, masses, free)
   assert got[1, 0] == 3
   codes = got[0, :rows] - 1
   plan = logarithm_of_plan(cost, mass)
@@ -41,7 +41,7 @@ def test_codes_have_the_largest_share_of_the_plan(rows, columns, seed):
 def test_balance_parts_rows_that_want_the_same_column():
   cost = np.array([[[0.0, 0.5, 1.0], [0.1, 0.2, 1.1], [0.0, 0.4, 0.2]]])
   free = np.ones((1, 3), bool)
-  got = repair.sinkhorn(cost, np.ones((1, 3)), free)
+  got = assignment.sinkhorn(cost, np.ones((1, 3)), free)
   # Of the six pairings, 0 + 0.2 + 0.2 is the cheapest.
   assert got.tolist() == [[0, 1, 2]]
 
@@ -49,7 +49,7 @@ def test_balance_parts_rows_that_want_the_same_column():
 def test_one_row_takes_the_nearest_free_column():
   cost = np.array([[[0.3, 0.1, 0.2]]])
   free = np.array([[True, False, True]])
-  assert repair.sinkhorn(cost, np.ones((1, 1)), free).tolist() == [[2]]
+  assert assignment.sinkhorn(cost, np.ones((1, 1)), free).tolist() == [[2]]
 
 
 def colliding(codes, taken):
@@ -76,7 +76,7 @@ def test_repair_leaves_single_items_and_parts_others(seed, values):
   taken = rng.integers(size, size=(int(rng.integers(0, 4)), levels))
   named = np.unique(ids.prefix_keys(taken, size))
   before = codes.copy()
-  got, moved = repair.repair(codes, vectors, lambda i: latents[i], named)
+  got, moved = assignment.repair(codes, vectors, lambda i: latents[i], named)
   np.testing.assert_array_equal(codes, before)
   np.testing.assert_array_equal(got[:, :-1], codes[:, :-1])
   assert moved == (got != codes).any(1).sum()
@@ -85,7 +85,7 @@ def test_repair_leaves_single_items_and_parts_others(seed, values):
   assert not is_now[~was].any()
   # Where it ends there is nothing left to do: every prefix that still has
   # colliding items has equal ones, or no free code, or freed nobody.
-  again, _ = repair.repair(got, vectors, lambda i: latents[i], named)
+  again, _ = assignment.repair(got, vectors, lambda i: latents[i], named)
   assert colliding(again, taken).sum() == is_now.sum()
 
 
@@ -95,7 +95,7 @@ def test_distinct_items_are_parted_and_equal_ones_are_not():
   latents = (0.1 * rng.normal(size=(10, 4))).astype(np.float32)
   latents[9] = latents[8]
   codes = np.full((10, 2), 3, np.int32)
-  got, _ = repair.repair(
+  got, _ = assignment.repair(
     codes, vectors, lambda i: latents[i], np.zeros(0, np.int64)
   )
   assert len(np.unique(got, axis=0)) == 9
@@ -107,7 +107,7 @@ def test_a_taken_tuple_is_left_while_there_is_another():
   latents = np.array([[0.1], [2.9]], np.float32)
   codes = np.array([[0], [2]], np.int32)
   for named, want in (([0], [[1], [2]]), ([0, 1], [[0], [2]])):
-    got, moved = repair.repair(
+    got, moved = assignment.repair(
       codes, vectors, lambda i: latents[i], np.array(named)
     )
     assert got.tolist() == want
@@ -120,6 +120,6 @@ def test_without_collisions_nothing_is_asked_for():
 
   codes = np.array([[0, 1], [1, 1], [0, 0]], np.int32)
   vectors = np.zeros((2, 2, 1), np.float32)
-  got, moved = repair.repair(codes, vectors, nobody, np.array([2]))
+  got, moved = assignment.repair(codes, vectors, nobody, np.array([2]))
   np.testing.assert_array_equal(got, codes)
   assert moved == 0

@@ -7,16 +7,10 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from gr2_jax.distributed import sharding
-from gr2_jax.semantic_ids import (
-  co_engagement,
-  code_losses,
-  codebooks,
-  quantizer,
-  rqvae,
-)
+from gr2_jax.semantic_ids import co_engagement, codebooks, quantizer, rqvae
 
 LEARNED = ('gradient', 'ema_gradient')
-RING = co_engagement.Neighbours(
+RING = co_engagement.Neighbors(
   np.arange(0, 401, 2),
   np.stack([(np.arange(200) + 1) % 200, (np.arange(200) - 1) % 200], 1)
   .ravel()
@@ -109,10 +103,8 @@ def test_the_loss_is_the_sum_of_its_terms_in_numpy(kind, estimator):
   np.testing.assert_allclose(aux['residuals'], residuals, atol=1e-5)
   out = half(model, state, latents - residual, 'decode')
   want['reconstruction'] = ((batch['items'] - out) ** 2).sum(1).mean()
-  want['diversity'] = code_losses.diversity(
-    residuals, jnp.asarray(learned), 1.0
-  )
-  want['contrastive'] = code_losses.info_nce(
+  want['diversity'] = codebooks.diversity(residuals, jnp.asarray(learned), 1.0)
+  want['contrastive'] = codebooks.info_nce(
     latents,
     half(model, state, batch['partners'], 'encode'),
     batch['rows'],
@@ -155,7 +147,7 @@ def test_gradients_flow_to_what_they_should_move(kind):
     return
   # d/de of the codebook term alone: -2 (r - e) / B for each assigned item.
   latents = half(model, state, batch['items'], 'encode')
-  codes, residuals, words = quantizer.quantise(
+  codes, residuals, words = quantizer.quantize(
     latents, state.codebooks['vectors']
   )
   want = np.zeros(state.moved['vectors'].shape)
@@ -196,7 +188,7 @@ def test_commitment_pulls_the_encoder_alone():
     ),
     state.moved['networks'],
   )
-  _, residuals, words = quantizer.quantise(latents, state.codebooks['vectors'])
+  _, residuals, words = quantizer.quantize(latents, state.codebooks['vectors'])
   pull = 2 * 0.5 * (residuals - words).sum(1) / len(batch['items'])
   want = back(pull)[0]['encoder']
   got = jax.tree.map(lambda a, b: b - a, *(g['encoder'] for g in found))
@@ -319,7 +311,7 @@ def test_training_improves_reconstruction(kind, estimator):
 
   def error(state):
     latents = half(model, state, features, 'encode')
-    _, _, words = quantizer.quantise(latents, state.codebooks['vectors'])
+    _, _, words = quantizer.quantize(latents, state.codebooks['vectors'])
     return ((half(model, state, words.sum(1), 'decode') - features) ** 2).sum()
 
   variance = ((features - features.mean(0)) ** 2).sum()

@@ -210,7 +210,7 @@ def test_complete_moves_what_a_full_prefix_cannot_hold():
   assert len(np.unique(sids.codes[:8, :2], axis=0)) == 1
 
 
-def test_params_of_a_state_are_networks_and_quantising_codewords():
+def test_params_of_a_state_are_networks_and_quantizing_codewords():
   config = section(
     codebook='ema_gradient', init_items=0, pretrain_steps=0, batch_size=8,
     learning_rate=1e-3, warmup_steps=1, steps=2,
