@@ -1,18 +1,19 @@
-"""Dynamic batching: what waits is answered together, in bounded time.
+"""Dynamic batching: waiting items are answered together, in bounded time.
 
-Items wait in one queue. Whenever the worker is free it takes the oldest and
-whatever waits behind it under the same key, up to a full batch; if the queue is
-short it gives others a moment to arrive. Batches run one at a time, in a
-thread, so the event loop stays free.
+Items wait in one queue. Whenever the worker is free, it takes the oldest item
+and the items behind it with the same key, up to a full batch. If the queue is
+too short for that, it waits a moment for more. Batches run one at a time, in a
+thread, so that the event loop stays free.
 
-The moment counts from the arrival of the oldest: what waited through a batch
-goes at once. Askers that send the next item as soon as they have an answer
-would so be split for good into groups that take turns. Hence, where the askers
-of a batch came back within a moment, those of the next are waited for: until as
-many wait as stayed and were answered, or nobody came for a moment. A batch then
-holds all such askers, and one that is alone does not wait.
+The moment counts from the arrival of the oldest item: items that waited during
+a batch go at once. Clients that send the next item as soon as they have an
+answer would so be split into groups that take turns for ever. Therefore, if the
+clients of a batch returned within a moment, the worker waits for those of the
+next batch too, until as many items wait as were left over and were answered, or
+until no client returned for a moment. A batch then holds all such clients, and
+a single client does not wait.
 
-An item whose asker no longer waits is dropped before it costs anything.
+An item is dropped, at no cost, when its client no longer waits.
 """
 
 import asyncio
@@ -27,10 +28,10 @@ from typing import Any
 
 
 class Refused(Exception):
-  """The queue takes nothing now.
+  """The queue does not accept items now.
 
   Attributes:
-    retry_after: whole seconds after which it may.
+    retry_after: whole seconds after which it may accept them.
   """
 
   def __init__(self, message: str, retry_after: int):
@@ -46,35 +47,35 @@ class _Waiting:
   since: float
 
 
-class _Askers:
-  """Watches whether those who are answered ask again at once.
+class _Clients:
+  """Detects whether answered clients return at once.
 
-  Items are taken for theirs as long as each comes within a moment of the one
-  before, the first within a moment of an answer's hand-over.
+  Items count as those of returning clients while each arrives within a moment
+  of the one before, and the first within a moment of an answer.
 
   Attributes:
-    come_back: those of the batch before the last one mostly did.
+    return_at_once: whether most clients of the batch before the last one did.
     answered: items of the last batch.
-    last: when the last of them was told, or came back.
+    last: time when the last of its clients was answered or returned.
   """
 
   def __init__(self, moment: float):
-    self.come_back, self.answered, self.last = False, 0, -math.inf
-    self._moment, self._back = moment, 0
+    self.return_at_once, self.answered, self.last = False, 0, -math.inf
+    self._moment, self._returned = moment, 0
 
-  def are_answered(self, count: int) -> None:
-    """A batch has ended."""
-    self.come_back = 2 * self._back >= self.answered > 0
-    self.answered, self._back, self.last = count, 0, time.monotonic()
+  def batch_ended(self, count: int) -> None:
+    """A batch of so many items has ended."""
+    self.return_at_once = 2 * self._returned >= self.answered > 0
+    self.answered, self._returned, self.last = count, 0, time.monotonic()
 
-  def are_told(self) -> None:
-    """One of them has the answer; the event loop may have been slow to it."""
+  def got_answer(self) -> None:
+    """A client has its answer, which the event loop may have delayed."""
     self.last = time.monotonic()
 
-  def ask(self, count: int, now: float) -> None:
-    """Somebody asks: one of them, or another."""
+  def arrived(self, count: int, now: float) -> None:
+    """A client sent so many items."""
     if now - self.last <= self._moment:
-      self._back += count
+      self._returned += count
       self.last = now
 
 
@@ -82,9 +83,9 @@ class Batcher:
   """Answers items in batches; lives in one event loop.
 
   Args:
-    run: (key, items) -> answers, one for each; called in a thread.
-    capacity: items that may wait, beside those in the batch under way.
-    moment: seconds that a short batch waits for more.
+    run: (key, items) -> an answer for each; called in a thread.
+    capacity: items that may wait, not counting the running batch.
+    moment: seconds that a short batch waits for more items.
   """
 
   def __init__(
@@ -95,9 +96,9 @@ class Batcher:
   ):
     self._run, self._capacity, self._moment = run, capacity, moment
     self._queue: collections.deque[_Waiting] = collections.deque()
-    self._askers = _Askers(moment)
-    self._stayed = 0  # items that waited when the last batch had ended
-    self._changed = asyncio.Event()  # an item came, or the end
+    self._clients = _Clients(moment)
+    self._left_over = 0  # items that waited when the last batch ended
+    self._changed = asyncio.Event()  # an item arrived, or draining began
     self._draining = False
     self._batch_seconds = 0.0  # of the last batch
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'batches')
@@ -109,28 +110,28 @@ class Batcher:
   async def answer(
     self, key: Hashable, largest: int, items: Sequence[Any], timeout: float
   ) -> list[Any | None]:
-    """Answers items, or as many as it can within a time.
+    """Answers as many items as the time allows.
 
     Args:
-      key: what may share a batch.
-      largest: items of such a batch, at most.
-      items: all of them wait, or none.
+      key: items of one batch have equal keys.
+      largest: size of a full batch of this key.
+      items: they are queued all together or not at all.
       timeout: seconds.
 
     Returns:
-      An answer for each item, None where the time was over.
+      An answer for each item, None where the time was up.
 
     Raises:
-      Refused: the queue is full, or drains.
-      Exception: what `run` raised.
+      Refused: the queue is full or drains.
+      Exception: raised by `run`.
     """
     if self._draining:
       raise Refused('shutting down', 1)
     if len(self._queue) + len(items) > self._capacity:
-      left = math.ceil(len(self._queue) / largest) * self._batch_seconds
+      seconds = math.ceil(len(self._queue) / largest) * self._batch_seconds
       raise Refused(
         f'{len(self._queue)} slates wait, room for {self._capacity}',
-        max(1, math.ceil(left)),
+        max(1, math.ceil(seconds)),
       )
     if not items:
       return []
@@ -140,19 +141,19 @@ class Batcher:
       for item in items
     ]
     self._queue.extend(waiting)
-    self._askers.ask(len(waiting), now)
+    self._clients.arrived(len(waiting), now)
     self._changed.set()
     futures = [w.answer for w in waiting]
     try:
       await asyncio.wait(futures, timeout=timeout)
-      self._askers.are_told()
+      self._clients.got_answer()
       return [f.result() if f.done() else None for f in futures]
     finally:
       for future in futures:
         future.cancel()
 
   async def drain(self) -> None:
-    """Refuses what comes from now on, and answers what waits."""
+    """Refuses new items, and answers those that wait."""
     self._draining = True
     self._changed.set()
     await self._worker
@@ -167,31 +168,31 @@ class Batcher:
       await self._fill()
       if batch := self._take():
         await self._answer(batch)
-        self._askers.are_answered(len(batch))
-        self._stayed = len(self._queue)
+        self._clients.batch_ended(len(batch))
+        self._left_over = len(self._queue)
 
   async def _change(self, seconds: float | None = None) -> None:
-    """Waits until there is something new, or for so long."""
+    """Waits for a change of the queue, at most so many seconds."""
     self._changed.clear()
     with contextlib.suppress(TimeoutError):
       async with asyncio.timeout(seconds):
         await self._changed.wait()
 
   async def _fill(self) -> None:
-    """Waits until the batch of the oldest is full, or need not wait longer."""
-    oldest, askers = self._queue[0], self._askers
+    """Waits until the oldest item's batch is full or need not wait longer."""
+    oldest, clients = self._queue[0], self._clients
     enough = oldest.key[1]
-    if askers.come_back:
-      enough = min(enough, self._stayed + askers.answered)
+    if clients.return_at_once:
+      enough = min(enough, self._left_over + clients.answered)
     while len(self._queue) < enough and not self._draining:
-      begin = max(oldest.since, askers.last if askers.come_back else 0.0)
+      begin = max(oldest.since, clients.last if clients.return_at_once else 0.0)
       left = begin + self._moment - time.monotonic()
       if left <= 0:
         return
       await self._change(left)
 
   def _take(self) -> list[_Waiting]:
-    """The oldest that still waits, and those behind it that fit its batch."""
+    """Takes the oldest item that still waits, and others of its batch."""
     batch, others = [], collections.deque()
     while self._queue:
       waiting = self._queue.popleft()
@@ -211,7 +212,7 @@ class Batcher:
       answers = await asyncio.get_running_loop().run_in_executor(
         self._thread, self._run, batch[0].key[0], [w.item for w in batch]
       )
-    except Exception as e:  # Its askers are told; others are served on.
+    except Exception as e:  # It goes to the clients of this batch only.
       for waiting in batch:
         if not waiting.answer.done():
           waiting.answer.set_exception(e)

@@ -1,10 +1,10 @@
 """Serves a finished policy over HTTP.
 
-python -m gr2_jax.serve --artifact=runs/rl-1a2b3c4d
+python -m gr2_jax.serving --artifact=runs/rl-1a2b3c4d
 
-POST /rank ranks slates, GET /openapi.json says how; / is a page for people.
-SIGTERM and SIGINT end it after what was asked is answered; the exit code is 0
-after the first.
+POST /rank ranks slates, GET /openapi.json describes it, / is a page for people.
+SIGTERM and SIGINT end the service once pending requests are answered; the exit
+code after SIGTERM is 0.
 """
 
 import os
@@ -29,7 +29,7 @@ _ARTIFACT = flags.DEFINE_string(
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at.')
 _PORT = flags.DEFINE_integer('port', 8080, 'Port; 0 takes a free one.', 0)
 _MODES = flags.DEFINE_list(
-  'modes', list(ranking.MODES), 'Ways to answer; the first is the default.'
+  'modes', list(ranking.MODES), 'Modes that are loaded; the first is default.'
 )
 _LARGEST_BATCH = flags.DEFINE_integer(
   'largest_batch', 64, 'Slates answered at a time.', 1
@@ -40,17 +40,17 @@ _TENSOR = flags.DEFINE_integer(
 _MEMORY_CACHE_BYTES = flags.DEFINE_integer(
   'memory_cache_bytes',
   256 << 20,
-  'Of histories that are kept, for a policy with memory tokens; 0: none.',
+  'Bytes of cached histories, for a policy with memory tokens; 0: none.',
   0,
 )
 _MOMENT = flags.DEFINE_float(
-  'moment', 0.002, 'Seconds that a short batch waits for more.', 0.0
+  'moment', 0.002, 'Seconds that a short batch waits for more slates.', 0.0
 )
 _TIMEOUT = flags.DEFINE_float(
   'timeout', 2.0, 'Seconds until the incoming order is the answer.', 0.001
 )
 _READ_TIMEOUT = flags.DEFINE_float(
-  'read_timeout', 10.0, 'Seconds for a head, and for a body, to come in.', 0.001
+  'read_timeout', 10.0, 'Seconds for a head, and for a body, to arrive.', 0.001
 )
 _BODY_BYTES = flags.DEFINE_integer('body_bytes', 1 << 20, 'Of a request.', 1)
 _SLATES = flags.DEFINE_integer('slates', 64, 'Slates of a request.', 1)
@@ -58,7 +58,7 @@ _HISTORY = flags.DEFINE_integer('history', 1000, 'Items of a history.', 0)
 _QUEUE = flags.DEFINE_integer('queue', 256, 'Slates that may wait.', 1)
 _CONNECTIONS = flags.DEFINE_integer('connections', 512, 'At a time.', 1)
 _DRAIN = flags.DEFINE_integer(
-  'drain', 30, 'Seconds for requests under way when the service is to end.', 0
+  'drain', 30, 'Seconds for pending requests when the service ends.', 0
 )
 _EXAMPLES = flags.DEFINE_bool(
   'examples',
@@ -73,7 +73,7 @@ _ADMIN_TOKEN_VARIABLE = flags.DEFINE_string(
 
 
 def load() -> 'reranker_lib.Reranker':
-  """The policy, as the flags have it."""
+  """Loads the policy that the flags describe."""
   from gr2_jax.serving import reranker as reranker_lib
 
   return reranker_lib.Reranker.load(
@@ -86,11 +86,7 @@ def load() -> 'reranker_lib.Reranker':
 
 
 def run(load: Callable[[], 'reranker_lib.Reranker']) -> None:
-  """Loads, listens, serves until told to end.
-
-  Args:
-    load: makes what answers, once the port is taken.
-  """
+  """Binds the port, calls `load`, and serves until a signal arrives."""
   try:
     from gr2_jax.serving import app as app_lib
     from gr2_jax.serving import server as server_lib
@@ -110,23 +106,23 @@ def run(load: Callable[[], 'reranker_lib.Reranker']) -> None:
   )
   if limits.queue < limits.slates:
     raise ValueError(
-      f'--queue={limits.queue} is less than --slates={limits.slates}: such a '
-      'request would never be taken'
+      f'--queue={limits.queue} is less than --slates={limits.slates}: the '
+      'largest requests would always be refused'
     )
   token = _token(_ADMIN_TOKEN_VARIABLE.value)
   policy = None
-
-  def start() -> service_lib.Service:
-    return service_lib.Service(policy, limits, _MOMENT.value)
-
   server = server_lib.make(
-    app_lib.build(start, token=token, examples=_EXAMPLES.value),
+    app_lib.build(
+      lambda: service_lib.Service(policy, limits, _MOMENT.value),
+      token=token,
+      examples=_EXAMPLES.value,
+    ),
     limits,
     _DRAIN.value,
     host=_HOST.value,
     port=_PORT.value,
   )
-  # Taken before the policy is loaded; nobody can connect until it is.
+  # Bound before the policy is loaded; nobody can connect until it is.
   socket = server.config.bind_socket()
   print(f'loading {_ARTIFACT.value}')
   policy = load()
@@ -135,13 +131,13 @@ def run(load: Callable[[], 'reranker_lib.Reranker']) -> None:
     f'serving {policy.artifact.name} '
     f'at http://{f"[{host}]" if ":" in host else host}:{port}'
   )
-  # uvicorn drains, then raises the signal again, which would be no good end.
+  # uvicorn drains, then raises the signal again; it must not end in an error.
   signal.signal(signal.SIGTERM, lambda number, frame: None)
   server.run(sockets=[socket])
 
 
 def _token(variable: str) -> str:
-  """The token that an environment variable holds; it is shown nowhere."""
+  """The token in an environment variable; it is never printed."""
   if not variable:
     return ''
   if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', variable):
@@ -161,14 +157,9 @@ def _token(variable: str) -> str:
 def main(
   argv: list[str], load: Callable[[], 'reranker_lib.Reranker'] = load
 ) -> None:
-  """Entry point of `app.run`.
-
-  Args:
-    argv: without flags.
-    load: see `run`.
-  """
+  """Entry point of `app.run`; `load` makes the policy."""
   if argv[1:]:
-    sys.exit(f'error: {argv[1]!r} is no flag')
+    sys.exit(f'error: {argv[1]!r} is not a flag')
   try:
     config = artifacts.read_run(pathlib.Path(_ARTIFACT.value))['config']
     environment.set_up(config.get('model', {}).get('dtype', ''))

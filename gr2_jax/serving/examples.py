@@ -10,8 +10,11 @@ from gr2_jax.serving import fields
 from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
 
-NAMES = fields.List(fields.text(), most=256, cure='look up fewer')
-PLACE = fields.whole(0, 999_999_999)
+NAMES = fields.List(fields.TEXT, most=256)
+PLACE = fields.Kind(
+  'a whole number from 0 to 999999999',
+  {'type': 'integer', 'minimum': 0, 'maximum': 999_999_999},
+)
 
 
 def items(

@@ -24,63 +24,67 @@ from gr2_jax.data import evidence as evidence_lib
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import splits as splits_lib
-from gr2_jax.serving import fields as fields_lib
-from gr2_jax.serving.fields import ID, Field, List, number, one_of, text, whole
+from gr2_jax.serving.fields import ID, Field, Kind, List, Object, fail
 
 NO_ITEMS = log_lib.Catalog((), (), (), np.zeros(0, np.int32))
 
-_TIME = number(-(2**53), 2**53)  # Every JSON writer keeps these whole numbers.
-_LARGEST_SCORE = float(np.finfo(np.float32).max)
-_NAME = text(200)
+# The whole numbers that every JSON writer keeps.
+_TIME = {'type': 'number', 'minimum': -(2**53), 'maximum': 2**53}
+_LARGEST = float(np.finfo(np.float32).max)
+_SCORE = {'type': 'number', 'minimum': -_LARGEST, 'maximum': _LARGEST}
+_NAME = Kind(
+  'text of at most 200 characters', {'type': 'string', 'maxLength': 200}
+)
 
-DESCRIPTION = fields_lib.Object(
+DESCRIPTION = Object(
   'description',
-  'descriptions',
   '{"item_id": .., "title": ..}',
   (
     Field('item_id', ID, required=True),
     Field(
       'title',
-      text(1000, pattern=r'\S', noun='text that is not blank,'),
+      Kind(
+        'text that is not blank, of at most 1000 characters',
+        {'type': 'string', 'maxLength': 1000, 'pattern': r'\S'},
+      ),
       required=True,
     ),
-    Field(
-      'categories', List(_NAME, most=32, cure='keep fewer'), 'wide to narrow'
-    ),
+    Field('categories', List(_NAME, most=32), 'wide to narrow'),
     Field('brand', _NAME, 'is put in front of the title'),
-    Field('year', whole(0, 9999), '0 where unknown'),
+    Field(
+      'year',
+      Kind(
+        'a whole number from 0 to 9999',
+        {'type': 'integer', 'minimum': 0, 'maximum': 9999},
+      ),
+      '0 where unknown',
+    ),
   ),
 )
 
 
 @functools.cache
-def slate(candidates: int, history: int | None = None) -> fields_lib.Object:
-  """The fields of a slate.
+def slate(width: int, longest: int | None = None) -> Object:
+  """The fields of a slate of at most `width` candidates.
 
-  Args:
-    candidates: K, the most that the policy has room for.
-    history: the longest history; None for any length.
+  `longest` limits the history; None is any length.
   """
-  return fields_lib.Object(
+  grade = Kind('1 or 2, or null', {'enum': [1, 2, None]})
+  time = Kind('a number within +-2**53', _TIME)
+  cut = 'cut the list, or train with a larger data.candidates'
+  return Object(
     'slate',
-    'slates',
     '{"history": [...], "candidates": [...]}',
     (
       Field(
         'candidates',
-        List(
-          ID,
-          least=1,
-          most=candidates,
-          cure='cut the list, or train with a larger data.candidates',
-          unique=str,
-        ),
+        List(ID, 1, width, cut, unique=str),
         'item ids in the incoming order; 7 and "7" are the same item',
         required=True,
       ),
       Field(
         'history',
-        List(ID, most=history, cure='send the last ones'),
+        List(ID, 0, longest, 'send the last ones'),
         'item ids, oldest first; unknown items are dropped and counted',
         required=True,
       ),
@@ -88,35 +92,36 @@ def slate(candidates: int, history: int | None = None) -> fields_lib.Object:
         'items',
         List(
           DESCRIPTION,
-          most=candidates + evidence_lib.REACH,
+          most=width + evidence_lib.REACH,
           cure='describe only items that the catalog lacks',
           unique=lambda item: str(item['item_id']),
         ),
-        'descriptions of items of both lists that the catalog lacks; the '
-        "catalog's own descriptions take precedence",
+        'describes items of both lists that the catalog lacks; for others the '
+        "catalog's own description counts",
       ),
       Field(
         'history_grades',
-        List(one_of(1, 2).or_null()),
-        'grade of each item of the history, 2 the better',
+        List(grade),
+        'one per item of the history, 2 the better',
         like='history',
       ),
       Field(
         'history_times',
-        List(_TIME.or_null()),
-        'time of each item of the history, in the unit of the log',
+        List(
+          Kind(f'{time.noun}, or null', _TIME | {'type': ['number', 'null']})
+        ),
+        'one per item of the history, in the unit of the log',
         like='history',
       ),
       Field(
         'scores',
-        List(number(-_LARGEST_SCORE, _LARGEST_SCORE)),
-        "the incoming ranker's, one per candidate; fall with the rank where "
-        'missing',
+        List(Kind('a finite number (float32)', _SCORE)),
+        "the incoming ranker's, one per candidate; default: falling",
         like='candidates',
       ),
-      Field('time', _TIME, "in the unit of the log; the log's last if missing"),
+      Field('time', time, "in the unit of the log; default: the log's last"),
       Field('user', ID, 'no model reads it'),
-      Field('id', ID, 'the answer carries it; counts from 1 where missing'),
+      Field('id', ID, 'the answer carries it; default: its place, from 1'),
     ),
   )
 
@@ -212,7 +217,7 @@ def read(
       )
       if unknown := request.unknown_candidates:
         reason = f' (not here: {unreadable})' if unreadable else ''
-        fields_lib.fail(
+        fail(
           where,
           'candidates',
           f'{unknown[0]!r} is not in the catalog',

@@ -14,7 +14,7 @@ from gr2_jax.serving import answer as answer_lib
 from gr2_jax.serving import batching, metrics
 from gr2_jax.serving import request as requests_lib
 from gr2_jax.serving import reranker as reranker_lib
-from gr2_jax.serving.fields import Field, List, Object, number, one_of, text
+from gr2_jax.serving.fields import Field, Kind, List, Object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,13 @@ class Limits:
 
 RELOAD = Object(
   'body',
-  '',
   '{"artifact": "<name of a folder>"}',
   (
     Field(
       'artifact',
-      text(
-        pattern=r'^(?!\.{1,2}$)[^/]+$',
-        noun="the name of a folder beside the present policy's, without a path",
+      Kind(
+        "the name of a folder beside the present policy's, without a path",
+        {'type': 'string', 'pattern': r'^(?!\.{1,2}$)[^/]+$'},
       ),
       required=True,
     ),
@@ -50,10 +49,9 @@ RELOAD = Object(
 def rank_body(policy: reranker_lib.Reranker, limits: Limits) -> Object:
   """The fields of a body of /rank."""
   slate = requests_lib.slate(policy.candidates, limits.history)
-  modes = tuple(policy.programs)
+  modes, seconds = list(policy.programs), limits.seconds
   return Object(
     'body',
-    '',
     '{"slates": [...]}',
     (
       Field(
@@ -63,16 +61,19 @@ def rank_body(policy: reranker_lib.Reranker, limits: Limits) -> Object:
       ),
       Field(
         'mode',
-        one_of(*modes),
+        Kind(f'one of {", ".join(modes)}', {'enum': modes}),
         'score: the read-out, no decoding; rank: the ranking is decoded; '
         'reason: reasoning is decoded, then the ranking',
         default=modes[0],
       ),
       Field(
         'timeout',
-        number(0, limits.seconds, above=True),
+        Kind(
+          f'a number of seconds above 0, at most {seconds:g}',
+          {'type': 'number', 'exclusiveMinimum': 0, 'maximum': seconds},
+        ),
         'seconds until the incoming order is the answer',
-        default=limits.seconds,
+        default=seconds,
       ),
     ),
   )

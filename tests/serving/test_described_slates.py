@@ -84,7 +84,7 @@ def test_slates_of_a_batch_share_no_description():
 @pytest.mark.parametrize(
   ('items', 'place', 'message'),
   [
-    ('x9', '', "field 'items': 'x9': it must be a list of descriptions"),
+    ('x9', '', "field 'items': 'x9': it must be a list"),
     (
       {'x9': 'Solaris'},
       '',
@@ -94,7 +94,7 @@ def test_slates_of_a_batch_share_no_description():
     (
       [described()] * 35,
       '',
-      "field 'items': 35 descriptions, room for 34: desc",
+      "field 'items': a list of 35, room for 34: desc",
     ),
     ([{'title': 'Solaris'}], '[0]', "field 'item_id': missing: every"),
     ([described(1.5)], '[0]', "field 'item_id': 1.5: it must be text or"),
@@ -128,7 +128,7 @@ def test_slates_of_a_batch_share_no_description():
     (
       [described(), described('y9', categories=['x'] * 33)],
       '[1]',
-      "field 'categories': 33 texts, room for 32: keep fewer",
+      "field 'categories': a list of 33, room for 32: shorten",
     ),
     (
       [described(categories=['x' * 201])],

@@ -95,7 +95,7 @@ def test_described_items_are_flagged(service, policy):
     ({'slates': []}, "field 'slates': an empty list: give one or more"),
     (
       {'slates': [GOOD] * 9},
-      "field 'slates': 9 slates, room for 8: send more in",
+      "field 'slates': a list of 9, room for 8: send more in",
     ),
     ({'slate': GOOD}, "field 'slate': unknown: known are slates, mode"),
     ({'slates': [GOOD], 'mode': 'fast'}, "'mode': 'fast': it must be one of"),
@@ -107,15 +107,15 @@ def test_described_items_are_flagged(service, policy):
     ({'slates': [GOOD, 7]}, r'slates\[1\]: not a JSON object: write'),
     (
       {'slates': [GOOD | {'candidates': list('abcdef')}]},
-      r"slates\[0\], field 'candidates': 6 item ids, room for 5: cut",
+      r"slates\[0\], field 'candidates': a list of 6, room for 5: cut",
     ),
     (
       {'slates': [GOOD | {'history': ['a'] * 11}]},
-      r"slates\[0\], field 'history': 11 item ids, room for 10: send the last",
+      r"slates\[0\], field 'history': a list of 11, room for 10: send the last",
     ),
     (
       {'slates': [GOOD, GOOD | {'history_grades': [3]}]},
-      r"slates\[1\], field 'history_grades': 3: each must be one of 1, 2",
+      r"slates\[1\], field 'history_grades': 3: each must be 1 or 2",
     ),
     (
       {'slates': [GOOD | {'history_times': [1, 2]}]},
@@ -342,7 +342,7 @@ def test_a_reload_s_body_is_checked(service, body, message):
 @pytest.mark.parametrize(
   ('path', 'message'),
   [
-    ('/items?id=x' + '&id=x' * 256, "field 'id': 257 texts, room for 256"),
+    ('/items?id=x' + '&id=x' * 256, "field 'id': a list of 257, room for 256"),
     ('/example?place=-1', "field 'place': '-1': it must be a whole number"),
     ('/example?place=1000000000', 'it must be a whole number from 0 to 9999'),
   ],
