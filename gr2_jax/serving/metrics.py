@@ -1,6 +1,6 @@
 """The counters of a service, for Prometheus."""
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import prometheus_client as prometheus
@@ -20,64 +20,39 @@ class Metrics:
   def __init__(self):
     self.registry = prometheus.CollectorRegistry()
 
-    def add(
-      kind: Any, name: str, help: str, labels: Sequence[str] = (), **options
-    ) -> Any:
-      return kind(
-        f'gr2_{name}', help, labels, registry=self.registry, **options
-      )
+    def metric(kind: Any, name: str, text: str, *labels: str, **more: Any):
+      return kind(f'gr2_{name}', text, labels, registry=self.registry, **more)
 
-    counter, gauge = prometheus.Counter, prometheus.Gauge
-    histogram = prometheus.Histogram
-    mode, seconds = ('mode',), {'buckets': _SECONDS}
-    self.requests = add(
-      counter, 'requests', 'HTTP requests answered.', ('route', 'status')
+    counter = functools.partial(metric, prometheus.Counter)
+    gauge = functools.partial(metric, prometheus.Gauge)
+    histogram = functools.partial(metric, prometheus.Histogram)
+    self.requests = counter('requests', 'HTTP requests.', 'route', 'status')
+    self.slates = counter(
+      'slates', 'Slates: ranked, timed_out, refused.', 'mode', 'outcome'
     )
-    self.slates = add(
-      counter,
-      'slates',
-      'Slates by outcome: ranked, timed_out, refused.',
-      ('mode', 'outcome'),
+    self.unknown = counter(
+      'unknown_candidates', 'Candidates neither known nor described.'
     )
-    self.unknown = add(
-      counter, 'unknown_candidates', 'Candidates neither known nor described.'
+    self.described = counter(
+      'described_candidates', 'Candidates known by description only.'
     )
-    self.described = add(
-      counter, 'described_candidates', 'Candidates known by description only.'
+    self.seconds = histogram(
+      'rank_seconds', 'From request to answer.', 'mode', buckets=_SECONDS
     )
-    self.seconds = add(
-      histogram,
-      'rank_seconds',
-      'From a checked request to its answer.',
-      mode,
-      **seconds,
+    self.batch_seconds = histogram(
+      'batch_seconds', 'One batch, with evidence.', 'mode', buckets=_SECONDS
     )
-    self.batch_seconds = add(
-      histogram,
-      'batch_seconds',
-      'One batch, evidence included.',
-      mode,
-      **seconds,
+    self.batch_slates = histogram(
+      'batch_slates', 'Slates of a batch.', 'mode', buckets=_SIZES
     )
-    self.batch_slates = add(
-      histogram, 'batch_slates', 'Slates of a batch.', mode, buckets=_SIZES
-    )
-    self.prefills = add(counter, 'prefills', 'Prompts encoded.', mode)
-    self.decoded = add(counter, 'decoded_tokens', 'Tokens decoded.', mode)
-    self.memory_hits = add(
-      counter, 'memory_hits', 'Prompts whose history was not encoded again.'
-    )
-    self.memory_misses = add(
-      counter, 'memory_misses', 'Histories encoded into memory tokens.'
-    )
-    self._memory_bytes = add(gauge, 'memory_bytes', 'Bytes of kept histories.')
-    self.waiting = add(gauge, 'queue_slates', 'Slates that wait.')
-    self.reloads = add(
-      counter, 'reloads', 'Reloads of a policy by outcome.', ('outcome',)
-    )
-    self._policy = add(
-      gauge, 'policy_info', 'The policy that answers.', ('artifact',)
-    )
+    self.prefills = counter('prefills', 'Prompts encoded.', 'mode')
+    self.decoded = counter('decoded_tokens', 'Tokens decoded.', 'mode')
+    self.memory_hits = counter('memory_hits', 'Prompts of known histories.')
+    self.memory_misses = counter('memory_misses', 'Histories encoded.')
+    self._memory_bytes = gauge('memory_bytes', 'Bytes of kept histories.')
+    self.waiting = gauge('queue_slates', 'Slates that wait.')
+    self.reloads = counter('reloads', 'Reloads of a policy.', 'outcome')
+    self._policy = gauge('policy_info', 'The policy.', 'artifact')
     prometheus.ProcessCollector(registry=self.registry)
 
   def set_policy(self, policy: reranker_lib.Reranker) -> None:

@@ -1,18 +1,7 @@
 """Rerank: JSONL of slates in, JSONL of permutations with reasoning out.
 
-Each line of `output.jsonl` answers the line of the input at the same place:
-
-  id: of the slate
-  ranking: item ids, best first
-  order: the ranking in incoming ranks, 0 for the first candidate given
-  reasoning: the text before the ranking; <slot3> is the candidate of incoming
-    rank 3
-  verdict: `valid`, or the fault of the answer; the ranking is then the incoming
-    order
-  scores: of the listwise read-out, one per candidate as given; larger is better
-  unknown_history: number of history items neither known nor described
-  described_candidates: ids of candidates that the catalog lacks and the slate
-    describes; they are ranked with the others
+Each line of `output.jsonl` answers the slate at the same place in the input;
+`serving/schema.py` describes its fields.
 
 The whole input is checked first. Answers are appended chunk by chunk to
 `output.partial.jsonl`; a run that was killed resumes after its last whole chunk
@@ -49,12 +38,6 @@ def run(
 ) -> dict[str, Any]:
   """Ranks every slate of `rerank.input`, or the test slates.
 
-  Args:
-    config: sections data, prompt, model, mesh, rerank; seed.
-    inputs: slates, tokenizer, backbone, and the stage named by `rerank.start`.
-    workdir: of this stage; gets OUTPUT, and REQUESTS where the test slates
-      are ranked.
-
   Returns:
     Counts and shares; slates per second of this process, compiling and evidence
     included, or None where it ranked nothing.
@@ -62,9 +45,8 @@ def run(
   Raises:
     DataError: the input is wrong; nothing was ranked.
   """
-  rate = None
-  if not (workdir / OUTPUT).exists():
-    rate = _rank(config, inputs, workdir)
+  finished = (workdir / OUTPUT).exists()
+  rate = None if finished else _rank(config, inputs, workdir)
   return _summary(workdir / OUTPUT) | {'slates_per_second': rate}
 
 
@@ -140,11 +122,7 @@ def _rank(
 
 
 def _keep_whole_chunks(path: pathlib.Path, chunk: int) -> int:
-  """Cuts off a torn chunk; returns the number of lines left.
-
-  A last chunk that is shorter than the others looks like a torn one, and is
-  ranked again.
-  """
+  """Cuts off a torn chunk, and a last short one; returns the lines left."""
   if not path.exists():
     return 0
   lines = size = whole = 0
@@ -152,8 +130,7 @@ def _keep_whole_chunks(path: pathlib.Path, chunk: int) -> int:
     for line in file:
       if not line.endswith(b'\n'):
         break
-      lines += 1
-      size += len(line)
+      lines, size = lines + 1, size + len(line)
       if lines % chunk == 0:
         whole = size
     file.truncate(whole)
@@ -165,12 +142,11 @@ def _summary(path: pathlib.Path) -> dict[str, Any]:
   slates = changed = unknown = 0
   verdicts = dict.fromkeys(parsing.VERDICTS, 0)
   with path.open(encoding='utf-8') as file:
-    for line in file:
-      answer = json.loads(line)
+    for line in map(json.loads, file):
       slates += 1
-      verdicts[answer['verdict']] += 1
-      changed += answer['order'][0] != 0
-      unknown += answer['unknown_history']
+      verdicts[line['verdict']] += 1
+      changed += line['order'][0] != 0
+      unknown += line['unknown_history']
   return {
     'slates': slates,
     'verdicts': {name: n / slates for name, n in verdicts.items()},

@@ -15,6 +15,7 @@ from gr2_jax.ops import parsing
 from gr2_jax.pipeline import artifacts, checkpoint
 from gr2_jax.policy import policy, ranking
 from gr2_jax.semantic_ids import ids
+from gr2_jax.serving import answer as answer_lib
 from gr2_jax.stages import rerank
 from gr2_jax.stages import slates as slates_stage
 
@@ -148,9 +149,9 @@ def test_reasoning_names_candidates_by_incoming_rank(config, inputs):
   words = spec.vocabulary
   slots = words.slot_base + np.array([0, 2, 1, 5])
   tokens = [*words.encode('likes'), *slots, words.control['</think>'], slots[0]]
-  text = rerank._reasoning(spec, np.array(tokens), np.array([2, 0, 1]))
+  text = answer_lib._reasoning(spec, np.array(tokens), np.array([2, 0, 1]))
   assert text.replace(' ', '') == 'likes<slot2><slot1><slot0><slot5>'
-  assert rerank._reasoning(spec, slots, np.array([2, 0, 1])) == ''
+  assert answer_lib._reasoning(spec, slots, np.array([2, 0, 1])) == ''
 
 
 @pytest.mark.parametrize(
