@@ -68,7 +68,7 @@ def complete(
     vectors_FxCxD: float32 codebooks.
     latents_of: from items int64 [n] to their latents float32 [n, D]; called
       only for items that may move.
-    levels: L.
+    levels: L, of the whole tuples.
     kind: one of LAST_LEVELS.
     seed: of the draws; the seed of the taken tuples continues their draws.
     taken: int [T, L] tuples of earlier items. 'unused' and 'digit' never assign
@@ -338,12 +338,6 @@ def repair(
   Unique items stay; a prefix is finished when no item collides or a round
   resolves none. Items with equal residuals keep colliding.
 
-  Args:
-    codes_IxL: int32.
-    vectors_LxCxD: float32.
-    latents_of: from items int64 [n] to latents float32 [n, D].
-    taken_T: int64 keys of the taken tuples.
-
   Returns:
     int32 [I, L], and the number of items with a new last code.
   """
@@ -386,13 +380,8 @@ def sinkhorn(
   distances"), by alternating normalization. Costs are scaled to span 2. Of
   columns with the same share, the cheapest wins.
 
-  Args:
-    cost_GxNxC: float costs.
-    mass_GxN: float mass of the rows; 0 for padding.
-    free_GxC: bool; at least one column of each problem is free.
-
-  Returns:
-    int64 [G, N] columns.
+  `mass_GxN` is 0 for padding; at least one column of each problem is free.
+  Returns columns int64 [G, N].
   """
   valid = (mass_GxN > 0)[:, :, None] & free_GxC[:, None, :]
   low = np.where(valid, cost_GxNxC, np.inf).min((1, 2), keepdims=True)

@@ -127,15 +127,8 @@ def ema_update(
   e = S / ((N + eps) / (sum N + C eps) * sum N)   (van den Oord et al. 2017,
   appendix A.1, with Laplace smoothing).
 
-  Args:
-    codebooks: sums float32 [L, C, D] S, and counts float32 [L, C] N.
-    codes_BxL: int32.
-    residuals_BxLxD: float32.
-    decay: d.
-    epsilon: pseudo-count of the smoothing.
-
-  Returns:
-    vectors [L, C, D] e, sums and counts after the batch.
+  `codebooks` has sums float32 [L, C, D], S, and counts float32 [L, C], N; d is
+  the decay. Returns vectors [L, C, D], e, sums and counts after the batch.
   """
   size = codebooks['counts'].shape[-1]
   hot_BxLxC = jax.nn.one_hot(codes_BxL, size, dtype=residuals_BxLxD.dtype)
@@ -165,16 +158,8 @@ def revive(
   """Moves dead codes to where the quantization error is largest.
 
   On each level the dead codes, in order, become the residuals with the largest
-  error |r - e|^2, one each. With more dead codes than items, items repeat.
-
-  Args:
-    vectors_LxCxD: float32 codewords.
-    dead_LxC: bool.
-    residuals_BxLxD: float32 input of each level.
-    words_BxLxD: float32 codewords chosen for it.
-
-  Returns:
-    float32 [L, C, D].
+  error |r - e|^2, one each, where e is the codeword `words_BxLxD` chosen for r.
+  With more dead codes than items, items repeat.
   """
   error_LxB = ((residuals_BxLxD - words_BxLxD) ** 2).sum(-1).T
   worst_LxB = jnp.argsort(-error_LxB, axis=-1)

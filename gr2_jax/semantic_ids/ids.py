@@ -3,14 +3,13 @@
 Axis letters: I items, R retired tuples, L levels, C codebook size.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -275,19 +274,23 @@ def load(directory: os.PathLike[str] | str) -> SemanticIds:
         f'{directory / name}: missing; run the tokenizer stage'
       )
   cure = 'delete the folder and run the tokenizer stage again'
-  with _damage_reported(directory, cure):
+  try:
     facts = json.loads((directory / _FACTS).read_text(encoding='utf-8'))
     version = facts['version']
+    if version == VERSION:
+      with np.load(directory / _ARRAYS) as file:
+        codes, retired = file['codes'], file['retired']
+      size, generation = facts['codebook_size'], facts['generation']
+      shapes = [(facts[rows], facts['levels']) for rows in ('items', 'retired')]
+  except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
+    raise ValueError(
+      f'{directory}: {_ARRAYS} or {_FACTS} is damaged ({e!r}); {cure}'
+    ) from e
   if version != VERSION:
     raise ValueError(
       f'{directory / _FACTS}: version {version}, but this program reads '
       f'version {VERSION}; {cure}'
     )
-  with _damage_reported(directory, cure):
-    with np.load(directory / _ARRAYS) as file:
-      codes, retired = file['codes'], file['retired']
-    size, generation = facts['codebook_size'], facts['generation']
-    shapes = [(facts[name], facts['levels']) for name in ('items', 'retired')]
   for array, shape in zip((codes, retired), shapes, strict=True):
     if array.shape != shape:
       raise ValueError(
@@ -295,17 +298,6 @@ def load(directory: os.PathLike[str] | str) -> SemanticIds:
         f'{_FACTS}; {cure}'
       )
   return SemanticIds(codes, size, retired, generation)
-
-
-@contextlib.contextmanager
-def _damage_reported(directory: pathlib.Path, cure: str) -> Iterator[None]:
-  """Adds the folder and the cure to errors of damaged files."""
-  try:
-    yield
-  except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
-    raise ValueError(
-      f'{directory}: {_ARRAYS} or {_FACTS} is damaged ({e!r}); {cure}'
-    ) from e
 
 
 def load_item_ids(directory: os.PathLike[str] | str) -> tuple[str, ...]:

@@ -172,7 +172,7 @@ def encode(
     texts: [n], distinct.
     names: [n], for error messages.
     batch_size: texts at a time, rounded up to a multiple of the devices.
-    mesh: of `sharding.make_mesh`.
+    mesh: of the batches.
 
   Returns:
     float32 [n, F], rows of unit length; zeros for ''.

@@ -64,12 +64,7 @@ def search(
     |r_k - e|^2 - |r_k|^2 = |e|^2 - 2 x.e + sum_m<k 2 e_mz.e
 
   so that no residual is formed. Ties go to the lower code. A row's codes do
-  not depend on the other rows.
-
-  Args:
-    latents_BxD: float32, finite.
-    vectors_LxCxD: float32.
-    beam: partial sums kept, K.
+  not depend on the other rows. Latents must be finite.
 
   Raises:
     ValueError: beam is below 1.
@@ -167,11 +162,7 @@ def assign(
 ) -> np.ndarray:
   """`search` over a catalog of any length, int32 [I, L].
 
-  Args:
-    latents_IxD: in memory or memory-mapped; read once, batch by batch.
-    vectors_LxCxD: float32.
-    beam: partial sums kept, K.
-    batch_size: static size of a batch; the last one is padded.
+  Latents may be memory-mapped; they are read once, in batches of a static size.
 
   Raises:
     ValueError: a latent is not finite (the message names the first item), or
@@ -206,13 +197,7 @@ def kmeans(
   iterations: int,
   rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """k-means with k-means++ seeding (Arthur and Vassilvitskii 2007).
-
-  Args:
-    points_IxD: the points.
-    size: number of centers, C.
-    iterations: Lloyd iterations after the seeding.
-    rng: draws the seeds.
+  """k-means++ seeding (Arthur and Vassilvitskii 2007) and Lloyd iterations.
 
   Returns:
     float32 centers [C, D] and int64 counts [C] of the points nearest to each.
@@ -272,16 +257,9 @@ def residual_codebooks(
 ) -> dict[str, np.ndarray]:
   """Codebooks by k-means on the residuals of many items, level by level.
 
-  Args:
-    latents_IxD: encoder outputs.
-    levels: L.
-    size: C.
-    batch_size: the counts are scaled to those of one batch of this size.
-    iterations: Lloyd iterations per level.
-    seed: of the seeding.
-
   Returns:
-    vectors and sums float32 [L, C, D], counts float32 [L, C].
+    vectors and sums float32 [L, C, D], and counts float32 [L, C], scaled to
+    those of one batch of `batch_size`.
   """
   residuals = np.asarray(latents_IxD, np.float32)
   vectors, counts = [], []
@@ -293,8 +271,5 @@ def residual_codebooks(
     counts.append(assigned * (batch_size / len(residuals)))
   vectors = np.stack(vectors)
   counts = np.stack(counts).astype(np.float32)
-  return {
-    'vectors': vectors,
-    'counts': counts,
-    'sums': vectors * counts[..., None],
-  }
+  sums = vectors * counts[..., None]
+  return {'vectors': vectors, 'counts': counts, 'sums': sums}

@@ -70,9 +70,7 @@ class State:
   opt_state: chex.ArrayTree
 
 
-def make_optimizer(
-  config: ConfigDict,
-) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
   """Adam with linear warm-up and cosine decay to a tenth."""
   warmup = min(config.warmup_steps, max(config.steps - 1, 0))
   schedule = optax.warmup_cosine_decay_schedule(
@@ -118,12 +116,6 @@ def draw_batch(
   step: int,
 ) -> dict[str, np.ndarray]:
   """Items drawn with replacement; a function of (seed, step) alone.
-
-  Args:
-    config: the section.
-    features_IxF: float32, in memory or memory-mapped.
-    neighbors: source of the partners; None: no partners.
-    step: training step.
 
   Returns:
     items float32 [B, F]; with neighbors also rows and partner_rows int32 [B],
@@ -172,17 +164,12 @@ def init_shapes(config: ConfigDict, features: int, levels: int) -> State:
 
 
 def start_codebooks(
-  config: ConfigDict,
-  latents_IxD: np.ndarray | None,
-  levels: int,
+  config: ConfigDict, latents_IxD: np.ndarray | None, levels: int
 ) -> dict[str, jax.Array]:
   """Codebooks before the first step.
 
-  Args:
-    config: the section.
-    latents_IxD: float32 points of a k-means on each level; None: codewords are
-      drawn from a Gaussian of deviation 1 / C.
-    levels: L.
+  k-means on each level, or, without latents, codewords from a Gaussian of
+  deviation 1 / C.
 
   Returns:
     vectors float32 [L, C, D]; counts float32 [L, C] and sums [L, C, D] of the
@@ -194,11 +181,8 @@ def start_codebooks(
     vectors = rng.standard_normal((levels, size, config.latent), np.float32)
     vectors /= size
     counts = np.full((levels, size), config.batch_size / size, np.float32)
-    codebooks = {
-      'vectors': vectors,
-      'counts': counts,
-      'sums': vectors * counts[..., None],
-    }
+    sums = vectors * counts[..., None]
+    codebooks = {'vectors': vectors, 'counts': counts, 'sums': sums}
   else:
     codebooks = quantizer.residual_codebooks(
       latents_IxD,
@@ -225,9 +209,7 @@ def _apply(
 
 
 def _fresh(
-  config: ConfigDict,
-  networks: chex.ArrayTree,
-  codebooks: dict[str, jax.Array],
+  config: ConfigDict, networks: chex.ArrayTree, codebooks: dict[str, jax.Array]
 ) -> State:
   """The state at step 0 with given networks and codebooks."""
   moved = {'networks': networks}
@@ -250,15 +232,7 @@ def pretrain(
   """Trains the autoencoder alone, before k-means initializes the codebooks.
 
   Without it the encoder moves away from the first codebooks and codes die.
-
-  Args:
-    config: the section.
-    model: the autoencoder.
-    networks: its initial parameters.
-    features_IxF: float32, all items.
-
-  Returns:
-    The parameters after config.pretrain_steps updates.
+  Returns the parameters after config.pretrain_steps updates.
   """
   if not model.latent:
     return networks
@@ -292,14 +266,8 @@ def loss_fn(
 
   |x - x'|^2 + beta sum_k |r_k - sg(e_k)|^2, each a sum over features and a
   mean over the batch; + sum_k |sg(r_k) - e_k|^2 where gradients move the
-  codewords; + the weighted diversity and InfoNCE of `codebooks`.
-
-  Args:
-    config: the section.
-    model: the autoencoder.
-    moved: `State.moved`.
-    vectors_LxCxD: codewords that quantize; constants to the gradient.
-    batch: of `draw_batch`.
+  codewords; + the weighted diversity and InfoNCE of `codebooks`. The codewords
+  `vectors_LxCxD` that quantize are constants.
 
   Returns:
     The loss, and a dict with its terms, codes [B, L], residuals and codewords

@@ -6,6 +6,10 @@ truncated SVD projects them to one unit vector per item. `fit` learns the space
 from a catalog; `embed` places items in it, including later ones. The vectors
 depend on the text and the seed alone, never on the process.
 
+The columns `titles`, `categories` and `years` (0 where unknown) have one entry
+per item; titles and categories may be empty. ValueError is raised where they
+differ in length or there is no item.
+
 Axis letters: I items, F hashed columns, D width of a vector.
 """
 
@@ -23,12 +27,7 @@ from scipy import sparse
 from gr2_jax.data import files, hashed_text
 
 # Length of each block's part of an item's row.
-BLOCK_WEIGHTS = {
-  'words': 1.0,
-  'grams': 0.7,
-  'categories': 1.0,
-  'years': 0.4,
-}
+BLOCK_WEIGHTS = {'words': 1.0, 'grams': 0.7, 'categories': 1.0, 'years': 0.4}
 # What numpy raises on an .npz file that was cut off or changed.
 DAMAGE = (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)
 _GRAM_SIZES = (3, 4)
@@ -96,19 +95,8 @@ def fit(
   """Latent semantic analysis of a catalog's distinct texts.
 
   A column's idf is 1 + log((1 + I) / (1 + df)). Columns that only one text has
-  carry no similarity and are dropped, unless that would empty their block.
-
-  Args:
-    titles: [I], may be empty strings.
-    categories: [I] paths or genres, may be empty.
-    years: [I], 0 where unknown.
-    dim: width of a vector, D.
-    buckets: hash buckets per block of columns.
-    seed: of the SVD's random test matrix.
-
-  Raises:
-    ValueError: the columns differ in length, there is no item, or dim or
-      buckets is out of range.
+  carry no similarity and are dropped, unless that would empty their block. Each
+  of the blocks has `buckets` hashed columns; `seed` is of the SVD.
   """
   limit = np.iinfo(np.int32).max // len(BLOCK_WEIGHTS)
   if dim < 1 or not 1 <= buckets <= limit:
@@ -146,17 +134,8 @@ def embed(
   A row depends on its item's text alone, bit for bit. An item with no text, or
   with none of the space's columns, gets a row of zeros.
 
-  Args:
-    space: of `fit`.
-    titles: [I], may be empty strings.
-    categories: [I] paths or genres, may be empty.
-    years: [I], 0 where unknown.
-
   Returns:
     float32 [I, D], rows of unit length.
-
-  Raises:
-    ValueError: the columns differ in length, or there is no item.
   """
   texts, text_of_item = distinct(titles, categories, years)
   dense = tfidf(space, texts) @ space.projection
@@ -175,11 +154,7 @@ def distinct(
   categories: Sequence[Sequence[str]],
   years: Sequence[int],
 ) -> tuple[list[Text], np.ndarray]:
-  """The distinct texts in order of appearance, and each item's text int64 [I].
-
-  Raises:
-    ValueError: the columns differ in length, or there is no item.
-  """
+  """The distinct texts, by first appearance, and each item's text int64 [I]."""
   if not len(titles) == len(categories) == len(years):
     raise ValueError(
       f'titles ({len(titles)}), categories ({len(categories)}) and years '
@@ -203,16 +178,10 @@ def right_singular_vectors(
   oversample: int = 32,
   iterations: int = 3,
 ) -> np.ndarray:
-  """The first singular vectors by a randomized SVD.
+  """The first `dim` singular vectors by a randomized SVD.
 
-  Halko et al. 2011, algorithm 4.4, with orthonormalized power iterations.
-
-  Args:
-    matrix_IxF: the matrix.
-    dim: number of vectors.
-    seed: of the Gaussian test matrix.
-    oversample: extra directions in the range finder.
-    iterations: power iterations.
+  Halko et al. 2011, algorithm 4.4: `oversample` extra directions in the range
+  finder, and orthonormalized power iterations.
 
   Returns:
     float32 [F, dim], orthonormal columns in order of their singular values;

@@ -6,7 +6,9 @@ from ml_collections import ConfigDict
 from configs import study_tokenizer as recipe
 from configs import tokenizer as tokenizer_config
 from gr2_jax.pipeline import artifacts
+from gr2_jax.semantic_ids import training
 from gr2_jax.stages import tokenizer as tokenizer_stage
+from gr2_jax.studies import study as study_lib
 from gr2_jax.studies import tokenizer
 
 from .. import tiny_world
@@ -93,7 +95,7 @@ def test_the_published_recipes_change_fields_that_exist():
   for name, fields in recipes.items():
     for field, value in fields.items():
       assert isinstance(value, type(known[field])), (name, field)
-    tokenizer_stage.check(ConfigDict(known.to_dict() | fields))
+    training.check(ConfigDict(known.to_dict() | fields))
   assert set(config.study_tokenizer.ranked) <= set(recipes)
   assert set(tokenizer.PUBLISHED) <= set(recipe.TECHNIQUES)
   by_hand = tokenizer_config.get_config('sweep,dataset=world,seeds=3')
@@ -166,7 +168,7 @@ RECIPES = ('plain', 'ema', 'random', 'ema+random')
 
 def run(root, changes, name='study_tokenizer'):
   directory = artifacts.run_stage(
-    tiny_world.config(**changes), name, root, say=lambda _: None
+    tiny_world.config(**changes), name, root, log=lambda _: None
   )
   return directory, artifacts.read_results(directory)
 
@@ -281,13 +283,13 @@ def test_a_study_that_was_killed_makes_nothing_twice(study, monkeypatch):
     tokenizer_stage, 'run', lambda *_: pytest.fail('a run is made again')
   )
   monkeypatch.setattr(
-    tokenizer.studies.ranker, 'rank',
+    study_lib.ranking_lib, 'rank',
     lambda *_, **__: pytest.fail('slates are ranked again'),
   )  # fmt: skip
   with artifacts.lock(directory.parent):
     again = artifacts.run_stage(
       tiny_world.config(**CONFIG), 'study_tokenizer', directory.parent,
-      say=lambda _: None,
+      log=lambda _: None,
     )  # fmt: skip
   assert again == directory
   assert artifacts.read_results(directory) == results
