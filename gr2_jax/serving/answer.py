@@ -24,13 +24,10 @@ def answer(
   ranked: ranking.Ranked,
   row: int,
 ) -> dict[str, Any]:
-  """One line of the output.
+  """One line of the output, without the fields of the HTTP service.
 
-  Args:
-    spec: of the policy.
-    request: the slate. Its unknown candidates keep their places.
-    ranked: answers to the known parts of slates.
-    row: of the slate among these answers.
+  `ranked` has the answer to the request's known part at `row`. Unknown
+  candidates keep their places.
   """
   kept = np.array(request.known_ranks)
   count = len(kept)
@@ -43,8 +40,7 @@ def answer(
     strict=True,
   ):
     order[place], scores[place] = rank, round(score, 5)
-  return {
-    'id': request.id,
+  return _unranked(request) | {
     'ranking': [request.names[rank] for rank in order],
     'order': order,
     'reasoning': _reasoning(
@@ -54,13 +50,18 @@ def answer(
     ),
     'verdict': parsing.VERDICTS[ranked.verdict[row]],
     'scores': scores,
-    'unknown_history': request.unknown,
-    'described_candidates': request.described_candidates,
   }
 
 
 def incoming_order(request: requests_lib.Request, mode: str) -> dict[str, Any]:
   """The answer to a slate that the policy does not rank."""
+  return _unranked(request) | {
+    'mode': mode,
+    'unknown_candidates': request.unknown_candidates,
+  }
+
+
+def _unranked(request: requests_lib.Request) -> dict[str, Any]:
   return {
     'id': request.id,
     'ranking': list(request.names),
@@ -70,8 +71,6 @@ def incoming_order(request: requests_lib.Request, mode: str) -> dict[str, Any]:
     'scores': [None] * len(request.names),
     'unknown_history': request.unknown,
     'described_candidates': request.described_candidates,
-    'mode': mode,
-    'unknown_candidates': request.unknown_candidates,
   }
 
 

@@ -53,12 +53,10 @@ def build(
   token: str = '',
   examples: bool = False,
 ) -> Starlette:
-  """Builds the application.
+  """Builds the application; `start` makes the service in its event loop.
 
-  Args:
-    start: makes the service once the event loop runs.
-    token: that /reload requires; without one there is no /reload.
-    examples: whether /example shows test slates: data of users.
+  Without a token there is no /reload. `examples` adds /example, which shows
+  test slates: data of users.
   """
   routes = _Routes(start, token)
   handlers = {

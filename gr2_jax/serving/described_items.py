@@ -121,13 +121,7 @@ class Reader:
 def load(
   spec: policy.PolicySpec, mesh: Mesh, home: pathlib.Path, title_tokens: int
 ) -> tuple[Reader | None, str]:
-  """Loads the reader of a policy.
-
-  Args:
-    spec: of the policy.
-    mesh: splits the tokenizer's batches.
-    home: artifact of the policy's tokenizer.
-    title_tokens: `prompt.title_tokens`.
+  """Loads the reader of a policy, from its tokenizer's artifact.
 
   Returns:
     The reader and '', or None and the reason: the tokenizer's text encoder is a

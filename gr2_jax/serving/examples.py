@@ -34,11 +34,7 @@ def items(
 
 
 def example(policy: reranker_lib.Reranker, place: int) -> dict[str, Any]:
-  """A test slate, and the candidates that its user chose.
-
-  Args:
-    policy: trained on the data set.
-    place: of the slate, modulo the number of test slates.
+  """A test slate; `place` counts modulo the number of test slates.
 
   Returns:
     slate, to be sent to /rank; relevant, item ids of the positives; slates, the

@@ -149,13 +149,11 @@ class Field:
     return not self.required and self.default is None
 
 
-@dataclasses.dataclass(frozen=True)
 class Object:
   """A JSON object that has these fields and no others."""
 
-  noun: str
-  example: str
-  fields: tuple[Field, ...]
+  def __init__(self, noun: str, example: str, *fields: Field):
+    self.noun, self.example, self.fields = noun, example, fields
 
   def check(self, value: Any, where: str = '') -> dict[str, Any]:
     """Checks an object.

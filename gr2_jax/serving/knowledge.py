@@ -28,15 +28,10 @@ def load(
   catalog: log_lib.Catalog,
   config: ml_collections.ConfigDict,
 ) -> Knowledge:
-  """Reads the log and fits the evidence.
-
-  Args:
-    slates: artifact of that stage.
-    catalog: stored in it.
-    config: section `data`.
+  """Reads the log and fits the evidence; `config` is section `data`.
 
   Raises:
-    DataError: the data has changed since the slates were made.
+    DataError: the data has changed since the slates artifact was made.
   """
   module = importlib.import_module(f'gr2_jax.data.sources.{config.source}')
   log = module.load(config)
@@ -52,12 +47,7 @@ def load(
 def fit(
   log: log_lib.Log, config: ml_collections.ConfigDict
 ) -> evidence_lib.Facts:
-  """Fits the facts that slates of validation, of test and from outside may use.
-
-  Args:
-    log: that the policy's slates were built from.
-    config: section `data`.
-  """
+  """Fits what slates of validation, of test and from outside may know."""
   statistics = preranker.fit(
     log,
     splits_lib.known_rows(log, config),

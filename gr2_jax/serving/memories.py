@@ -39,11 +39,10 @@ class Memories:
     keys: Sequence[bytes],
     encode: Callable[[list[int]], Sequence[np.ndarray]],
   ) -> tuple[list[np.ndarray], int]:
-    """Looks up memories, and encodes those that are missing.
+    """Looks up memories by key, and encodes the missing ones.
 
-    Args:
-      keys: of histories; equal ones are encoded once.
-      encode: returns the memories of the keys at some places, one or more.
+    `encode` returns the memories of the keys at given places. Equal keys are
+    encoded once.
 
     Returns:
       A memory for each key, and the number of histories encoded.

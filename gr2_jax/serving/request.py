@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -28,10 +28,12 @@ from gr2_jax.serving.fields import ID, Field, Kind, List, Object, fail
 
 NO_ITEMS = log_lib.Catalog((), (), (), np.zeros(0, np.int32))
 
-# The whole numbers that every JSON writer keeps.
+# Every JSON writer keeps whole numbers of this size.
 _TIME = {'type': 'number', 'minimum': -(2**53), 'maximum': 2**53}
 _LARGEST = float(np.finfo(np.float32).max)
 _SCORE = {'type': 'number', 'minimum': -_LARGEST, 'maximum': _LARGEST}
+_YEAR = {'type': 'integer', 'minimum': 0, 'maximum': 9999}
+_TITLE = {'type': 'string', 'maxLength': 1000, 'pattern': r'\S'}
 _NAME = Kind(
   'text of at most 200 characters', {'type': 'string', 'maxLength': 200}
 )
@@ -39,90 +41,81 @@ _NAME = Kind(
 DESCRIPTION = Object(
   'description',
   '{"item_id": .., "title": ..}',
-  (
-    Field('item_id', ID, required=True),
-    Field(
-      'title',
-      Kind(
-        'text that is not blank, of at most 1000 characters',
-        {'type': 'string', 'maxLength': 1000, 'pattern': r'\S'},
-      ),
-      required=True,
-    ),
-    Field('categories', List(_NAME, most=32), 'wide to narrow'),
-    Field('brand', _NAME, 'is put in front of the title'),
-    Field(
-      'year',
-      Kind(
-        'a whole number from 0 to 9999',
-        {'type': 'integer', 'minimum': 0, 'maximum': 9999},
-      ),
-      '0 where unknown',
-    ),
+  Field('item_id', ID, required=True),
+  Field(
+    'title',
+    Kind('text that is not blank, of at most 1000 characters', _TITLE),
+    required=True,
   ),
+  Field('categories', List(_NAME, most=32), 'wide to narrow'),
+  Field('brand', _NAME, 'is put in front of the title'),
+  Field('year', Kind('a whole number from 0 to 9999', _YEAR), '0 if unknown'),
 )
 
 
 @functools.cache
 def slate(width: int, longest: int | None = None) -> Object:
-  """The fields of a slate of at most `width` candidates.
-
-  `longest` limits the history; None is any length.
-  """
+  """The fields of a slate; `longest` is the longest history, None for any."""
   grade = Kind('1 or 2, or null', {'enum': [1, 2, None]})
-  time = Kind('a number within +-2**53', _TIME)
-  cut = 'cut the list, or train with a larger data.candidates'
+  time_or_null = _TIME | {'type': ['number', 'null']}
   return Object(
     'slate',
     '{"history": [...], "candidates": [...]}',
-    (
-      Field(
-        'candidates',
-        List(ID, 1, width, cut, unique=str),
-        'item ids in the incoming order; 7 and "7" are the same item',
-        required=True,
+    Field(
+      'candidates',
+      List(
+        ID,
+        1,
+        width,
+        'cut the list, or train with a larger data.candidates',
+        unique=str,
       ),
-      Field(
-        'history',
-        List(ID, 0, longest, 'send the last ones'),
-        'item ids, oldest first; unknown items are dropped and counted',
-        required=True,
-      ),
-      Field(
-        'items',
-        List(
-          DESCRIPTION,
-          most=width + evidence_lib.REACH,
-          cure='describe only items that the catalog lacks',
-          unique=lambda item: str(item['item_id']),
-        ),
-        'describes items of both lists that the catalog lacks; for others the '
-        "catalog's own description counts",
-      ),
-      Field(
-        'history_grades',
-        List(grade),
-        'one per item of the history, 2 the better',
-        like='history',
-      ),
-      Field(
-        'history_times',
-        List(
-          Kind(f'{time.noun}, or null', _TIME | {'type': ['number', 'null']})
-        ),
-        'one per item of the history, in the unit of the log',
-        like='history',
-      ),
-      Field(
-        'scores',
-        List(Kind('a finite number (float32)', _SCORE)),
-        "the incoming ranker's, one per candidate; default: falling",
-        like='candidates',
-      ),
-      Field('time', time, "in the unit of the log; default: the log's last"),
-      Field('user', ID, 'no model reads it'),
-      Field('id', ID, 'the answer carries it; default: its place, from 1'),
+      'item ids in the incoming order; 7 and "7" are the same item',
+      required=True,
     ),
+    Field(
+      'history',
+      List(ID, 0, longest, 'send the last ones'),
+      'item ids, oldest first; unknown items are dropped and counted',
+      required=True,
+    ),
+    Field(
+      'items',
+      List(
+        DESCRIPTION,
+        0,
+        width + evidence_lib.REACH,
+        'describe only items that the catalog lacks',
+        unique=lambda item: str(item['item_id']),
+      ),
+      'describes items of both lists that the catalog lacks; for others the '
+      "catalog's own description counts",
+    ),
+    Field(
+      'history_grades',
+      List(grade),
+      'one per item of the history, 2 the better',
+      like='history',
+    ),
+    Field(
+      'history_times',
+      List(Kind('a number within +-2**53, or null', time_or_null)),
+      'one per item of the history, in the unit of the log',
+      like='history',
+    ),
+    Field(
+      'scores',
+      List(Kind('a finite number (float32)', _SCORE)),
+      "the incoming ranker's, one per candidate; default: falling",
+      like='candidates',
+    ),
+    Field(
+      'time',
+      Kind('a number within +-2**53', _TIME),
+      "in the unit of the log; default: the log's last",
+    ),
+    Field('user', ID, 'no model reads it'),
+    Field('id', ID, 'the answer carries it; default: its place, from 1'),
   )
 
 
@@ -188,16 +181,11 @@ def read(
   width: int,
   unreadable: str = '',
 ) -> Iterator[Request]:
-  """Yields a file's requests, each checked.
-
-  Args:
-    path: the file.
-    catalog: of the policy.
-    width: K, candidates that the policy has room for.
-    unreadable: as of `resolve`.
+  """Yields a file's requests, each checked. See `slate` and `resolve`.
 
   Raises:
-    DataError: with file, line, field, finding and cure; a candidate is unknown.
+    DataError: with file, line, field, finding and cure. An unknown candidate is
+      an error here.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -237,14 +225,14 @@ def resolve(
   index: Mapping[str, int],
   unreadable: str = '',
 ) -> Request:
-  """Looks up the items of a slate.
+  """Looks up the items of a slate's checked fields.
 
   Args:
-    fields: returned by the check of `slate`.
+    fields: as `slate(..).check` returns them.
     default_id: id of a slate that gives none.
     index: item id -> catalog index.
-    unreadable: the reason why descriptions cannot be read, or ''; described
-      items are unknown if it is given.
+    unreadable: reason why descriptions cannot be read; described items are then
+      unknown.
   """
   names, shown = fields['candidates'], fields['history']
   described = NO_ITEMS
@@ -312,10 +300,7 @@ def _json(text: bytes, where: str) -> object:
 
 
 def described(requests: Sequence[Request]) -> log_lib.Catalog:
-  """The described items of all requests, one request after the other.
-
-  In the slates of `to_slates` their indices are I, I + 1, .., in this order.
-  """
+  """The described items of all requests; `to_slates` counts them from I on."""
   parts = [request.described for request in requests]
   return log_lib.Catalog(
     tuple(name for part in parts for name in part.item_ids),
@@ -335,60 +320,62 @@ def to_slates(
   """Slates with evidence. Grades are 0 and users -1: they are not known.
 
   Args:
-    requests: n of them.
+    requests: n of them, one per slate.
     log: that the facts were fitted on.
-    facts: returned by `knowledge.fit`.
-    num_candidates: K, width of the slates.
+    facts: of `knowledge.fit`.
+    num_candidates: K.
     history: H, last items kept.
-
-  Returns:
-    The slates, in the order of the requests.
   """
-  n, size = len(requests), len(log.catalog)
-  new_items = described(requests)
-  if len(new_items):
-    facts = facts.beside(new_items)
-  candidates = np.full((n, num_candidates), -1, np.int32)
-  scores = np.zeros((n, num_candidates), np.float32)
-  shown = np.full((n, history), -1, np.int32)
-  grades = np.zeros((n, history), np.int8)
-  ages = np.full((n, history), -1, np.int64)
-  latest = np.full((n, evidence_lib.REACH), -1, np.int32)
+  size, described_items = len(log.catalog), described(requests)
+  if len(described_items):
+    facts = facts.beside(described_items)
+  before = np.cumsum([0, *(len(r.described) for r in requests)]).tolist()
+
+  def rows(
+    lists: Iterable[Sequence[Any]], width: int, dtype: Any, fill: int = -1
+  ) -> np.ndarray:
+    """A row of each list, filled up to the width."""
+    return np.array(
+      [[*row, *[fill] * (width - len(row))] for row in lists], dtype
+    ).reshape(-1, width)
+
+  def catalog_indices(items: Sequence[int], row: int) -> list[int]:
+    """Places the described items of each request behind those before it."""
+    return [i + before[row] if i >= size else i for i in items]
+
   now = int(log.times.max(initial=0))
   times = np.array(
     [now if r.time is None else r.time for r in requests], np.int64
   )
-  before = 0  # Items that earlier requests describe.
-  for row, request in enumerate(requests):
-    count = len(request.candidates)
-    items = np.array(request.history, int)
-    candidates[row, :count] = request.candidates
-    candidates[row, :count] += before * (candidates[row, :count] >= size)
-    items += before * (items >= size)
-    before += len(request.described)
-    scores[row, :count] = request.scores
-    recent = items[-history:]
-    shown[row, : len(recent)] = recent
-    grades[row, : len(recent)] = request.grades[-history:]
-    for place, time in enumerate(request.times[-history:]):
-      if time is not None:
-        ages[row, place] = max(int(times[row]) - time, 0)
-    recent = items[: -evidence_lib.REACH - 1 : -1]
-    latest[row, : len(recent)] = recent
-  positions = np.array([len(r.history) for r in requests], np.int64)
+  histories = [catalog_indices(r.history, i) for i, r in enumerate(requests)]
+  candidates = rows(
+    [catalog_indices(r.candidates, i) for i, r in enumerate(requests)],
+    num_candidates,
+    np.int32,
+  )
+  scores = rows((r.scores for r in requests), num_candidates, np.float32, 0)
+  ages = [
+    [-1 if t is None else max(time - t, 0) for t in r.times[-history:]]
+    for time, r in zip(times.tolist(), requests, strict=True)
+  ]
+  reach = evidence_lib.REACH
+  latest = rows([h[: -reach - 1 : -1] for h in histories], reach, np.int32)
+  positions = np.array([len(h) for h in histories], np.int64)
   return slates_lib.Slates(
-    user=np.full(n, -1, np.int32),
+    user=np.full(len(requests), -1, np.int32),
     candidates=candidates,
     scores=scores,
     grades=np.zeros(candidates.shape, np.int8),
     count=(candidates >= 0).sum(1).astype(np.int32),
-    history=shown,
-    history_grades=grades,
-    history_ages=ages,
+    history=rows([h[-history:] for h in histories], history, np.int32),
+    history_grades=rows(
+      [r.grades[-history:] for r in requests], history, np.int8, 0
+    ),
+    history_ages=rows(ages, history, np.int64),
     history_length=np.minimum(positions, history).astype(np.int32),
     time=times,
     evidence=evidence_lib.of_histories(
-      facts, latest, positions, times, candidates, scores
+      log, facts, latest, positions, times, candidates, scores
     ),
     utility=np.full(candidates.shape, np.nan, np.float32),
   )
@@ -417,13 +404,9 @@ def write_test(
   config: ml_collections.ConfigDict,
   statistics: preranker.Statistics,
 ) -> None:
-  """Writes the test slates as a file of slates, in the order of the data set.
+  """Writes the test slates as a file of slates, in the data set's order.
 
-  Args:
-    path: the file; it appears as a whole or not at all.
-    log: that the data set was built from.
-    config: section `data`.
-    statistics: of the facts of `knowledge.fit`.
+  `config` is section `data`; `statistics` are those of `knowledge.fit`.
   """
   positions = splits_lib.slate_positions(log, config)
   test = splits_lib.SPLITS.index('test')

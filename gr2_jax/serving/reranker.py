@@ -93,13 +93,11 @@ class Reranker:
 
     Args:
       path: a finished artifact of `policy.TRAINERS`, beside the artifacts it
-        was made from. Its data must lie where its config says.
+        was made from.
       modes: subset of `ranking.MODES`.
-      largest_batch: the programs answer this many slates, and smaller powers of
-        two.
+      largest_batch: slates; there are programs for smaller powers of two too.
       tensor: devices that split heads and feed-forward; the rest split batches.
-      memory_cache_bytes: of kept memories, where prompts have memory tokens; 0
-        for none.
+      memory_cache_bytes: for memories, where prompts have memory tokens.
       beside: a loaded policy; equal data and programs are shared with it.
 
     Raises:
@@ -182,16 +180,7 @@ class Reranker:
     )
 
   def parse(self, row: Any, where: str, place: int) -> requests_lib.Request:
-    """Checks one slate.
-
-    Args:
-      row: parsed JSON.
-      where: place of the slate, for errors.
-      place: of the slate in its list, from 0.
-
-    Raises:
-      DataError: with place, field, finding and cure.
-    """
+    """Checks one slate, at a `place` in its list; errors begin with `where`."""
     fields = requests_lib.slate(self.candidates).check(row, where)
     return self.request(fields, place)
 
@@ -205,13 +194,8 @@ class Reranker:
       mode: one of `ranking.MODES`.
 
     Returns:
-      For each the fields that stage `rerank` writes, and:
-
-        mode: the mode
-        unknown_candidates: ids of candidates neither known nor described; they
-          keep their places, their score is None
-
-      The verdict is None where no candidate is known.
+      The fields of the OpenAPI document without `timed_out`. Scores of unknown
+      candidates are None, and so is the verdict where none is known.
 
     Raises:
       DataError: a slate is wrong; none is answered.
@@ -254,11 +238,7 @@ class Reranker:
   def _run(
     self, placed: Sequence[Placed], mode: str
   ) -> tuple[ranking.Ranked, int]:
-    """Ranks requests without unknown candidates.
-
-    Returns:
-      The answers, and the number of histories encoded.
-    """
+    """Ranks known parts; also returns the number of histories encoded."""
     knowledge, prompter = self.knowledge, self.policy.spec.prompter
     requests = [request for request, _ in placed]
     slates = requests_lib.to_slates(

@@ -3,7 +3,7 @@
 The bodies of requests come from the declarations that also check them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gr2_jax
@@ -15,9 +15,11 @@ from gr2_jax.serving import service as service_lib
 
 _IDS = fields.List(fields.ID).schema
 _BODY_ERRORS = {
+  400: 'The error names place, field and cure',
   408: 'The body took too long to arrive',
   413: 'The body is too large',
 }
+_QUERY_ERRORS = {400: 'The error names the field'}
 
 
 def openapi(
@@ -26,42 +28,37 @@ def openapi(
   paths: Iterable[str],
 ) -> dict[str, Any]:
   """The OpenAPI 3.1 document of the paths that are served."""
-  body = service_lib.rank_body(policy, limits)
-  rank = _operation(
-    'Ranks slates',
-    _answers(list(policy.programs)),
-    {400: 'The error names place, field and cure'} | _BODY_ERRORS,
-    body=body.schema,
-  )
-  rank['operationId'] = 'rank'
-  rank['responses']['503'] = _response(
-    'The queue is full, or the service is shutting down', _error()
-  ) | {'headers': {'Retry-After': {'schema': {'type': 'integer'}}}}
+  rank = _operation('Ranks slates', errors=_BODY_ERRORS) | {
+    'operationId': 'rank',
+    'requestBody': _body(service_lib.rank_body(policy, limits)),
+  }
+  rank['responses'] |= {
+    '200': _json('An answer for each slate', _answers(list(policy.programs))),
+    '503': _error('The queue is full, or the service is shutting down')
+    | {'headers': {'Retry-After': {'schema': {'type': 'integer'}}}},
+  }
+  reload_errors = _BODY_ERRORS | {
+    401: 'The token is missing or wrong',
+    409: 'Another reload is under way',
+  }
   reload = _operation(
-    'Swaps the policy for one whose folder lies beside it',
-    {'type': 'object'},
-    {
-      400: 'The present policy stays',
-      401: 'The token is missing or wrong',
-      409: 'Another reload is under way',
-    }
-    | _BODY_ERRORS,
-    body=service_lib.RELOAD.schema,
-  )
-  reload['security'] = [{'token': []}]
-  bad_query = {400: 'The error names the field'}
+    'Swaps the policy for one whose folder lies beside it', errors=reload_errors
+  ) | {
+    'security': [{'token': []}],
+    'requestBody': _body(service_lib.RELOAD),
+  }
   operations = {
     '/rank': {'post': rank},
     '/health': {'get': _operation('The state of the service')},
     '/metrics': {'get': _operation('Counters for Prometheus', 'text/plain')},
     '/openapi.json': {'get': _operation('This document')},
     '/items': {
-      'get': _operation('Titles of items', {}, bad_query)
-      | _query('id', examples_lib.NAMES.schema)
+      'get': _operation('Titles of items', errors=_QUERY_ERRORS)
+      | _query('id', examples_lib.NAMES)
     },
     '/example': {
-      'get': _operation('A test slate of the data set', {}, bad_query)
-      | _query('place', examples_lib.PLACE.schema)
+      'get': _operation('A test slate of the data set', errors=_QUERY_ERRORS)
+      | _query('place', examples_lib.PLACE)
     },
     '/reload': {'post': reload},
     '/': {'get': _operation('A page for people', 'text/html')},
@@ -121,40 +118,31 @@ def _answers(modes: list[str]) -> dict[str, Any]:
 
 def _operation(
   summary: str,
-  answer: dict[str, Any] | str = 'application/json',
-  errors: dict[int, str] | None = None,
-  body: dict[str, Any] | None = None,
+  media_type: str = 'application/json',
+  errors: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
-  """An operation; `answer` is its schema, or a media type without one."""
-  if isinstance(answer, str):
-    content = {answer: {}}
-  else:
-    content = _json(answer)
-  operation = {
-    'summary': summary,
-    'responses': {'200': {'description': summary, 'content': content}},
-  }
+  responses = {'200': {'description': summary, 'content': {media_type: {}}}}
   for status, text in (errors or {}).items():
-    operation['responses'][str(status)] = _response(text, _error())
-  if body:
-    operation['requestBody'] = {'required': True, 'content': _json(body)}
-  return operation
+    responses[str(status)] = _error(text)
+  return {'summary': summary, 'responses': responses}
 
 
-def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-  return {'parameters': [{'name': name, 'in': 'query', 'schema': schema}]}
+def _body(body: fields.Object) -> dict[str, Any]:
+  content = {'application/json': {'schema': body.schema}}
+  return {'required': True, 'content': content}
 
 
-def _response(text: str, schema: dict[str, Any]) -> dict[str, Any]:
-  return {'description': text, 'content': _json(schema)}
+def _query(name: str, kind: fields.Kind | fields.List) -> dict[str, Any]:
+  return {'parameters': [{'name': name, 'in': 'query', 'schema': kind.schema}]}
 
 
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-  return {'application/json': {'schema': schema}}
+def _json(text: str, schema: dict[str, Any]) -> dict[str, Any]:
+  content = {'application/json': {'schema': schema}}
+  return {'description': text, 'content': content}
 
 
-def _error() -> dict[str, Any]:
-  return _object(error={'type': 'string'})
+def _error(text: str) -> dict[str, Any]:
+  return _json(text, _object(error={'type': 'string'}))
 
 
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:

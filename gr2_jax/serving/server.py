@@ -22,14 +22,7 @@ _TOO_SLOW = (
 def make(
   app: Any, limits: service_lib.Limits, drain_seconds: int, **address: Any
 ) -> uvicorn.Server:
-  """Makes a server that is not started yet.
-
-  Args:
-    app: ASGI application.
-    limits: on clients.
-    drain_seconds: time for pending requests after SIGTERM or SIGINT.
-    **address: host and port, for uvicorn.
-  """
+  """Makes a server that is not started yet; `address` is host and port."""
   config = uvicorn.Config(
     app,
     http=_protocol(limits.read_seconds),

@@ -33,15 +33,13 @@ class Limits:
 RELOAD = Object(
   'body',
   '{"artifact": "<name of a folder>"}',
-  (
-    Field(
-      'artifact',
-      Kind(
-        "the name of a folder beside the present policy's, without a path",
-        {'type': 'string', 'pattern': r'^(?!\.{1,2}$)[^/]+$'},
-      ),
-      required=True,
+  Field(
+    'artifact',
+    Kind(
+      "the name of a folder beside the present policy's, without a path",
+      {'type': 'string', 'pattern': r'^(?!\.{1,2}$)[^/]+$'},
     ),
+    required=True,
   ),
 )
 
@@ -53,28 +51,26 @@ def rank_body(policy: reranker_lib.Reranker, limits: Limits) -> Object:
   return Object(
     'body',
     '{"slates": [...]}',
-    (
-      Field(
-        'slates',
-        List(slate, 1, limits.slates, 'send more in further requests'),
-        required=True,
+    Field(
+      'slates',
+      List(slate, 1, limits.slates, 'send more in further requests'),
+      required=True,
+    ),
+    Field(
+      'mode',
+      Kind(f'one of {", ".join(modes)}', {'enum': modes}),
+      'score: the read-out, no decoding; rank: the ranking is decoded; reason: '
+      'reasoning is decoded, then the ranking',
+      default=modes[0],
+    ),
+    Field(
+      'timeout',
+      Kind(
+        f'a number of seconds above 0, at most {seconds:g}',
+        {'type': 'number', 'exclusiveMinimum': 0, 'maximum': seconds},
       ),
-      Field(
-        'mode',
-        Kind(f'one of {", ".join(modes)}', {'enum': modes}),
-        'score: the read-out, no decoding; rank: the ranking is decoded; '
-        'reason: reasoning is decoded, then the ranking',
-        default=modes[0],
-      ),
-      Field(
-        'timeout',
-        Kind(
-          f'a number of seconds above 0, at most {seconds:g}',
-          {'type': 'number', 'exclusiveMinimum': 0, 'maximum': seconds},
-        ),
-        'seconds until the incoming order is the answer',
-        default=seconds,
-      ),
+      'seconds until the incoming order is the answer',
+      default=seconds,
     ),
   )
 
@@ -163,10 +159,7 @@ class Service:
   async def reload(self, name: str) -> None:
     """Loads another policy, then swaps it for the present one.
 
-    The present policy answers requests in the meantime.
-
-    Args:
-      name: folder of the artifact beside the present one, see RELOAD.
+    The present policy answers requests in the meantime. See RELOAD for `name`.
 
     Raises:
       Busy: another reload is under way.
