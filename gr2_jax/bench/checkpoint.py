@@ -2,10 +2,10 @@
 
 python -m gr2_jax.bench.checkpoint
 
-A tree of a billion parameters is made on a mesh of virtual CPU devices and
-saved by one process; another one restores it on a mesh of another shape. What
-each takes at its peak, beyond what it had before there was a tree, is compared
-with the tree: on these devices the arrays themselves are host memory.
+One process makes a billion parameters on a mesh of virtual CPU devices and
+saves them; another restores them on a mesh of another shape. The table compares
+the growth of each process's peak memory with the size of the parameters, which
+are host memory, too, on these devices.
 """
 
 import multiprocessing
@@ -13,6 +13,7 @@ import os
 import resource
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,13 +23,13 @@ from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import checkpoint, reporting
 
-_LAYERS = flags.DEFINE_integer('layers', 19, 'Of the tree.', 1)
+_LAYERS = flags.DEFINE_integer('layers', 19, 'Of the model.', 1)
 _WIDTH = flags.DEFINE_integer('width', 2048, 'Of a layer.', 128)
 _DIRECTORY = flags.DEFINE_string(
-  'directory', None, 'Where the checkpoint goes meanwhile; default: /tmp.'
+  'directory', None, 'Of the temporary checkpoint; default: /tmp.'
 )
 _DEVICES = 8
-# No axis `data`: a device of it would hold a copy of what another one holds.
+# Without the axis `data`, which would hold copies.
 MESHES = {
   'saved': dict(data=1, fsdp=8, tensor=1),
   'restored': dict(data=1, fsdp=4, tensor=2),
@@ -36,7 +37,7 @@ MESHES = {
 
 
 def shape(layers: int, width: int) -> transformer.TransformerConfig:
-  """Of Qwen3-1.7B by default, with fewer layers and a small vocabulary."""
+  """Qwen3-1.7B by default, with fewer layers and a small vocabulary."""
   return transformer.TransformerConfig(
     vocab_size=16 * width,
     d_model=width,
@@ -48,7 +49,9 @@ def shape(layers: int, width: int) -> transformer.TransformerConfig:
   )
 
 
-def abstract(model: transformer.TransformerConfig, mesh: jax.sharding.Mesh):
+def abstract(
+  model: transformer.TransformerConfig, mesh: jax.sharding.Mesh
+) -> Any:
   """Shapes and shardings of the parameters."""
   boxed = jax.eval_shape(
     lambda key: transformer.init_params(model, key), jax.random.key(0)
@@ -60,8 +63,10 @@ def abstract(model: transformer.TransformerConfig, mesh: jax.sharding.Mesh):
   )
 
 
-def _value(place: int, index: tuple[slice, ...], leaf) -> np.ndarray:
-  """What stands at a place of a leaf: different everywhere it may go wrong."""
+def _value(
+  place: int, index: tuple[slice, ...], leaf: jax.ShapeDtypeStruct
+) -> np.ndarray:
+  """A shard of a leaf; values tell leaves and positions apart."""
   starts = [s.indices(n)[0] for s, n in zip(index, leaf.shape, strict=True)]
   sizes = [
     len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)
@@ -74,13 +79,16 @@ def _value(place: int, index: tuple[slice, ...], leaf) -> np.ndarray:
 
 
 def part(
-  name: str, model: transformer.TransformerConfig, path: str, out
+  name: str,
+  model: transformer.TransformerConfig,
+  path: str,
+  out: multiprocessing.Queue,
 ) -> None:
-  """One process: saves or restores, and sends what it measured."""
+  """Saves or restores in a process of its own, and sends a row of the table."""
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', _DEVICES)
-  wanted = abstract(model, sharding.make_mesh(**MESHES[name]))
-  leaves, treedef = jax.tree.flatten(wanted)
+  expected = abstract(model, sharding.make_mesh(**MESHES[name]))
+  leaves, treedef = jax.tree.flatten(expected)
   size = sum(x.size * x.dtype.itemsize for x in leaves)
   before = _peak()
   if name == 'saved':
@@ -96,7 +104,7 @@ def part(
   else:
     held = before
     clock = time.monotonic()
-    params = checkpoint.load_params(path, wanted)
+    params = checkpoint.load_params(path, expected)
     jax.block_until_ready(params)
   seconds, peak = time.monotonic() - clock, _peak()
   for i, x in enumerate(jax.tree.leaves(params)):
@@ -117,12 +125,12 @@ def part(
 
 
 def _peak() -> int:
-  """The most bytes that this process has held so far."""
+  """Peak memory of this process in bytes."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(argv: list[str]) -> None:
-  """Entry point of `app.run`."""
+  """Prints a row for each process."""
   del argv
   rows, context = [], multiprocessing.get_context('spawn')
   model = shape(_LAYERS.value, _WIDTH.value)

@@ -1,13 +1,12 @@
-"""Prefill and decode beside transformers: same weights, same tokens.
+"""Prefill and decode compared with transformers: same weights and tokens.
 
 python -m gr2_jax.bench.lm
 
-SmolLM2-135M (or, with --tiny, a small random decoder) reads prompts of random
-tokens and continues them greedily, in float32 on the CPU, once in this library
-and once in transformers with its key-value cache. Rounds alternate between the
-two in one process; the first round of each compiles and is not counted.
-`prefill` ends with the logits of the last prompt token; `decode` is what a
-whole continuation takes beyond that.
+SmolLM2-135M (or, with --tiny, a small random decoder) continues random prompts
+greedily, in float32 on the CPU, in this library and in transformers with its
+key-value cache. Rounds alternate between the two in one process; the first
+compiles and does not count. `prefill` ends with the logits of the last prompt
+token; `decode` is the rest of a whole continuation.
 
 Axes: P prompts, T time, V vocabulary.
 """
@@ -29,7 +28,7 @@ import torch
 import transformers
 from absl import app, flags
 
-from gr2_jax import hf
+from gr2_jax import bench, hf
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.pipeline import reporting
@@ -53,22 +52,22 @@ Side = dict[str, Callable[[np.ndarray], np.ndarray]]
 
 
 def load() -> tuple[str, transformer.TransformerConfig, Any]:
-  """Family, decoder and parameters of the model that is measured."""
+  """Family, decoder and parameters of the measured model."""
   if _TINY.value:
     boxed = transformer.init_params(TINY, jax.random.key(0))
     return 'qwen3', TINY, sharding.unbox(boxed)
   backbone = hf.open_backbone('smollm2')
   model = backbone.model
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  wanted = hf.importing.abstract_params(model)
-  shardings = jax.tree.map(lambda x: one, wanted)
+  shapes = hf.importing.abstract_params(model)
+  shardings = jax.tree.map(lambda x: one, shapes)
   return backbone.family, model, hf.import_params(backbone, model, shardings)
 
 
 def our_side(
   model: transformer.TransformerConfig, params: Any, tokens: int
 ) -> Side:
-  """This library, jitted."""
+  """This library."""
 
   @jax.jit
   def prefill(params, prompts):
@@ -106,18 +105,18 @@ def their_side(folder: pathlib.Path, tokens: int) -> Side:
   @torch.inference_mode()
   def whole(prompts):
     out = run(torch.tensor(prompts, dtype=torch.int64))
-    found = [out.logits[:, -1:].argmax(-1)]
-    while len(found) < tokens:
-      out = run(found[-1], out.past_key_values)
-      found.append(out.logits[:, -1:].argmax(-1))
-    return torch.cat(found, 1).numpy()
+    tokens_out = [out.logits[:, -1:].argmax(-1)]
+    while len(tokens_out) < tokens:
+      out = run(tokens_out[-1], out.past_key_values)
+      tokens_out.append(out.logits[:, -1:].argmax(-1))
+    return torch.cat(tokens_out, 1).numpy()
 
   return {'prefill': prefill, 'whole': whole}
 
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-  """Of one side: the first call of each phase; medians of the later ones."""
+  """One side: the first call of each phase, medians of the later ones."""
 
   first: dict[str, float]
   prefill: float
@@ -127,7 +126,7 @@ class Seconds:
 def measure(
   sides: dict[str, Side], prompts: np.ndarray, rounds: int
 ) -> dict[str, Seconds]:
-  """Alternates the sides; compares what they return.
+  """Alternates the sides, and compares their results.
 
   Raises:
     RuntimeError: the logits differ by more than 1e-3.
@@ -155,19 +154,19 @@ def measure(
       f'the two models differ by {gap} in a logit: the ratio would compare two '
       'different models'
     )
-  found = {}
+  medians = {}
   for name, by_phase in seconds.items():
     prefill, whole = (statistics.median(by_phase[p][1:]) for p in PHASES)
-    found[name] = Seconds(
+    medians[name] = Seconds(
       first={phase: by_phase[phase][0] for phase in PHASES},
       prefill=prefill,
       decode=whole - prefill,
     )
-  return found
+  return medians
 
 
 def main(argv: list[str]) -> None:
-  """Entry point of `app.run`: the table, then the lowest ratios."""
+  """Prints the table, then the lowest ratios."""
   del argv
   family, model, params = load()
   tokens = _TOKENS.value
@@ -183,21 +182,20 @@ def main(argv: list[str]) -> None:
   for batch in map(int, _BATCHES.value):
     shape = (batch, _PROMPT.value)
     prompts = rng.integers(0, model.vocab_size, shape).astype(np.int32)
-    found = measure(sides, prompts, _ROUNDS.value)
-    ours, theirs = found['gr2_jax'], found['transformers']
+    ours, theirs = measure(sides, prompts, _ROUNDS.value).values()
     for phase, count in (
       ('prefill', prompts.size),
       ('decode', batch * (tokens - 1)),
     ):
-      mine, other = getattr(ours, phase), getattr(theirs, phase)
-      ratios[phase].append(other / mine)
+      ours_s, theirs_s = getattr(ours, phase), getattr(theirs, phase)
+      ratios[phase].append(theirs_s / ours_s)
       rows.append(
         {
           'prompts': batch,
           'phase': phase,
-          'gr2_jax': f'{count / mine:.1f}',
-          'transformers': f'{count / other:.1f}',
-          'ratio': f'{other / mine:.2f}',
+          'gr2_jax': f'{count / ours_s:.1f}',
+          'transformers': f'{count / theirs_s:.1f}',
+          'ratio': f'{theirs_s / ours_s:.2f}',
         }
       )
     print(
@@ -205,15 +203,14 @@ def main(argv: list[str]) -> None:
       f'{sum(ours.first.values()):.1f} s, transformers '
       f'{sum(theirs.first.values()):.1f} s'
     )
-  load_average = ', '.join(f'{x:.1f}' for x in os.getloadavg())
   print(reporting.table(rows, tuple(rows[0])))
   print(
     f'tokens/s, medians of {_ROUNDS.value} rounds; prompts of {_PROMPT.value} '
-    f'tokens, {tokens} decoded; {torch.get_num_threads()} threads, load '
-    f'{load_average} (1, 5, 15 minutes)'
+    f'tokens, {tokens} decoded; {torch.get_num_threads()} threads, '
+    f'{bench.machine()}'
   )
-  for phase, found in ratios.items():
-    print(f'ratio {phase}: {min(found):.2f}')
+  for phase, by_batch in ratios.items():
+    print(f'ratio {phase}: {min(by_batch):.2f}')
 
 
 if __name__ == '__main__':

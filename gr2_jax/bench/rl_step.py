@@ -1,20 +1,16 @@
-"""One RL step beside google-tunix's GRPO step: same model, same tokens.
+"""One RL step compared with google-tunix's GRPO step: same model and tokens.
 
 python -m gr2_jax.bench.rl_step
 
-A step is the rollout of a group of completions for every prompt, their
-log-probabilities under a frozen reference, rewards and advantages, and one
-AdamW update on the clipped surrogate with a KL term. Both sides start from the
-same float32 parameters of the same decoder, read prompts of full length, and
-draw every token of the budget: no end of sequence can be drawn. Their steps
-alternate in one process. The first two of each compile and are not counted;
-column `first` has the seconds of the very first.
-
-Axes: P prompts, G group, T time.
+A step samples a group of completions for every prompt, computes their
+log-probabilities under a frozen reference, rewards and advantages, and makes
+one AdamW update on the clipped surrogate with a KL term. Both sides start from
+the same float32 parameters and draw every token of the budget, because no end
+of sequence can be drawn. Their steps alternate in one process. The first two
+compile and do not count; column `first` has the seconds of the very first.
 """
 
 import functools
-import os
 import statistics
 from collections.abc import Mapping
 
@@ -22,6 +18,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from gr2_jax import bench
 from gr2_jax.bench import own_step, tunix_step
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
@@ -51,16 +48,16 @@ def interleave(
   count: int,
   vocab_size: int,
 ) -> dict[str, dict[str, float]]:
-  """Runs the sides in turn, each on the same prompts.
+  """Runs the sides in turn, each on the same prompts, without id 0.
 
   Args:
     steps: side -> step.
     size: of a step.
     count: counted steps of each side, after `WARM_UP` others.
-    vocab_size: prompts are drawn from these ids, without 0.
+    vocab_size: of the prompts.
 
   Returns:
-    side -> median seconds of every phase and of their `total`, and the seconds
+    Side -> median seconds of every phase and of their `total`, and the seconds
     of the `first` step, compilation included.
   """
   totals = {side: [] for side in steps}
@@ -82,36 +79,28 @@ def interleave(
 
 
 def report(
-  size: own_step.Size, found: Mapping[str, Mapping[str, float]]
+  size: own_step.Size, results: Mapping[str, Mapping[str, float]]
 ) -> str:
-  """The table of one size: a row a side."""
-  rows = [{str(size): side, **seconds} for side, seconds in found.items()]
+  """The table of one size: a row for each side."""
+  rows = [{str(size): side, **seconds} for side, seconds in results.items()]
   return reporting.table(rows, (str(size), *own_step.PHASES, 'total', 'first'))
 
 
 def ratio_line(
-  size: own_step.Size, found: Mapping[str, Mapping[str, float]]
+  size: own_step.Size, results: Mapping[str, Mapping[str, float]]
 ) -> str:
   """`ratio 192+48: 3.1`: tunix's median step over ours."""
-  ratio = found['tunix']['total'] / found['gr2_jax']['total']
+  ratio = results['tunix']['total'] / results['gr2_jax']['total']
   return f'ratio {size}: {ratio:.1f}'
 
 
 def measure(size: own_step.Size, count: int) -> dict[str, dict[str, float]]:
-  """Times both sides at one size, once they are known to be the same model.
-
-  Args:
-    size: of a step.
-    count: counted steps of each side.
-
-  Returns:
-    What `interleave` returns.
+  """Checks that both sides have the same model, and times them.
 
   Raises:
     RuntimeError: the two decoders differ in a log-probability.
   """
   params = sharding.unbox(transformer.init_params(MODEL, jax.random.key(0)))
-  our_count = sum(x.size for x in jax.tree.leaves(params))
   our_step, our_logp = own_step.make_step(MODEL, size, params)
   their_step, their_logp, their_count = tunix_step.make_step(
     MODEL, size, params
@@ -123,7 +112,8 @@ def measure(size: own_step.Size, count: int) -> dict[str, dict[str, float]]:
   tokens = draw(size=(size.prompts, size.group, size.completion))
   gap = np.abs(our_logp(prompts, tokens) - their_logp(prompts, tokens)).max()
   print(
-    f'{size}: {our_count:,} parameters (gr2_jax), {their_count:,} (tunix); '
+    f'{size}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters '
+    f'(gr2_jax), {their_count:,} (tunix); '
     f'log-probabilities differ by at most {gap:.0e}'
   )
   if not gap < 1e-3:
@@ -136,20 +126,17 @@ def measure(size: own_step.Size, count: int) -> dict[str, dict[str, float]]:
 
 
 def main(argv: list[str]) -> None:
-  """Entry point of `app.run`: a table a size, then the ratios."""
+  """Prints a table for each size, then the ratios."""
   del argv
   logging.set_verbosity(logging.ERROR)
-  sizes = [own_step.Size.parse(x) for x in _SIZES.value]
   ratios = []
-  for size in sizes:
-    found = measure(size, _STEPS.value)
-    load = ', '.join(f'{x:.1f}' for x in os.getloadavg())
+  for size in [own_step.Size.parse(x) for x in _SIZES.value]:
+    results = measure(size, _STEPS.value)
     print(
-      f'{report(size, found)}\n'
-      f'seconds, medians of {_STEPS.value} steps; {os.cpu_count()} cores, load '
-      f'{load} (1, 5, 15 minutes)'
+      f'{report(size, results)}\n'
+      f'seconds, medians of {_STEPS.value} steps; {bench.machine()}'
     )
-    ratios.append(ratio_line(size, found))
+    ratios.append(ratio_line(size, results))
   print('\n'.join(ratios))
 
 

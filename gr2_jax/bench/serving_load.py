@@ -1,14 +1,14 @@
-"""A service as a process, clients that ask it, and what they count.
+"""Runs a service as a process, sends it requests, and measures the answers.
 
 A row of the load table:
 
   p50 p95 p99    milliseconds from request to answer
   slates/s       answered
   errors         answers other than 200, and connections that failed
-  late           answers that were the incoming order, for want of time
+  late           answers that were the incoming order, because time ran out
   batch          slates of a batch, on average
   prefills       prompts encoded, a slate
-  decoded        tokens written, a slate
+  decoded        tokens decoded, a slate
   MB before, MB  resident memory of the service
 
 Axes: n slates, K candidates.
@@ -37,7 +37,7 @@ from gr2_jax.pipeline import artifacts
 from gr2_jax.serving import request as requests_lib
 
 PEERS = ('lightgbm', 'transformers')
-_AT_A_TIME = 16  # slates of a request, where answers are looked at
+_SLATES_A_REQUEST = 16  # where orders are compared
 _WRK = """
 local bodies, place = {}, 0
 for line in io.lines("%s") do bodies[#bodies + 1] = line end
@@ -65,44 +65,40 @@ end
 
 
 def slates_of(
-  artifact: pathlib.Path, most: int
+  artifact: pathlib.Path, count: int
 ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-  """Test slates of the data set that a policy was trained on.
-
-  Args:
-    artifact: of the policy.
-    most: n, drawn with a fixed seed.
+  """Draws test slates of the data set that a policy was trained on.
 
   Returns:
-    The slates as requests, their grades [n, K] and counts [n].
+    The slates as requests, their grades [n, K] and numbers of candidates [n].
   """
   run = artifacts.read_run(artifact)
   folder = artifact.parent / run['inputs']['slates']
   test = slates_lib.read(folder, 'test')
   names = slates_lib.read_catalog(folder).item_ids
-  rows = np.random.default_rng(0).permutation(len(test))[:most]
+  rows = np.random.default_rng(0).permutation(len(test))[:count]
   records = slates_lib.SlateSource(folder, 'test')
-  asked = [requests_lib.of_record(records[row], names) for row in rows]
-  return asked, test.grades[rows], test.count[rows]
+  slates = [requests_lib.of_record(records[row], names) for row in rows]
+  return slates, test.grades[rows], test.count[rows]
 
 
 class NotServed(Exception):
-  """A service has ended before it served."""
+  """A service ended before it served."""
 
 
 @contextlib.contextmanager
 def service(module: str, options: Sequence[str]) -> Iterator[str]:
-  """Runs a service on a free port; what it says before it serves is shown.
+  """Runs a service on a free port, prints its log until it serves.
 
   Args:
-    module: `gr2_jax.serve`, or one that takes its flags.
+    module: `gr2_jax.serving`, or one with the same flags.
     options: flags.
 
   Yields:
     Its URL.
 
   Raises:
-    NotServed: it ended before that, and said why.
+    NotServed: it ended before that; its error is above.
   """
   process = subprocess.Popen(
     [sys.executable, '-m', module, '--port=0', *options],
@@ -111,33 +107,32 @@ def service(module: str, options: Sequence[str]) -> Iterator[str]:
   )
   try:
     for line in process.stdout:
-      if found := re.search(r'serving .* at (http://\S+)', line):
+      if match := re.search(r'serving .* at (http://\S+)', line):
         break
       print(line, end='')
     else:
       raise NotServed(f'{module} ended before it served')
-    url = found.group(1)
-    while True:  # The line is written just before it listens.
+    while True:  # It logs the line just before it listens.
       try:
-        _get(url, '/health')
+        _get(match[1], '/health')
         break
       except OSError:
         time.sleep(0.1)
-    yield url
+    yield match[1]
   finally:
     process.terminate()
     process.wait()
 
 
 def tool() -> str:
-  """Whose clients ask: `wrk` where it is installed, else `asyncio`."""
+  """The program that sends requests: `wrk` if installed, else `asyncio`."""
   return 'wrk' if shutil.which('wrk') else 'asyncio'
 
 
 def drive(
   url: str, bodies: Sequence[str], clients: int, seconds: float
 ) -> dict[str, float]:
-  """Asks as fast as the answers come.
+  """Sends requests as fast as the answers come.
 
   Args:
     url: of the service.
@@ -155,22 +150,20 @@ def drive(
     lines.write_text(''.join(f'{body}\n' for body in bodies))
     script = pathlib.Path(folder, 'rank.lua')
     script.write_text(_WRK % lines)
-    # wrk counts in whole seconds.
-    duration = f'{max(1, round(seconds))}s'
-    command = ['wrk', '-t1', f'-c{clients}', f'-d{duration}', '--timeout=60s']
-    found = subprocess.run(
+    duration = f'-d{max(1, round(seconds))}s'  # wrk counts whole seconds.
+    command = ['wrk', '-t1', f'-c{clients}', duration, '--timeout=60s']
+    done = subprocess.run(
       [*command, '-s', str(script), url],
       stdout=subprocess.PIPE,
       text=True,
       check=True,
     )
-  return json.loads(found.stdout.strip().splitlines()[-1])
+  return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 async def _drive(
   url: str, bodies: Sequence[str], clients: int, seconds: float
 ) -> dict[str, float]:
-  """As `drive`, from this process."""
   host, port = urllib.parse.urlsplit(url).netloc.rsplit(':', 1)
   times, errors, begin = [], 0, time.monotonic()
 
@@ -185,7 +178,7 @@ async def _drive(
         % (len(body), body)
       )
       head = await reader.readuntil(b'\r\n\r\n')
-      length = int(re.search(rb'content-length: (\d+)', head).group(1))
+      length = int(re.search(rb'content-length: (\d+)', head)[1])
       await reader.readexactly(length)
       errors += not head.startswith(b'HTTP/1.1 200')
       times.append(time.monotonic() - start)
@@ -195,14 +188,12 @@ async def _drive(
     *map(client, range(clients)), return_exceptions=True
   ):
     errors += outcome is not None
-  p50, p95, p99 = np.percentile(times, [50, 95, 99]) * 1e3
+  percentiles = np.percentile(times, [50, 95, 99]) * 1e3
   return dict(
     answers=len(times),
     seconds=time.monotonic() - begin,
     errors=errors,
-    p50=p50,
-    p95=p95,
-    p99=p99,
+    **dict(zip(('p50', 'p95', 'p99'), percentiles, strict=True)),
   )
 
 
@@ -216,30 +207,27 @@ def measure(
   """One row of the load table, see the module."""
   bodies = [json.dumps({'slates': [slate], 'mode': mode}) for slate in slates]
   before = _counters(url)
-  found = drive(url, bodies, clients, seconds)
+  sent = drive(url, bodies, clients, seconds)
   after = _counters(url)
 
-  def grown(name: str) -> float:
+  def grown(name: str, labels: str = '') -> float:
+    name = f'{name}{{mode="{mode}"{labels}}}'
     return after[name] - before[name]
 
-  ranked = f'gr2_slates_total{{mode="{mode}",outcome="ranked"}}'
-  late = grown(f'gr2_slates_total{{mode="{mode}",outcome="timed_out"}}')
-  slates_answered = max(1.0, grown(ranked) + late)
-  batches = grown(f'gr2_batch_slates_count{{mode="{mode}"}}')
+  late = grown('gr2_slates_total', ',outcome="timed_out"')
+  answered = max(1.0, grown('gr2_slates_total', ',outcome="ranked"') + late)
+  batches = max(1.0, grown('gr2_batch_slates_count'))
   memory = 'process_resident_memory_bytes'
   return {
     'mode': mode,
     'clients': clients,
-    'p50': found['p50'],
-    'p95': found['p95'],
-    'p99': found['p99'],
-    'slates/s': (found['answers'] - found['errors']) / found['seconds'],
-    'errors': int(found['errors']),
+    **{name: sent[name] for name in ('p50', 'p95', 'p99')},
+    'slates/s': (sent['answers'] - sent['errors']) / sent['seconds'],
+    'errors': int(sent['errors']),
     'late': int(late),
-    'batch': grown(f'gr2_batch_slates_sum{{mode="{mode}"}}') / max(batches, 1),
-    'prefills': grown(f'gr2_prefills_total{{mode="{mode}"}}') / slates_answered,
-    'decoded': grown(f'gr2_decoded_tokens_total{{mode="{mode}"}}')
-    / slates_answered,
+    'batch': grown('gr2_batch_slates_sum') / batches,
+    'prefills': grown('gr2_prefills_total') / answered,
+    'decoded': grown('gr2_decoded_tokens_total') / answered,
     'MB before': round(before[memory] / 1e6),
     'MB': round(after[memory] / 1e6),
   }
@@ -253,17 +241,18 @@ def orders(
   Every mode and every service shows a slate's candidates in the same order,
   which follows from the slate's place in its request.
   """
-
-  def ask(low: int) -> list[list[int] | None]:
-    body = {'slates': slates[low : low + _AT_A_TIME], 'mode': mode}
+  results = []
+  for low in range(0, len(slates), _SLATES_A_REQUEST):
+    part = slates[low : low + _SLATES_A_REQUEST]
     request = urllib.request.Request(
-      f'{url}/rank', json.dumps(body).encode(), method='POST'
+      f'{url}/rank',
+      json.dumps({'slates': part, 'mode': mode}).encode(),
+      method='POST',
     )
     with urllib.request.urlopen(request) as response:
       answers = json.load(response)['answers']
-    return [None if a['timed_out'] else a['order'] for a in answers]
-
-  return [o for low in range(0, len(slates), _AT_A_TIME) for o in ask(low)]
+    results += [None if a['timed_out'] else a['order'] for a in answers]
+  return results
 
 
 def _get(url: str, path: str) -> str:
@@ -273,9 +262,9 @@ def _get(url: str, path: str) -> str:
 
 def _counters(url: str) -> collections.Counter:
   """Lines of /metrics: name -> value."""
-  found = collections.Counter()
+  values = collections.Counter()
   for line in _get(url, '/metrics').splitlines():
     if not line.startswith('#'):
       name, _, value = line.rpartition(' ')
-      found[name] = float(value)
-  return found
+      values[name] = float(value)
+  return values

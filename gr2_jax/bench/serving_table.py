@@ -1,4 +1,4 @@
-"""The tables of `bench.serve`: what a mode bears, and what it gives.
+"""The tables of `bench.serve`: load, and gains over the mode `reason`.
 
 Axes: n slates, K candidates.
 """
@@ -20,32 +20,31 @@ Orders = Sequence[Sequence[int] | None]  # of n slates, None for a late answer
 
 
 def load(rows: Sequence[Mapping[str, Any]]) -> str:
-  """The load table: a row a mode and number of clients."""
+  """The load table: a row for each mode and number of clients."""
   return reporting.table(_rounded(rows), LOAD)
 
 
 def gains(
   rows: Sequence[Mapping[str, Any]], quality: Mapping[str, float]
 ) -> str:
-  """The ROI table: a row a mode, beside `reason`.
+  """Compares each mode with `reason`.
+
+  The columns of the table:
+
+    N@5         of `quality`
+    lost        N@5 of `reason` minus N@5 of this mode
+    decoded     tokens decoded, a slate
+    / tokens    tokens of `reason` over tokens of this mode
+    x slates/s  rate of this mode over that of `reason`, by number of clients
+    / p50       p50 of `reason` over that of this mode, by number of clients
+
+  A ratio without a meaning is `-`.
 
   Args:
     rows: of `serving_load.measure`.
-    quality: mode -> mean N@5; may have more than was measured, or nothing.
-
-  Returns:
-    The table, with the columns:
-
-      N@5         as given
-      lost        N@5 of `reason` less this one
-      decoded     tokens written, a slate
-      / tokens    how many times fewer they are than those of `reason`
-      x slates/s  how many times as many, for each number of clients
-      / p50       how many times shorter, likewise
-
-    What has no meaning is `-`, as ratios to nothing decoded.
+    quality: mode -> mean N@5; may hold other modes than `rows`.
   """
-  found = {(row['mode'], row['clients']): row for row in rows}
+  by_key = {(row['mode'], row['clients']): row for row in rows}
   modes = list(dict.fromkeys([*quality, *(row['mode'] for row in rows)]))
   clients = list(dict.fromkeys(row['clients'] for row in rows))
   decoded = {
@@ -67,10 +66,10 @@ def gains(
       '/ tokens': ratio(decoded.get('reason'), decoded.get(mode)),
     }
     for n in clients:
-      own, reason = found.get((mode, n), {}), found.get(('reason', n), {})
+      row, reason = by_key.get((mode, n), {}), by_key.get(('reason', n), {})
       line |= {
-        f'x slates/s, {n}': ratio(own.get('slates/s'), reason.get('slates/s')),
-        f'/ p50, {n}': ratio(reason.get('p50'), own.get('p50')),
+        f'x slates/s, {n}': ratio(row.get('slates/s'), reason.get('slates/s')),
+        f'/ p50, {n}': ratio(reason.get('p50'), row.get('p50')),
       }
     table.append(line)
   columns = ['mode', 'N@5', 'lost', 'decoded', '/ tokens']
@@ -80,7 +79,7 @@ def gains(
 
 
 def agreement(ours: Orders, theirs: Orders) -> str:
-  """How many orders are equal, of those that neither gave too late."""
+  """Counts equal orders, where neither answer was late."""
   pairs = [pair for pair in zip(ours, theirs, strict=True) if None not in pair]
   equal = sum(a == b for a, b in pairs)
   return f'{equal} of {len(pairs)} orders are equal'
@@ -101,7 +100,7 @@ def ndcg(orders: Orders, grades_nxK: np.ndarray, count_n: np.ndarray) -> float:
 
 
 def _rounded(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Milliseconds and rates to what can be told apart."""
+  """Rounds to two digits after the point."""
   return [
     {k: f'{v:.2f}' if isinstance(v, float) else v for k, v in row.items()}
     for row in rows

@@ -1,13 +1,11 @@
 """The same policy in `transformers`: a peer for `bench.serve`.
 
-It shares with the policy the slates' checks, the data, the evidence and the
-prompts. Weights come by way of an exported checkpoint. Prompts are encoded and
-completions written by `generate`, which keeps keys and values, greedily, under
-the mask of `grammar.Ranking`. Scores are the read-out vector's, which is ours:
-times the hidden states at the slots.
-
-To its advantage batches are not padded to a few sizes, for nothing is compiled,
-and prompts only to the longest of their batch.
+It shares the slates' checks, the data, the evidence and the prompts with the
+policy, and loads the weights from an exported checkpoint. `generate` decodes
+greedily with a key-value cache, under the mask of `grammar.Ranking`. The scores
+are our read-out vector times the hidden states at the slots. Nothing is
+compiled, so batches are not padded to a few sizes, and prompts only to the
+longest of their batch.
 
 Axes: B batch, T time, K candidates, V vocabulary, D model width.
 """
@@ -34,14 +32,14 @@ from gr2_jax.stages import export
 
 
 class PermutationMask(transformers.LogitsProcessor):
-  """What a completion may go on with, as `grammar.Ranking.allowed` has it.
+  """Masks tokens as `grammar.Ranking.allowed` does.
 
   Args:
     grammar: token ids.
     count_B: int, candidates of each slate.
-    begin: where completions begin.
+    begin: position of the first token of a completion.
     budget: tokens of a completion.
-    thinking: whether it opens with reasoning.
+    thinking: whether it begins with reasoning.
   """
 
   def __init__(
@@ -58,10 +56,10 @@ class PermutationMask(transformers.LogitsProcessor):
   def __call__(
     self, input_ids: torch.Tensor, scores: torch.Tensor
   ) -> torch.Tensor:
-    """Takes ids [B, T] and logits [B, V]; gives them, -inf where forbidden."""
+    """Sets the logits [B, V] of forbidden tokens to -inf, for ids [B, T]."""
     g, K = self._grammar, self._grammar.num_candidates
     written = input_ids[:, self._begin :]
-    # Slots that reasoning names are not yet listed.
+    # Slots named in the reasoning do not count as listed.
     answering = (written == g.think_end).cumsum(1) > 0
     if not self._thinking:
       answering = torch.ones_like(answering)
@@ -87,25 +85,24 @@ class PermutationMask(transformers.LogitsProcessor):
 def beside(
   policy: reranker_lib.Reranker, modes: Sequence[str], largest_batch: int
 ) -> reranker_lib.Reranker:
-  """The policy with programs of `transformers` in the place of its own.
+  """Replaces the policy's programs by those of `transformers`.
 
   Args:
-    policy: which may be without programs.
-    modes: of `ranker.MODES`.
+    policy: a re-ranker, with or without programs.
+    modes: of `ranking.MODES`.
     largest_batch: slates at a time.
 
   Returns:
     A re-ranker whose params are the model and the read-out vector.
 
   Raises:
-    ValueError: prompts have memory tokens, of which `transformers` knows
-      nothing.
+    ValueError: prompts have memory tokens, which `transformers` cannot mask.
   """
   spec = policy.policy.spec
   if spec.prompter.context.memory:
     raise ValueError(
       f'{policy.artifact}: this policy reads histories through memory tokens, '
-      'and transformers has no mask for them: ask without this peer'
+      'and transformers has no mask for them: leave this peer out'
     )
   mesh = policy.policy.mesh
   devices = mesh.shape['data'] * mesh.shape['fsdp']
@@ -125,7 +122,7 @@ def beside(
 def _load(
   policy: reranker_lib.Reranker,
 ) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
-  """The model and the read-out vector [D], by way of a checkpoint."""
+  """The model and the read-out vector [D], from an exported checkpoint."""
   spec, params = policy.policy.spec, policy.policy.params
   pieces = spec.vocabulary.pieces
   if isinstance(pieces, vocabulary.PretrainedPieces):
@@ -157,7 +154,7 @@ def _load(
 def _answer(
   spec: policy_lib.PolicySpec, mode: str, params: Any, batch: Any
 ) -> dict[str, np.ndarray]:
-  """A program of `Reranker`: a batch of `batches.requests` to `Ranked`."""
+  """A program of `Reranker`: rows of a batch -> fields of `Ranked`."""
   model, readout_D = params
   host = {name: np.asarray(values) for name, values in batch.items()}
   incoming, count, slots = host['incoming'], host['count'], host['slots']
@@ -165,10 +162,10 @@ def _answer(
   width = int(length.max())
   prompts = host['prompt'][:, :width].astype(np.int64)
   if mode == 'score':
-    # Nothing reads the padding, which stands last.
+    # The padding comes last, so nothing reads it.
     hidden = model.model(torch.tensor(prompts), use_cache=False)[0]
   else:
-    # Completions follow on the last column: the padding comes first.
+    # Completions follow the last column, so the padding comes first.
     pad = width - length
     prompts = np.stack(
       [np.roll(*row) for row in zip(prompts, pad, strict=True)]
@@ -181,16 +178,16 @@ def _answer(
   scores = (at_slots.float() @ readout_D).numpy()
   real = np.arange(scores.shape[1]) < count[:, None]
   falling = np.argsort(np.where(real, -scores, np.inf), -1, 'stable')
-  found = dict(
+  ranked = dict(
     readout=np.take_along_axis(incoming, falling, -1),
     scores=np.take_along_axis(scores, np.argsort(incoming, -1), -1),
     presented=incoming,
     count=count,
-    verdict=np.zeros_like(count),  # `valid`: the mask allows nothing else.
+    verdict=np.zeros_like(count),  # `valid`, because of the mask.
   )
   if mode == 'score':
-    return found | dict(
-      generated=found['readout'],
+    return ranked | dict(
+      generated=ranked['readout'],
       tokens=np.zeros((len(count), 1), np.int32),
       length=np.zeros_like(count),
     )
@@ -199,7 +196,7 @@ def _answer(
   order = np.tile(np.arange(scores.shape[1]), (len(count), 1))
   for row, (end, n) in enumerate(zip(written - 1, count, strict=True)):
     order[row, :n] = tokens[row, end - n : end] - grammar.slot_base
-  return found | dict(
+  return ranked | dict(
     generated=np.take_along_axis(incoming, order, -1),
     tokens=tokens,
     length=written,

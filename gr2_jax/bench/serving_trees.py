@@ -1,7 +1,7 @@
 """A re-ranker of gradient-boosted trees: a peer for `bench.serve`.
 
-It shares with the policy what comes before the ranking: the slates' checks, the
-data and the evidence. Trees read all evidence columns, and no prompt.
+It shares the slates' checks, the data and the evidence with the policy. The
+trees read all evidence columns, and no prompt.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Trees(reranker_lib.Reranker):
   def answer(
     self, asked: Sequence[tuple[requests_lib.Request, int]], mode: str
   ) -> reranker_lib.Answers:
-    """Orders by falling score; an item that the catalog lacks comes last."""
+    """Orders by falling score; items without a score come last."""
     (program,) = self.programs[mode].values()
     requests = [request for request, _ in asked]
     scores_nxK = program(
@@ -42,15 +42,15 @@ class Trees(reranker_lib.Reranker):
     )
     lines = []
     for request, scores_K in zip(requests, scores_nxK, strict=True):
-      own = scores_K[: len(request.names)]
-      order = np.argsort(-own, kind='stable').tolist()
+      scores = scores_K[: len(request.names)]
+      order = np.argsort(-scores, kind='stable').tolist()
       lines.append(
         answer_lib.incoming_order(request, mode)
         | {
           'ranking': [request.names[rank] for rank in order],
           'order': order,
           'verdict': 'valid',
-          'scores': [x if np.isfinite(x) else None for x in own.tolist()],
+          'scores': [x if np.isfinite(x) else None for x in scores.tolist()],
         }
       )
     return reranker_lib.Answers(lines, prompts=0, decoded=0)
@@ -71,13 +71,7 @@ def fit(policy: reranker_lib.Reranker) -> 'lightgbm.Booster':
 def beside(
   policy: reranker_lib.Reranker, booster: 'lightgbm.Booster', largest_batch: int
 ) -> Trees:
-  """The trees in a policy's place, in mode `score`.
-
-  Args:
-    policy: whose data they share.
-    booster: of `fit`.
-    largest_batch: slates at a time.
-  """
+  """Replaces a policy by the trees of `fit`, in the mode `score`."""
   fields = {
     field.name: getattr(policy, field.name)
     for field in dataclasses.fields(policy)

@@ -1,18 +1,17 @@
-"""What semantic IDs cost as a catalog grows, and what a billion would take.
+"""The cost of semantic IDs as a catalog grows, extrapolated to a billion.
 
 python -m gr2_jax.bench.tokenizer_scale
 
-Vectors are drawn and written to disk: clusters of unequal sizes, and texts that
-repeat, the most frequent of them ten thousand times, so that prefixes overflow.
-A process of its own then trains the tokenizer on them, as its stage does, from
-disk, and gives every item a tuple. Memory is that process's highest.
+Vectors in clusters of unequal sizes are written to disk. Texts repeat, the most
+frequent ten thousand times, so that prefixes overflow. Another process trains
+the tokenizer on them, as its stage does, from disk, and gives every item a
+tuple. Memory is the peak of that process.
 
 Axes: I items, F width of a vector, R distinct texts.
 """
 
 import json
 import multiprocessing
-import os
 import pathlib
 import resource
 import tempfile
@@ -23,6 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from configs import tokenizer as tokenizer_config
+from gr2_jax import bench
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import reporting
 from gr2_jax.stages import tokenizer
@@ -35,7 +35,7 @@ _UPDATES = flags.DEFINE_integer('updates', 1000, 'Of training.', 1)
 _FOLDER = flags.DEFINE_string('folder', '', "Where vectors go; '': temporary.")
 
 CLUSTERS = 1000
-MOST = 10_000  # items that share the most frequent text, at most
+MAX_REPEATS = 10_000  # items that share a text
 BILLION = 10**9
 PHASES = ('train', 'assign', 'complete')
 
@@ -46,28 +46,22 @@ def write_vectors(path: pathlib.Path, items: int, dim: int, seed: int) -> int:
   Texts are drawn around Zipf-sized clusters. Half of the items have a text of
   their own; the others share theirs, in groups of Pareto sizes.
 
-  Args:
-    path: of the .npy file.
-    items: I.
-    dim: F.
-    seed: of the draws.
-
   Returns:
-    How many texts there are, R.
+    The number of texts.
   """
   rng = np.random.default_rng(seed)
   sizes = [1] * (items // 2)
   left = items - len(sizes)
   while left:
-    size = int(min(2 * (1 + rng.pareto(0.8)), MOST, left))
+    size = int(min(2 * (1 + rng.pareto(0.8)), MAX_REPEATS, left))
     sizes.append(size)
     left -= size
   text_of_item = np.repeat(np.arange(len(sizes)), sizes)
   rng.shuffle(text_of_item)
-  centres = rng.standard_normal((CLUSTERS, dim), np.float32)
+  centers = rng.standard_normal((CLUSTERS, dim), np.float32)
   share = 1 / np.arange(1, CLUSTERS + 1)
   cluster = rng.choice(CLUSTERS, len(sizes), p=share / share.sum())
-  texts = centres[cluster]
+  texts = centers[cluster]
   texts += 0.5 * rng.standard_normal(texts.shape, np.float32)
   texts /= np.linalg.norm(texts, axis=1, keepdims=True)
   out = np.lib.format.open_memmap(
@@ -81,11 +75,11 @@ def write_vectors(path: pathlib.Path, items: int, dim: int, seed: int) -> int:
 
 
 def name_catalog(vectors: str, workdir: str, steps: int) -> dict[str, Any]:
-  """Trains on a file of vectors and names its items; for a fresh process.
+  """Trains on a file of vectors and gives its items tuples, in a fresh process.
 
   Returns:
     Seconds of each of PHASES, uniqueness, spilled items, and the process's
-    highest memory in GiB.
+    peak memory in GiB.
   """
   clock = [time.perf_counter()]
   stage = tokenizer_config.section()
@@ -109,7 +103,7 @@ def name_catalog(vectors: str, workdir: str, steps: int) -> dict[str, Any]:
 
 
 def measure(items: int, dim: int, steps: int, folder: str) -> dict[str, Any]:
-  """Draws a catalog, names it in a process of its own, and takes its figures.
+  """Draws a catalog, and runs `name_catalog` in a process of its own.
 
   Raises:
     RuntimeError: the process failed; its message is above.
@@ -117,29 +111,28 @@ def measure(items: int, dim: int, steps: int, folder: str) -> dict[str, Any]:
   with tempfile.TemporaryDirectory(dir=folder or None) as home:
     path = pathlib.Path(home, 'vectors.npy')
     texts = write_vectors(path, items, dim, seed=0)
-    found = pathlib.Path(home, 'found.json')
+    results = pathlib.Path(home, 'results.json')
     process = multiprocessing.get_context('spawn').Process(
-      target=_write_figures, args=(str(path), home, steps, str(found))
+      target=_write_figures, args=(str(path), home, steps, str(results))
     )
     process.start()
     process.join()
     if process.exitcode:
       raise RuntimeError(f'naming {items} items: exit code {process.exitcode}')
-    return {'items': items, 'texts': texts} | json.loads(found.read_text())
+    return {'items': items, 'texts': texts} | json.loads(results.read_text())
 
 
-def _write_figures(vectors: str, workdir: str, steps: int, found: str) -> None:
+def _write_figures(vectors: str, home: str, steps: int, results: str) -> None:
   logging.set_verbosity(logging.ERROR)
-  figures = name_catalog(vectors, workdir, steps)
-  pathlib.Path(found).write_text(json.dumps(figures))
+  figures = name_catalog(vectors, home, steps)
+  pathlib.Path(results).write_text(json.dumps(figures))
 
 
 def billion(rows: list[dict[str, Any]], dim: int) -> str:
-  """What a billion items would take, from the largest catalog's rates.
+  """Extrapolates the largest catalog to a billion items.
 
-  Training does not grow with the catalog; assignment and completion grow in
-  proportion to it (completion sorts keys, n log n: the logarithm's growth is
-  in the figure).
+  Training takes constant time, assignment grows as n, completion as n log n,
+  because it sorts.
   """
   last = max(rows, key=lambda row: row['items'])
   factor = BILLION / last['items']
@@ -150,7 +143,7 @@ def billion(rows: list[dict[str, Any]], dim: int) -> str:
   return (
     f'a billion items, computed from {last["items"]:,}: '
     f'{BILLION * dim * 4 / 1e12:.1f} TB of vectors on disk; training '
-    f'{last["train"]:.0f} s, as ever; assignment {assign:.1f} h here, '
+    f'{last["train"]:.0f} s, unchanged; assignment {assign:.1f} h here, '
     f'divided by the number of such machines; completion {complete:.1f} h and '
     f'{memory:.0f} GiB on one host, or by ranges of the first code, which '
     f'share nothing; 256^4 tuples are {256**4 / BILLION:.1f} for each item: '
@@ -158,13 +151,13 @@ def billion(rows: list[dict[str, Any]], dim: int) -> str:
   )
 
 
-def named(row: dict[str, Any]) -> float:
-  """Seconds from vectors to tuples, once the tokenizer is trained."""
+def naming_seconds(row: dict[str, Any]) -> float:
+  """From vectors to tuples, once the tokenizer is trained."""
   return row['assign'] + row['complete']
 
 
 def main(argv: list[str]) -> None:
-  """Entry point of `app.run`: a row a size, then the billion on paper."""
+  """Prints a row for each size, then the extrapolation."""
   del argv
   rows = []
   for items in map(int, _CATALOGS.value):
@@ -175,7 +168,7 @@ def main(argv: list[str]) -> None:
       'items': f'{row["items"]:,}',
       'texts': f'{row["texts"]:,}',
       **{f'{phase} s': f'{row[phase]:.1f}' for phase in PHASES},
-      'us an item': f'{1e6 * named(row) / row["items"]:.1f}',
+      'us an item': f'{1e6 * naming_seconds(row) / row["items"]:.1f}',
       'unique': f'{100 * row["uniqueness"]:.2f} %',
       'moved': f'{row["spilled"]:,}',
       'GiB': f'{row["memory"]:.2f}',
@@ -183,9 +176,7 @@ def main(argv: list[str]) -> None:
     for row in rows
   ]
   print(reporting.table(table, tuple(table[0])))
-  cores = len(os.sched_getaffinity(0))
-  load = ', '.join(f'{x:.1f}' for x in os.getloadavg())
-  print(f'{cores} cores, load {load} (1, 5, 15 minutes)')
+  print(bench.machine())
   print(billion(rows, _WIDTH.value))
 
 

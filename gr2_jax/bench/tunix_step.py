@@ -1,9 +1,7 @@
 """A step of google-tunix's GRPO, timed by phase.
 
-Made of the public pieces that its learner is made of, in the learner's order.
-google-tunix is imported where it is needed: it is an extra.
-
-Axes: P prompts, G group, T time.
+It calls the public parts of tunix's learner in the learner's order. The library
+is an extra, so it is imported inside the function.
 """
 
 from typing import Any
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gr2_jax import bench
 from gr2_jax.bench import own_step
 from gr2_jax.models import transformer
 from gr2_jax.train import learner
@@ -20,20 +19,16 @@ from gr2_jax.train import learner
 def make_step(
   model: transformer.TransformerConfig, size: own_step.Size, params: Any
 ) -> tuple[own_step.Step, own_step.Score, int]:
-  """google-tunix's step, of the public pieces its GRPO learner is made of.
+  """google-tunix's step, its reference's score, and its parameter count.
 
-  Qwen3 with the vanilla sampler, actor and rollout sharing their weights, one
-  micro-batch, prompts of the static length, old log-probabilities not computed
-  a second time, neither logs nor checkpoints.
+  The model is Qwen3 with the vanilla sampler. Actor and rollout share weights,
+  there is one micro-batch, prompts have the static length, log-probabilities of
+  the sampler are not computed again, and there are no logs or checkpoints.
 
   Args:
     model: the decoder's shape.
     size: of a step.
     params: unboxed parameters of ours, to start from.
-
-  Returns:
-    The step, the reference's score of completions, and the number of
-    parameters.
 
   Raises:
     ImportError: google-tunix is not installed.
@@ -45,10 +40,7 @@ def make_step(
     from tunix.rl.grpo import grpo_learner
     from tunix.rl.rollout import base_rollout
   except ImportError as e:
-    raise ImportError(
-      f'{e}; the other side of this measurement is an extra: '
-      "pip install 'gr2_jax[bench]'"
-    ) from e
+    raise bench.missing(e) from e
 
   def decoder():
     decoder = qwen3.Qwen3(
@@ -153,9 +145,7 @@ def make_step(
 class _Ids:
   """A tokenizer whose text is the number of a prompt, or one id.
 
-  Args:
-    vocab_size: <eos> and padding are the first two ids beyond it, which no
-      model draws.
+  End and padding are the first two ids beyond the vocabulary: none is drawn.
   """
 
   def __init__(self, vocab_size: int):
@@ -179,7 +169,7 @@ class _Ids:
 
 
 def _copy_params(params: Any, decoder: Any) -> None:
-  """Puts our parameters into tunix's Qwen3."""
+  """Copies our parameters into tunix's Qwen3."""
   decoder.embedder.input_embedding.value = jnp.copy(params['embedding'])
   decoder.final_norm.w.value = jnp.copy(params['final_norm']['scale'])
   for i, layer in enumerate(decoder.layers):

@@ -30,7 +30,7 @@ def test_vectors_are_unit_clustered_and_seeded():
   np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1.0, atol=1e-5)
   np.testing.assert_array_equal(x, tokenizer.draw(3000, 16))
   assert not np.array_equal(x, tokenizer.draw(3000, 16, seed=1))
-  # Nearest neighbours are far nearer than in no clusters at all.
+  # Nearest neighbors are far nearer than in no clusters at all.
   near = np.sort(x[:200] @ x.T, axis=1)[:, -2].mean()
   flat = np.random.default_rng(0).normal(size=x.shape)
   flat /= np.linalg.norm(flat, axis=1, keepdims=True)
@@ -131,7 +131,7 @@ def test_sides_take_turns_and_the_first_round_does_not_count(
 
 def test_the_ratios_are_the_worst_of_the_sizes_to_the_better_of_faiss():
   def found(error, rate):
-    return tokenizer.Found(
+    return tokenizer.Result(
       training=1.0,
       error={1: 2 * error, 5: error},
       relative={1: 0.2, 5: 0.1},
