@@ -375,7 +375,7 @@ def to_slates(
     history_length=np.minimum(positions, history).astype(np.int32),
     time=times,
     evidence=evidence_lib.of_histories(
-      log, facts, latest, positions, times, candidates, scores
+      facts, latest, positions, times, candidates, scores
     ),
     utility=np.full(candidates.shape, np.nan, np.float32),
   )
