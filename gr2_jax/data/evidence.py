@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -139,34 +138,20 @@ class Facts:
 
   Arrays of I + 1 rows have a last one for items without any interaction; those
   that the catalog lacks, with indices from I on, are such.
-
-  Attributes:
-    statistics: of the pre-ranker.
-    content: the items' text.
-    joint: float32 [I, I], co-occurrence at any distance.
-    counts: float32 [I + 1], rows per item.
-    transition: float32 [C, C], log lift.
-    latent: float32 [I + 1, D], unit rows.
-    quality: float32 [I + 1].
-    stage: float32 [I + 1], mean log(1 + place).
-    item_times: int64, item * span + time - start of each row, sorted.
-    start: time of the first row.
-    span: larger than any time difference.
-    has_times: whether the log gives times, not only an order.
   """
 
   statistics: preranker.Statistics
   content: content_lib.Content
-  joint: sparse.csr_array
-  counts: np.ndarray
-  transition: np.ndarray
-  latent: np.ndarray
-  quality: np.ndarray
-  stage: np.ndarray
-  item_times: np.ndarray
-  start: int
-  span: int
-  has_times: bool
+  joint: sparse.csr_array  # float32 [I, I], co-occurrence at any distance
+  counts: np.ndarray  # float32 [I + 1], rows per item
+  transition: np.ndarray  # float32 [C, C], log lift
+  latent: np.ndarray  # float32 [I + 1, D], unit rows
+  quality: np.ndarray  # float32 [I + 1], mean grade
+  stage: np.ndarray  # float32 [I + 1], mean log(1 + place)
+  item_times: np.ndarray  # int64, sorted item * span + time - start of each row
+  start: int  # time of the first row
+  span: int  # larger than any time difference
+  has_times: bool  # whether the log gives times, not only an order
 
   def beside(self, items: log_lib.Catalog) -> Facts:
     """Adds items [M] that the catalog lacks, with indices I, I + 1, .."""
@@ -321,10 +306,10 @@ def _interpolate(
 
 
 class _Block:
-  """Some slates, with what several columns look up; each is looked up once.
+  """Some slates, and what columns look up for them.
 
-  `_row` marks indices into arrays of I + 1 rows. Pads read item 0; the weights
-  over the history are 0 there.
+  Pads read item 0; the weights over the history are 0 there. Items without any
+  interaction share the last of I + 1 rows.
   """
 
   def __init__(
@@ -336,23 +321,38 @@ class _Block:
     candidates: np.ndarray,
     scores: np.ndarray,
   ):
-    self.facts, self.content = facts, facts.content
-    self.history, self.candidates = history, candidates
-    self.positions, self.times, self.scores = positions, times, scores
+    self.facts, self.positions = facts, positions
+    self.times, self.scores = times, scores
     self.real = history >= 0
-    self.read, self.offered = np.maximum(history, 0), np.maximum(candidates, 0)
-    size = len(facts.counts) - 1
-    self.read_row = np.minimum(self.read, size)
-    self.offered_row = np.minimum(self.offered, size)
-    self.pair = (
-      np.where(history < size, history, -1),
-      np.where(candidates < size, candidates, -1),
-    )
     self.even, self.short = self._weights(1.0), self._weights(0.8)
     self.long, self.recent = self._weights(0.97), self._weights(1.0, RECENT)
 
+    # Of the history [n, R, ..] and of the candidates [n, K, ..].
+    both = np.maximum(history, 0), np.maximum(candidates, 0)
+    self.read, self.offered = both
+    self.genres = tuple(map(facts.content.genres, both))
+    self.leaves = tuple(map(facts.content.leaf, both))
+    self.read_year, self.year = map(facts.content.years, both)
+    size = len(facts.counts) - 1
+    self.read_row, self.offered_row = (np.minimum(x, size) for x in both)
+    self.latent = facts.latent[self.read_row], facts.latent[self.offered_row]
+    self.popularity = np.log1p(facts.counts)
+
+    # Of each pair [n, R, K].
+    pair = [np.where(x < size, x, -1) for x in (history, candidates)]
+    directed = facts.statistics.directed
+    self.co = content_lib.lookup(facts.statistics.similarity, *pair)
+    self.joint = content_lib.lookup(facts.joint, *pair)
+    self.after = content_lib.lookup(directed, *pair)
+    # Transposing the matrix instead takes far longer.
+    self.before = content_lib.lookup(directed, *pair[::-1]).swapaxes(1, 2)
+    self.text = facts.content.cosine(history, candidates)
+    last = self.genres[0][:, :NEXT] @ facts.transition
+    lift = np.einsum('nrc,nkc->nrk', last, self.genres[1])
+    self.lift = lift * self.real[:, :NEXT, None]  # Of the last items alone.
+
   def _weights(self, decay: float, last: int | None = None) -> np.ndarray:
-    age = np.arange(self.history.shape[1])
+    age = np.arange(self.real.shape[1])
     w = np.where(self.real, decay**age, 0.0)
     if last is not None:
       w = w * (age < last)
@@ -369,21 +369,6 @@ class _Block:
     taste = np.einsum('nr,nrd->nd', weights, vectors[0])
     return np.einsum('nd,nkd->nk', taste, vectors[1])
 
-  @functools.cached_property
-  def co(self) -> np.ndarray:
-    """Symmetric co-engagement [n, R, K]."""
-    return content_lib.lookup(self.facts.statistics.similarity, *self.pair)
-
-  @functools.cached_property
-  def joint(self) -> np.ndarray:
-    """Co-occurrence at any distance [n, R, K]."""
-    return content_lib.lookup(self.facts.joint, *self.pair)
-
-  @functools.cached_property
-  def after(self) -> np.ndarray:
-    """Weight of the candidate after the history item [n, R, K]."""
-    return content_lib.lookup(self.facts.statistics.directed, *self.pair)
-
   def directed(self) -> np.ndarray:
     root = np.sqrt(np.maximum(self.facts.counts, 1))
     scale = 1 / (
@@ -392,44 +377,12 @@ class _Block:
     return self.mean(self.short, self.after * scale)
 
   def direction(self) -> np.ndarray:
-    directed = self.facts.statistics.directed
-    before = content_lib.lookup(directed, *self.pair[::-1])
-    before = before.swapaxes(1, 2)  # Transposing the matrix takes far longer.
-    ratio = np.log((self.after + 0.5) / (before + 0.5))
+    ratio = np.log((self.after + 0.5) / (self.before + 0.5))
     return self.mean(self.short, ratio)
 
-  @functools.cached_property
-  def latent(self) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of the history [n, R, D] and of the candidates [n, K, D]."""
-    latent = self.facts.latent
-    return latent[self.read_row], latent[self.offered_row]
-
-  @functools.cached_property
-  def genres(self) -> tuple[np.ndarray, np.ndarray]:
-    """Categories of the history [n, R, C] and of the candidates [n, K, C]."""
-    return self.content.genres(self.read), self.content.genres(self.offered)
-
   def leaf(self) -> np.ndarray:
-    read, offered = map(self.content.leaf, (self.read, self.offered))
+    read, offered = self.leaves
     return self.mean(self.even, read[:, :, None] == offered[:, None, :])
-
-  @functools.cached_property
-  def lift(self) -> np.ndarray:
-    """Lift of the candidate after each of the last items [n, NEXT, K]."""
-    read, offered = self.genres
-    last = read[:, :NEXT] @ self.facts.transition
-    lift = np.einsum('nrc,nkc->nrk', last, offered)
-    return lift * self.real[:, :NEXT, None]
-
-  @functools.cached_property
-  def text(self) -> np.ndarray:
-    """Cosine of titles [n, R, K]."""
-    return self.content.cosine(self.history, self.candidates)
-
-  @functools.cached_property
-  def popularity(self) -> np.ndarray:
-    """Log of each item's rows [I + 1]."""
-    return np.log1p(self.facts.counts)
 
   def popularity_gap(self) -> np.ndarray:
     habit = np.einsum('nr,nr->n', self.even, self.popularity[self.read_row])
@@ -448,16 +401,10 @@ class _Block:
     place = np.log1p(self.positions)[:, None]
     return self.facts.stage[self.offered_row] - place
 
-  @functools.cached_property
-  def year(self) -> np.ndarray:
-    """Years of the candidates [n, K], 0 where unknown."""
-    return self.content.years(self.offered)
-
   def year_gap(self, weights: np.ndarray) -> np.ndarray:
-    then = self.content.years(self.read)
-    weights = weights * (then > 0)
+    weights = weights * (self.read_year > 0)
     total = weights.sum(1)
-    center = (weights * then).sum(1) / np.maximum(total, 1e-6)
+    center = (weights * self.read_year).sum(1) / np.maximum(total, 1e-6)
     gap = np.abs(self.year - center[:, None])
     valid = (self.year > 0) & (total > 0)[:, None]
     return np.where(valid, np.log1p(gap), 0.0)

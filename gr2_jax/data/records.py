@@ -14,15 +14,7 @@ from gr2_jax.data import files
 def write(
   path: os.PathLike[str] | str, examples: Iterable[dict[str, np.ndarray]]
 ) -> int:
-  """Writes one file; it appears whole or not at all.
-
-  Args:
-    path: the file; an existing one is replaced.
-    examples: flat dicts of arrays (any shapes and dtypes).
-
-  Returns:
-    The number of examples.
-  """
+  """Writes flat dicts of arrays, and returns their number."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   written = 0
@@ -38,7 +30,7 @@ def write(
 
 
 class Records:
-  """Random access to a file that `write` made, as Grain wants it."""
+  """Random access to a file of `write`, as Grain requires it."""
 
   def __init__(self, path: os.PathLike[str] | str):
     self._source = array_record_data_source.ArrayRecordDataSource(str(path))

@@ -76,10 +76,10 @@ def build(
     config: section `data`.
 
   Returns:
-    Split -> Slates, sorted by user, then time. Split -> counts: `requests`
-    before anything is dropped, their `users`, those dropped for `no_positive`
-    or `no_negative`, the `slates` kept, and, where the pre-ranker made the
-    slates, `recall`, the share of requests whose next item is a candidate.
+    Split -> Slates, sorted by user, then time. Split -> counts: all positions
+    (`requests`), their `users`, those dropped for `no_positive` or
+    `no_negative`, the `slates` kept, and, where the pre-ranker made the slates,
+    `recall`, the share of positions whose next item is a candidate.
   """
   positions = splits_lib.slate_positions(log, config)
   known = splits_lib.known_rows(log, config)

@@ -1,4 +1,4 @@
-"""Evidence and ages as tokens: which of a few bins a number falls into.
+"""Bins of evidence and ages, which become tokens.
 
 Edges are quantiles over the training slates, fitted once with the vocabulary.
 
@@ -22,25 +22,25 @@ RAW = ':raw'
 class EvidenceBins:
   """Turns evidence columns into a few bins each.
 
-  A column is centred and scaled within its slate, so that it compares the
+  A column is centered and scaled within its slate, so that it compares the
   candidates; one named `column:raw` keeps its own scale, so that it compares
-  slates too. Bin edges are quantiles over the training slates.
+  slates too.
   """
 
   columns: tuple[str, ...]  # as configured, some with `:raw`
-  index: np.ndarray  # int [E], where they stand in the slates' evidence
+  index: np.ndarray  # int [E], their places in the slates' evidence
   edges: np.ndarray  # float64 [E, bins - 1], ascending
   age_edges: np.ndarray  # float64 [bins - 1], of the ages of a history
 
   def __call__(self, evidence_KxE: np.ndarray, count: int) -> np.ndarray:
-    """int32 [K, E] bins of the first `count` candidates; 0 in the padding."""
+    """Bins of the first `count` candidates, 0 in the padding: int32 [K, E]."""
     values = self._prepare(evidence_KxE[None], np.array([count]))[0]
     bins = (values[..., None] >= self.edges).sum(-1)
     bins[count:] = 0
     return bins.astype(np.int32)
 
   def ages(self, ages: np.ndarray) -> np.ndarray:
-    """int32 [...] bins of how long ago something was."""
+    """Bins of ages: int32 [...]."""
     return np.searchsorted(self.age_edges, ages, side='right').astype(np.int32)
 
   def _prepare(self, evidence: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -49,9 +49,9 @@ class EvidenceBins:
     n = count[:, None, None]
     mean = (values * real).sum(1, keepdims=True) / n
     var = (((values - mean) ** 2) * real).sum(1, keepdims=True) / n
-    centred = (values - mean) / (np.sqrt(var) + 1e-6)
+    centered = (values - mean) / (np.sqrt(var) + 1e-6)
     raw = np.array([name.endswith(RAW) for name in self.columns], bool)
-    return np.where(raw, values, centred)
+    return np.where(raw, values, centered)
 
   @classmethod
   def fit(
@@ -61,10 +61,10 @@ class EvidenceBins:
     columns: tuple[str, ...],
     bins: int,
   ) -> 'EvidenceBins':
-    """Quantiles over the real candidates of the training slates.
+    """Takes quantiles over the real candidates of the training slates.
 
     Raises:
-      ValueError: a column that the slates do not have.
+      ValueError: the slates lack a column.
     """
     for column in columns:
       if column.removesuffix(RAW) not in names:
@@ -86,7 +86,7 @@ class EvidenceBins:
 
 
 def save(path: os.PathLike[str] | str, bins: EvidenceBins) -> None:
-  """Writes JSON: columns, their places, edges."""
+  """Writes the bins as JSON."""
   values = {
     'columns': bins.columns,
     'index': bins.index.tolist(),
@@ -99,10 +99,11 @@ def save(path: os.PathLike[str] | str, bins: EvidenceBins) -> None:
 
 def load(path: os.PathLike[str] | str) -> EvidenceBins:
   """Reads what `save` wrote."""
-  found = json.loads(pathlib.Path(path).read_text())
+  values = json.loads(pathlib.Path(path).read_text())
+  columns = tuple(values['columns'])
   return EvidenceBins(
-    tuple(found['columns']),
-    np.array(found['index'], int),
-    np.array(found['edges'], np.float64).reshape(len(found['columns']), -1),
-    np.array(found['age_edges'], np.float64),
+    columns,
+    np.array(values['index'], int),
+    np.array(values['edges'], np.float64).reshape(len(columns), -1),
+    np.array(values['age_edges'], np.float64),
   )

@@ -1,15 +1,16 @@
 """A chat model's turns around a prompt, from the template in its file.
 
-The template is rendered once with a mark where the user speaks. What stands
-before the mark opens every prompt, what stands behind it closes the user's
-turn and opens the model's. A template that knows of `enable_thinking` is
-rendered both ways: where it puts an empty reasoning span into an answer that
-does not reason, as Qwen3's does, that span comes before <answer>.
+The template is rendered with a mark as the user's text. The text before the
+mark opens every prompt; the text behind it closes the user's turn and opens the
+model's. A template with `enable_thinking` is rendered both ways: where it puts
+an empty reasoning span into an answer without reasoning, as Qwen3's does, that
+span comes before <answer>.
 """
 
 import dataclasses
 import os
 import re
+from typing import NoReturn
 
 from gr2_jax.prompts import vocabulary as vocabulary_lib
 
@@ -39,15 +40,11 @@ class Turns:
 def turns(vocabulary: vocabulary_lib.Vocabulary, system: str) -> Turns:
   """Opening and closing of a model's prompts.
 
-  Args:
-    vocabulary: one without a chat template has <bos> and the bare controls.
-    system: who the model is to be; unused without a template.
-
-  Returns:
-    The ids.
+  Without a chat template they are <bos> and the bare control tokens, and the
+  `system` text is unused.
 
   Raises:
-    ValueError: the template fails, or alters the user's words.
+    ValueError: the template fails, or alters the user's text.
   """
   control = vocabulary.control
   pieces = vocabulary.pieces
@@ -61,10 +58,10 @@ def turns(vocabulary: vocabulary_lib.Vocabulary, system: str) -> Turns:
     before, mark, after = text.partition(_MARK)
     if not mark:
       raise ValueError(
-        'the chat template does not show what the user says; take another '
-        f'model, or mend the template: {pieces.chat_template[:200]!r}'
+        'the chat template alters or omits the text of the user; use another '
+        f'model, or correct the template: {pieces.chat_template[:200]!r}'
       )
-    # A template may open the reasoning; our control token does, and is last.
+    # A template may open the reasoning, which our control token does.
     after = re.sub(r'<think>\s*$', '', after)
     opening = pieces.markup(before)
     closings[name] = pieces.markup(after)
@@ -86,22 +83,21 @@ def render(
   user: str,
   thinking: bool,
 ) -> str:
-  """Text of a system and a user turn, and the opening of the model's.
+  """Text of a system and a user turn, and the opening of the model's turn.
 
   Args:
-    template: Jinja, with the whitespace rules and names that chat templates
-      are written for. It comes from a file: it runs in a sandbox.
+    template: Jinja. It comes from a file, so it runs in a sandbox.
     names: `bos_token` and the like; None becomes empty.
-    system: content of the first turn; no such turn where it is empty.
+    system: content of the first turn, which is left out where it is empty.
     user: content of the second turn.
     thinking: `enable_thinking`.
 
   Raises:
-    ValueError: the template fails; says with what.
+    ValueError: the template fails.
   """
   import jinja2.sandbox  # Of the extra `hf`.
 
-  def refuse(message):
+  def refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -120,6 +116,6 @@ def render(
     )
   except jinja2.TemplateError as e:
     raise ValueError(
-      f'the chat template fails: {e}; an empty prompt.system leaves out the '
-      'system turn, if that is what it dislikes'
+      f'the chat template fails: {e}; if it rejects the system turn, an empty '
+      'prompt.system leaves that out'
     ) from e

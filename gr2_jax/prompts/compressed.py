@@ -1,4 +1,4 @@
-"""Contexts that the compressor wrote, stored beside the slates they are of.
+"""Contexts that the compressor wrote, stored beside their slates.
 
 One ArrayRecord file a split, a record a slate, in the order of the slates:
 
@@ -6,13 +6,12 @@ One ArrayRecord file a split, a record a slate, in the order of the slates:
   candidates  int32 [c], ids of the candidates' lines, one after another in the
               incoming order, without their slots
   lengths     int32 [count], tokens of each line
-  whole       int32, tokens of the whole context, without its marks
-  fault       int32, why this is the whole context: of FAULTS; 0 where it is not
+  whole       int32, tokens of the full context, without its marks
+  fault       int32, index in FAULTS: why this is the full context; 0 if it is
+              not
 
 A compression is made once, in one presentation of the candidates, and is read
 in any: lines go where their candidates go.
-
-Axes: K candidates, T tokens.
 """
 
 import os
@@ -26,45 +25,41 @@ from gr2_jax.ops import compression
 from gr2_jax.prompts import context as context_lib
 from gr2_jax.prompts import prompt
 
-# Why a context stays whole: what is wrong with what was written of it, or that
-# not even its marks would fit.
+# Verdicts on what was written, or a context that is shorter than its marks.
 FAULTS = (*compression.VERDICTS, 'too_short')
 
 
 def file(directory: os.PathLike[str] | str, split: str) -> pathlib.Path:
-  """Where an artifact keeps those of a split."""
+  """The file of a split in an artifact."""
   return pathlib.Path(directory) / f'{split}.array_record'
 
 
 def split_up(
   tokens: np.ndarray, prompter: prompt.Prompter, order: np.ndarray
 ) -> context_lib.Ids:
-  """The blocks of a compression that was verified.
+  """Splits a verified compression into its blocks, by incoming rank.
 
   Args:
     tokens: int [T], `history <candidates> line <slot0> line <slot1> .. <eos>`.
     prompter: token ids.
     order: int [count], the incoming rank of each slot.
-
-  Returns:
-    Its ids, candidates by incoming rank.
   """
   words = prompter.vocabulary
   ids = [int(i) for i in tokens]
-  opened = ids.index(words.control['<candidates>'])
+  begin = ids.index(words.control['<candidates>'])
+  history = ids[:begin]
   lines: list[list[int]] = [[] for _ in order]
-  begin = opened + 1
   for place, rank in enumerate(order):
-    end = ids.index(words.slot_base + place, begin)
-    lines[rank] = ids[begin:end]
-    begin = end + 1
-  return context_lib.Ids(ids[:opened], lines)
+    end = ids.index(words.slot_base + place, begin + 1)
+    lines[rank] = ids[begin + 1 : end]
+    begin = end
+  return context_lib.Ids(history, lines)
 
 
 def record(
   written: context_lib.Ids, whole: context_lib.Ids, fault: int
 ) -> dict[str, np.ndarray]:
-  """As it is stored: what was written or, with a fault, the whole."""
+  """A record of what was written or, with a fault, of the full context."""
   kept = whole if fault else written
   flat = [i for line in kept.candidates for i in line]
   return {
@@ -77,9 +72,8 @@ def record(
 
 
 def context(stored: dict[str, np.ndarray]) -> context_lib.Ids:
-  """What `record` was given."""
-  ends = np.cumsum(stored['lengths'])[:-1]
-  lines = np.split(stored['candidates'], ends)
+  """The context in a record."""
+  lines = np.split(stored['candidates'], np.cumsum(stored['lengths'])[:-1])
   return context_lib.Ids(
     stored['history'].tolist(), [line.tolist() for line in lines]
   )
@@ -88,20 +82,20 @@ def context(stored: dict[str, np.ndarray]) -> context_lib.Ids:
 def report(stored: Iterable[dict[str, np.ndarray]]) -> dict[str, Any]:
   """Counts: `slates`, `unchanged` in all and by fault, `longest`, `kept`.
 
-  `longest` counts tokens beside the marks, as a prompt has room for; `kept` is
-  the share of all tokens, marks included.
+  `longest` counts tokens without the marks; `kept` is the share of all tokens,
+  with the marks.
   """
   faults = dict.fromkeys(FAULTS[1:], 0)
-  n = longest = kept = whole = 0
+  slates = longest = kept = whole = 0
   for one in stored:
-    own = len(one['history']) + len(one['candidates'])
+    tokens = len(one['history']) + len(one['candidates'])
     marks = 2 + len(one['lengths'])
-    n, longest = n + 1, max(longest, own)
-    kept, whole = kept + own + marks, whole + int(one['whole']) + marks
+    slates, longest = slates + 1, max(longest, tokens)
+    kept, whole = kept + tokens + marks, whole + int(one['whole']) + marks
     if fault := int(one['fault']):
       faults[FAULTS[fault]] += 1
   return {
-    'slates': n,
+    'slates': slates,
     'unchanged': sum(faults.values()),
     'faults': {name: number for name, number in faults.items() if number},
     'longest': longest,
@@ -110,15 +104,14 @@ def report(stored: Iterable[dict[str, np.ndarray]]) -> dict[str, Any]:
 
 
 class Joined:
-  """Random access to slates with what was written of them.
+  """Random access to slates with their compressed contexts.
 
   Args:
     slates: random access to slate records.
-    written: random access to what `record` returns, of the first of them, as
-      many as there are; a file is opened by `records.Records`.
+    written: random access to the records of the first of them.
 
   Raises:
-    ValueError: there are more than slates.
+    ValueError: there are more contexts than slates.
   """
 
   def __init__(self, slates: Any, written: Any):
@@ -126,7 +119,8 @@ class Joined:
     if len(slates) < len(written):
       raise ValueError(
         f'{len(written)} contexts were written for {len(slates)} slates: they '
-        'are of others; delete the folder of `compress` to write them again'
+        'belong to other slates; delete the folder of `compress` to write them '
+        'again'
       )
 
   def __len__(self) -> int:

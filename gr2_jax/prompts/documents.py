@@ -5,8 +5,8 @@
   caption   <caption> sid title path <eos>    an item; or text, then SID
   text      <text> words <eos>                of a file; long ones in pieces
 
-What they are is a function of the record and, where there are two directions,
-of a coin.
+A document is a function of its record and, where there are two directions, of a
+random number.
 """
 
 import collections
@@ -16,19 +16,19 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog, DataError
 from gr2_jax.prompts import packing, prompt
 
-# What a persona is made of beside the catalog's words, for the vocabulary to
-# learn whole.
+# Words of personas that the catalog lacks, each of which the vocabulary learns.
 PHRASES = (
   'mostly and lately from decades',
   ' '.join(str(decade) for decade in range(1920, 2030, 10)),
 )
 
-_HELD_OUT = 20  # one text in so many is not trained on
+_HELD_OUT = 20  # one text in so many is held out
 
 
 def renderers(
@@ -38,23 +38,22 @@ def renderers(
   title_tokens: int,
   tokens: int,
 ) -> dict[str, packing.Render]:
-  """How records become documents.
+  """Makes the functions that render records as documents.
 
   Args:
     prompter: token ids.
-    catalog: what is told of the items.
-    items: most recent ones of a history that a document has, at most.
-    title_tokens: of a category's name in a persona, at most.
-    tokens: of a row, which no document is longer than: a persona whose words
-      are many has fewer items, a caption is cut, a text goes on in further
-      documents.
+    catalog: texts of the items.
+    items: most items of a history in a document, the most recent ones.
+    title_tokens: most tokens of a category's name in a persona.
+    tokens: most tokens of a document. A persona with many words has fewer
+      items, a caption is cut, a text continues in further documents.
 
   Returns:
     Task -> render. Records are slates, items' numbers (`caption`), strings
     (`text`).
 
   Raises:
-    ValueError: a row has no room for a history.
+    ValueError: `tokens` are too few for a history.
   """
   words, sids = prompter.vocabulary, prompter.items['sid']
   control, levels = words.control, words.layout.levels
@@ -63,42 +62,47 @@ def renderers(
       f'midtrain.row_tokens={tokens}: midtrain.sequence_items={items} of '
       f'{levels} tokens each need {needed} at least'
     )
-  told_at_most = tokens - 2 - levels
+  most_words = tokens - 2 - levels
 
-  def shown(slate):
-    history = slate['history'][: int(slate['history_length'])]
-    return history[-items:]
+  def recent(slate: dict[str, np.ndarray]) -> np.ndarray:
+    return slate['history'][: int(slate['history_length'])][-items:]
 
-  def spell(history):
+  def spell(history: np.ndarray) -> list[int]:
     return [code for item in history for code in sids[item]]
 
-  def sequence(slate, rng):
+  def both_ways(
+    task: str, sid_ids: list[int], text_ids: list[int], rng: np.random.Generator
+  ) -> list[list[int]]:
+    first, second = sid_ids, text_ids
+    if rng.random() < 0.5:
+      first, second = second, first
+    return [[control[f'<{task}>'], *first, *second, words.eos]]
+
+  def sequence(
+    slate: dict[str, np.ndarray], rng: np.random.Generator
+  ) -> list[list[int]]:
     del rng
-    ids = spell(shown(slate))
+    ids = spell(recent(slate))
     return [[control['<next>'], *ids]] if ids else []
 
-  def persona(slate, rng):
-    history = shown(slate)
-    told: list[int] = []
+  def persona(
+    slate: dict[str, np.ndarray], rng: np.random.Generator
+  ) -> list[list[int]]:
+    history = recent(slate)
+    text: list[int] = []
     for word in describe(history, catalog):
-      told += words.encode(word)[:title_tokens]
-    told = told[:told_at_most]
-    room = (tokens - 2 - len(told)) // levels
-    both = [spell(history[-room:]), told]
-    if rng.random() < 0.5:
-      both.reverse()
-    ids = [control['<persona>'], *both[0], *both[1], words.eos]
-    return [ids] if len(history) else []
+      text += words.encode(word)[:title_tokens]
+    text = text[:most_words]
+    room = (tokens - 2 - len(text)) // levels
+    rendered = both_ways('persona', spell(history[-room:]), text, rng)
+    return rendered if len(history) else []
 
-  def caption(item, rng):
-    told = words.encode(catalog.titles[item])
-    told += words.encode(' > '.join(catalog.categories[item]))
-    both = [sids[item], told[:told_at_most]]
-    if rng.random() < 0.5:
-      both.reverse()
-    return [[control['<caption>'], *both[0], *both[1], words.eos]]
+  def caption(item: int, rng: np.random.Generator) -> list[list[int]]:
+    text = words.encode(catalog.titles[item])
+    text += words.encode(' > '.join(catalog.categories[item]))
+    return both_ways('caption', list(sids[item]), text[:most_words], rng)
 
-  def text(string, rng):
+  def text(string: str, rng: np.random.Generator) -> list[list[int]]:
     del rng
     ids = [*words.encode(string), words.eos]
     most = tokens - 1
@@ -111,53 +115,46 @@ def renderers(
 
 
 def describe(history: np.ndarray, catalog: Catalog) -> list[str]:
-  """A user in words: what of, what last, and of which years.
+  """Describes a user in words: categories, recent categories, decades.
 
   `mostly A and B and C lately D and E from decades 1990 and 1980`: the most
-  frequent categories of the history, those of its last items (the last item's
-  first), the decades of most of its items. Ties go to what came first.
-
-  Args:
-    history: int [n] items, oldest first.
-    catalog: categories and years.
-
-  Returns:
-    Words and names, in order.
+  frequent categories of the history (oldest item first), those of its last
+  items (the last item's first), and the most frequent decades. Of equally
+  frequent ones, the first counts.
   """
-  often = collections.Counter(
+  frequent = collections.Counter(
     name for item in history for name in catalog.categories[item]
   )
-  last = dict.fromkeys(
+  latest = dict.fromkeys(
     name for item in history[:-4:-1] for name in catalog.categories[item]
   )
   years = (int(catalog.years[item]) for item in history)
   decades = collections.Counter(str(y // 10 * 10) for y in years if y)
-  parts = (
-    (['mostly'], [name for name, _ in often.most_common(3)]),
-    (['lately'], list(last)[:2]),
+  text: list[str] = []
+  for opening, names in (
+    (['mostly'], [name for name, _ in frequent.most_common(3)]),
+    (['lately'], list(latest)[:2]),
     (['from', 'decades'], [name for name, _ in decades.most_common(2)]),
-  )
-  found: list[str] = []
-  for opening, names in parts:
+  ):
     if names:
-      found += [*opening, names[0]]
+      text += [*opening, names[0]]
       for name in names[1:]:
-        found += ['and', name]
-  return found
+        text += ['and', name]
+  return text
 
 
 def read_texts(path: os.PathLike[str] | str) -> tuple[list[str], list[str]]:
-  """Reads general text: a document a line.
+  """Reads general text, one document a line.
 
   Args:
-    path: a UTF-8 file; of suffix .jsonl, lines are objects with a field
-      `text`, in any other they are the text. Empty lines are skipped.
+    path: a UTF-8 file. The lines of a .jsonl file are objects with a field
+      `text`; those of another file are the text. Empty lines are skipped.
 
   Returns:
-    Documents to train on, and one in twenty (at least one) to measure on.
+    Documents to train on, and one in twenty (at least one) held out.
 
   Raises:
-    DataError: the file is missing or is not that, or has fewer than two
+    DataError: the file is missing or malformed, or has fewer than two
       documents.
   """
   path = pathlib.Path(path)
@@ -176,33 +173,33 @@ def read_texts(path: os.PathLike[str] | str) -> tuple[list[str], list[str]]:
         texts.append(string)
   if len(texts) < 2:
     raise DataError(
-      f'{path}: {len(texts)} documents; one is trained on and one held out at '
-      'least'
+      f'{path}: {len(texts)} documents; at least two are needed, one of them '
+      'held out'
     )
-  held = texts[1::_HELD_OUT]
-  return [t for i, t in enumerate(texts) if i % _HELD_OUT != 1], held
+  held_out = texts[1::_HELD_OUT]
+  return [t for i, t in enumerate(texts) if i % _HELD_OUT != 1], held_out
 
 
 def _text_field(line: str, place: str) -> str:
   cure = 'a line is an object like {"text": "..."}'
   try:
-    found = json.loads(line)
+    value = json.loads(line)
   except json.JSONDecodeError as e:
     raise DataError(f'{place}: not JSON ({e}); {cure}') from e
-  text = found.get('text') if isinstance(found, dict) else None
+  text = value.get('text') if isinstance(value, dict) else None
   if not isinstance(text, str):
     raise DataError(f'{place}: field text is {text!r}, no string; {cure}')
   return text.strip()
 
 
 def sources(
-  slates: pathlib.Path, stage, items: int
+  slates: pathlib.Path, stage: ConfigDict, items: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Task -> random access to records: to train on, and held out.
+  """Task -> random access to records, to train on and held out.
 
-  Held-out slates are of the validation split, held-out texts a part of the
-  file. Captions are of the whole catalog in both: which item has which
-  semantic ID must be learned of every one.
+  Held-out slates belong to the validation split, held-out texts to the same
+  file. Both have captions of all `items`, since the semantic ID of every item
+  must be learned.
 
   Args:
     slates: artifact of that stage.
@@ -212,11 +209,12 @@ def sources(
   texts = ([], [])
   if stage.text_file and stage.mixture.text:
     texts = read_texts(stage.text_file)
-  found = []
-  for split, text in zip(('train', 'validation'), texts, strict=True):
-    of_slates = slates_lib.SlateSource(slates, split)
-    found.append(
-      dict.fromkeys(('sequence', 'persona', 'pointing'), of_slates)
-      | {'caption': range(items), 'text': text}
+  train, held_out = (
+    dict.fromkeys(
+      ('sequence', 'persona', 'pointing'),
+      slates_lib.SlateSource(slates, split),
     )
-  return found[0], found[1]
+    | {'caption': range(items), 'text': text}
+    for split, text in zip(('train', 'validation'), texts, strict=True)
+  )
+  return train, held_out

@@ -1,9 +1,8 @@
 """Packing of documents into rows of a fixed number of tokens, ahead of time.
 
-A row is several documents end to end, a number a document beside each token.
-Each is scored as if it stood alone after <bos>: it reads no other, and its
-positions begin anew. What the rows are is a function of the seed and of each
-task's records, shares and rendering.
+A row is several documents end to end. Each is scored as if it stood alone after
+<bos>: it attends to no other, and its positions begin anew. The rows are a
+function of the seed and of each task's records, share and rendering.
 
 Axes: T tokens of a row.
 """
@@ -28,7 +27,7 @@ TASKS = ('sequence', 'persona', 'caption', 'text')
 ROWS = 'packed.array_record'
 FACTS = 'packed.json'
 
-_OPEN_ROWS = 64  # rows that wait for a document that fits
+_OPEN_ROWS = 64  # rows that wait for a fitting document
 
 # (record, rng) -> documents, each a list of token ids.
 Render = Callable[[Any, np.random.Generator], list[list[int]]]
@@ -47,31 +46,31 @@ def documents(
 ) -> Iterator[Document]:
   """Yields a task's documents, epoch after epoch, without end.
 
-  Every epoch has an order of its own, and every record randomness of its own,
-  both functions of (seed, task, epoch).
+  Every epoch has its own order, and every record its own randomness, both
+  functions of (seed, task, epoch).
 
   Raises:
-    ValueError: there are none.
+    ValueError: the records render no document.
   """
   number = TASKS.index(task)
   for epoch in itertools.count():
-    some = False
+    empty = True
     order = np.random.default_rng((seed, number, epoch))
     for index in order.permutation(len(source)).tolist():
       rng = np.random.default_rng((seed, number, epoch, index))
       for ids in render(source[index], rng):
-        some = True
+        empty = False
         yield Document(task, ids)
-    if not some:
+    if empty:
       raise ValueError(f'midtrain.mixture.{task}: the data has no document')
 
 
 def mixture(
   streams: dict[str, Iterator[Document]], shares: dict[str, float]
 ) -> Iterator[Document]:
-  """Yields documents of every stream so that the tokens are in these shares.
+  """Mixes streams so that their tokens have these shares.
 
-  The next one is of the task that is furthest behind.
+  The next document is of the task that is furthest behind.
   """
   written = dict.fromkeys(shares, 0)
   while True:
@@ -84,10 +83,9 @@ def mixture(
 def pack(stream: Iterable[Document], tokens: int) -> Iterator[list[Document]]:
   """Yields rows of documents, as many as fit into T tokens.
 
-  A document goes where it leaves the least room. When it fits nowhere and
-  enough rows wait, the first of them leaves: none waits long, so that the rows
-  written are in the shares of the stream. What the first rows are does not
-  depend on how many are drawn.
+  A document goes into the row where it leaves the least room. When it fits
+  nowhere and enough rows wait, the oldest row is complete; no row waits long,
+  so that the rows keep the shares of the stream.
   """
   waiting: list[list[Document]] = []
   left: list[int] = []
@@ -129,9 +127,9 @@ def rows(
 
 
 def encode(row: list[Document], tokens: int) -> dict[str, np.ndarray]:
-  """A packed row on disk: tokens int32 [T] and segments int32 [T].
+  """A packed row on disk: tokens and segments, both int32 [T].
 
-  A document's segment is its place in the row, from 1; padding's is 0.
+  Segments number the documents of the row from 1; padding has segment 0.
   """
   ids = [id for document in row for id in document.ids]
   sizes = [len(document.ids) for document in row]
@@ -146,18 +144,14 @@ def encode(row: list[Document], tokens: int) -> dict[str, np.ndarray]:
 def write(
   workdir: pathlib.Path, rows: Iterator[list[Document]], tokens: int, most: int
 ) -> dict[str, Any]:
-  """Writes the first rows as ROWS, and what is in them as FACTS, last.
+  """Writes the first `most` rows of `pack` as ROWS, then their facts as FACTS.
 
-  Args:
-    workdir: where to. What a killed run left is made again, all of it; of
-      several processes the first one writes, the others wait.
-    rows: of `pack`.
-    tokens: T.
-    most: number of rows.
+  Without FACTS, everything is written again. The main process writes; the
+  others wait.
 
   Returns:
-    `rows`, `documents`, `fill`, the share of tokens that are not padding, and
-    `tokens`, of each task.
+    The facts: `rows`, `documents`, `fill`, the share of tokens that are not
+    padding, and `tokens` by task.
   """
   path = workdir / FACTS
   if not processes.is_main_process():
@@ -167,7 +161,7 @@ def write(
   counts: collections.Counter[str] = collections.Counter()
   number = 0
 
-  def examples():
+  def examples() -> Iterator[dict[str, np.ndarray]]:
     nonlocal number
     for row in itertools.islice(rows, most):
       number += len(row)
@@ -193,16 +187,13 @@ def dataset(
   batch_size: int,
   rows: np.ndarray | None = None,
 ) -> grain.MapDataset:
-  """Endless batches of packed rows, in the order in which they were packed.
+  """Endless batches of `learner.Examples`, in the order of packing.
 
   Args:
     source: random access to rows of `encode`.
     prompter: token ids and K.
     batch_size: rows a batch over all hosts.
-    rows: which of every batch to make; None for all.
-
-  Returns:
-    Dicts with the fields of `learner.Examples`.
+    rows: the rows of every batch to make; None for all.
   """
   data = grain.MapDataset.source(source).repeat()
   data = data.map(lambda row: example(row, prompter))
@@ -212,10 +203,10 @@ def dataset(
 def example(
   row: dict[str, np.ndarray], prompter: prompt.Prompter
 ) -> dict[str, np.ndarray]:
-  """A row for the learner: the prompt is <bos>, all documents complete it.
+  """A row for the learner: <bos> is the prompt, all documents its completion.
 
-  A document's first token, which says of what kind it is, is not learned: how
-  often each comes is the mixture's business.
+  A document's first token, its kind, has weight 0: the mixture decides how
+  often each kind occurs.
   """
   segments = row['segments']
   inside = segments[1:] == segments[:-1]

@@ -1,24 +1,24 @@
 """Token ids: text beside control, slot, evidence and SID tokens.
 
-The text is a SentencePiece model's of our own (`train`), or a pretrained
-model's, in the form of Hugging Face's `tokenizers` (`extend`). Everything that
-is not text is a symbol of that model, so one file is the whole vocabulary and
-decoding shows every token. The symbols of a family stand next to each other in
-id space:
+The text belongs to a SentencePiece model of our own (`train`), or to a
+pretrained model's tokenizer in the form of Hugging Face's `tokenizers`
+(`extend`). Everything else is a symbol added to that model, so one file holds
+the whole vocabulary and decoding shows every token. The symbols of a family
+have consecutive ids:
 
   <think> </think> <answer> ...  control tokens
-  <by:COLUMN>                    asks for the candidates sorted by a column
+  <by:COLUMN>                    the candidates sorted by a column follow
   <slot0> <slot1> ...            slots: a candidate's name within its slate
   <COLUMN=0> <COLUMN=1> ...      evidence, in bins
-  <grade1> <grade2>              how a user took to an item of the history
-  <age0> <age1> ...              how long ago that was, in bins
-  <keep=5> <keep=10> ...         percent of a context that is to be left
-  <memory0> <memory1> ...        what a history is read into
+  <grade1> <grade2>              the user's grade of an item of the history
+  <age0> <age1> ...              the age of that event, in bins
+  <keep=5> <keep=10> ...         percent of a context that a compression keeps
+  <memory0> <memory1> ...        memory tokens, which encode a history
   <a0> .. <b0> .. <c0> ..        semantic-ID codes, one letter a level
 
-A pretrained model's symbols come after the last row of its embedding. Control
-tokens are found by name, not by arithmetic: one that the model already has, as
-Qwen3 has <think> and </think>, keeps its id and what it means to the model.
+In a pretrained model the symbols come after the last row of its embedding.
+Control tokens are found by name, not by arithmetic: where the model has one
+already, as Qwen3 has <think> and </think>, its id and its meaning stay.
 
 Axes: I items, L levels, K candidates, E evidence columns.
 """
@@ -41,28 +41,28 @@ TRAINED = 'vocabulary.model'  # what `train` writes
 EXTENDED = 'vocabulary.json'  # what `extend` writes
 PAD = '<pad>'  # of an extended vocabulary; never its <eos>
 
-# Embeddings are padded to a round number of rows; more is another tokenizer.
+# Padding of an embedding to a round number of rows is at most this.
 _MOST_UNUSED = 1024
 
-# How often a word that is to be one piece is shown: so many times, and once for
-# so many lines of text.
-_LEAST_SHOWN, _SHARE_SHOWN = 50, 50
+# A word that must become one piece is repeated 50 times, and once more every 50
+# lines of text.
+_LEAST_REPEATS, _LINES_PER_REPEAT = 50, 50
 
 CONTROLS = (
-  '<think>',  # the answer opens with a reasoning span
-  '</think>',  # ... which ends here
+  '<think>',  # a reasoning span begins the answer
+  '</think>',  # ... and ends here
   '<answer>',  # the answer is the ranking alone
   '<history>',
   '<candidates>',
   '<next>',  # semantic IDs in the order of engagement follow
   '<caption>',  # an item's text follows its semantic ID, or the other way
   '<persona>',  # a user in words follows a history, or the other way
-  '<text>',  # text that is of no item and no user
-  '<target>',  # a positive's slot follows: what a privileged teacher is told
-  '<compress>',  # the context in fewer tokens follows
+  '<text>',  # general text
+  '<target>',  # a positive's slot follows, for a privileged teacher
+  '<compress>',  # the compressed context follows
 )
 
-KEEPS = (5, 10, 15, 20, 30, 50)  # percent, what <keep=..> can ask for
+RATIOS = (5, 10, 15, 20, 30, 50)  # percent, of <keep=..>
 GRADES = 2
 
 
@@ -87,7 +87,7 @@ class Layout:
     ]
     names += [f'<grade{grade + 1}>' for grade in range(GRADES)]
     names += [f'<age{b}>' for b in range(self.bins)]
-    names += [f'<keep={percent}>' for percent in KEEPS]
+    names += [f'<keep={percent}>' for percent in RATIOS]
     names += [f'<memory{m}>' for m in range(self.num_memory)]
     names += [
       f'<{chr(ord("a") + level)}{code}>'
@@ -98,12 +98,7 @@ class Layout:
 
 
 class SentencePieces:
-  """Text by a SentencePiece model with symbols of its own.
-
-  Args:
-    path: what `train` wrote.
-    symbols: strings that are tokens.
-  """
+  """Text pieces of a SentencePiece model that `train` wrote."""
 
   chat_template = ''
   pad, bos, eos = 0, 1, 2
@@ -117,11 +112,11 @@ class SentencePieces:
 
   def id(self, symbol: str) -> int | None:
     """Id of a token, None where there is none of that name."""
-    found = self._model.piece_to_id(symbol)
-    return None if found == self._model.unk_id() else found
+    token = self._model.piece_to_id(symbol)
+    return None if token == self._model.unk_id() else token
 
   def encode(self, text: str) -> list[int]:
-    """Ids of plain text; a space is put behind the `<` of a symbol in it."""
+    """Ids of plain text; a space after its `<` makes a symbol text."""
 
     def part(match: re.Match) -> str:
       word = match.group()
@@ -134,18 +129,15 @@ class SentencePieces:
     return self._model.decode(ids)
 
   def spelling(self, token: int) -> str | None:
-    """What one token stands for, its leading space included."""
+    """Text of one token, its leading space included."""
     return self._model.id_to_piece(token).replace('\u2581', ' ')
 
 
 class PretrainedPieces:
-  """Text by a pretrained model's tokenizer, its symbols added.
-
-  Args:
-    path: what `extend` wrote.
+  """Text pieces of a pretrained model's tokenizer that `extend` wrote.
 
   Attributes:
-    json: the serialised tokenizer, symbols included.
+    json: the serialized tokenizer, symbols included.
     chat_template: Jinja, empty for a model that does not chat.
     names: `bos_token`, `eos_token`, `pad_token` -> str, or None.
   """
@@ -153,24 +145,26 @@ class PretrainedPieces:
   def __init__(self, path: pathlib.Path):
     import tokenizers  # Of the extra `hf`.
 
-    found = json.loads(path.read_text(encoding='utf-8'))
-    self.json: str = found.pop('tokenizer')
-    self.chat_template: str = found.pop('chat_template')
-    self.names: dict[str, str | None] = found
+    names = json.loads(path.read_text(encoding='utf-8'))
+    self.json: str = names.pop('tokenizer')
+    self.chat_template: str = names.pop('chat_template')
+    self.names: dict[str, str | None] = names
     self._marked = tokenizers.Tokenizer.from_str(self.json)
     plain = json.loads(self.json)
     for token in plain['added_tokens']:
       token['special'] = True
     self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
-    self._plain.encode_special_tokens = True  # As text, that is.
-    # Words follow others, and begin with a space, as SentencePiece has it.
+    self._plain.encode_special_tokens = True  # As plain text.
+    # Words begin with a space, as in SentencePiece.
     first = self._plain.encode('a', add_special_tokens=False).tokens[0]
     self._space = ' ' if first == 'a' else ''
     shown = self._show(self.encode('a'))
     self._shown_space = shown[: len(shown) - 1]
-    eos, pad = found['eos_token'], found['pad_token']
-    self.eos, self.pad = self.id(eos), self.id(pad)
-    self.bos = self.id(found['bos_token'] or eos)
+    self.eos, self.pad = (
+      self.id(names['eos_token']),
+      self.id(names['pad_token']),
+    )
+    self.bos = self.id(names['bos_token'] or names['eos_token'])
 
   def __len__(self) -> int:
     return self._marked.get_vocab_size()
@@ -180,7 +174,7 @@ class PretrainedPieces:
     return self._marked.token_to_id(symbol)
 
   def encode(self, text: str) -> list[int]:
-    """Ids of plain text; no symbol and no special token is read in it."""
+    """Ids of plain text; symbols and special tokens in it stay text."""
     text = self._space + text
     return self._plain.encode(text, add_special_tokens=False).ids
 
@@ -189,12 +183,12 @@ class PretrainedPieces:
     return self._show(ids).removeprefix(self._shown_space)
 
   def spelling(self, token: int) -> str | None:
-    """What one token stands for; None for a part of a character."""
+    """Text of one token; None for a part of a character."""
     text = self._marked.decode([token], skip_special_tokens=False)
     return None if '\ufffd' in text else text
 
   def markup(self, text: str) -> list[int]:
-    """Ids of text that is ours or the model's: special tokens are read."""
+    """Ids of trusted text, in which special tokens are tokens."""
     return self._marked.encode(text, add_special_tokens=False).ids
 
   def _show(self, ids: list[int]) -> str:
@@ -204,20 +198,16 @@ class PretrainedPieces:
 class Vocabulary:
   """Text <-> ids, and the ids of every family of symbols.
 
-  Args:
-    path: a file that `train` or `extend` wrote.
-    layout: the layout it was made with.
-
   Attributes:
     pieces: the model of the text.
     pad: id that fills up; masks come from lengths, not from it.
-    bos: id that a text without a prompt begins with.
+    bos: id that begins a text without a prompt.
     eos: id that ends an answer.
     control: name -> id.
     first_symbol: all ids from here on are symbols of ours.
 
   Raises:
-    ValueError: the file lacks one of the layout's symbols.
+    ValueError: the file was made with another layout.
   """
 
   def __init__(self, path: os.PathLike[str] | str, layout: Layout):
@@ -234,25 +224,23 @@ class Vocabulary:
     self.control = {name: self.pieces.id(name) for name in CONTROLS}
     first = self.pieces.id(symbols[len(CONTROLS)])
     for place, symbol in enumerate(symbols, -len(CONTROLS)):
-      found = self.pieces.id(symbol)
-      if found is None or (place >= 0 and found != first + place):
+      token = self.pieces.id(symbol)
+      if token is None or (place >= 0 and token != first + place):
+        state = 'missing' if token is None else f'token {token}, out of order'
         raise ValueError(
-          f'{path}: symbol {symbol!r} is not where it should be, but '
-          f'{"nowhere" if found is None else f"token {found}"}; the file '
-          'was trained with another prompt or tokenizer config'
+          f'{path}: symbol {symbol!r} is {state}; the file was trained with '
+          'another prompt or tokenizer config'
         )
     self.first_symbol = self.by_base = first
-    while self.first_symbol - 1 in (
-      self.pieces.id(PAD),
-      *self.control.values(),
-    ):
+    marks = self.pieces.id(PAD), *self.control.values()
+    while self.first_symbol - 1 in marks:
       self.first_symbol -= 1
     self.slot_base = self.by_base + len(layout.evidence)
     self.bin_base = self.slot_base + layout.num_slots
     self.grade_base = self.bin_base + len(layout.evidence) * layout.bins
     self.age_base = self.grade_base + GRADES
-    self.keep_base = self.age_base + layout.bins
-    self.memory_base = self.keep_base + len(KEEPS)
+    self.ratio_base = self.age_base + layout.bins
+    self.memory_base = self.ratio_base + len(RATIOS)
     self.sid_base = self.memory_base + layout.num_memory
 
   def __len__(self) -> int:
@@ -260,32 +248,31 @@ class Vocabulary:
 
   @functools.cached_property
   def ellipses(self) -> tuple[int, ...]:
-    """Tokens that say that something was left out."""
-    spelt = (self.pieces.spelling(token) for token in range(len(self)))
+    """Tokens that mark an omission."""
+    spellings = (
+      self.pieces.spelling(token) or '' for token in range(len(self))
+    )
     return tuple(
       token
-      for token, text in enumerate(spelt)
-      if text and text.strip() in ('..', '...', '\u2026')
+      for token, text in enumerate(spellings)
+      if text.strip() in ('..', '...', '\u2026')
     )
 
   def encode(self, text: str) -> list[int]:
-    """Ids of plain text; what looks like a symbol in it stays text.
-
-    A title that spells `<slot3>` or `</think>` must not become that token.
-    """
+    """Ids of plain text; a title that spells `<slot3>` does not become it."""
     ids = self.pieces.encode(text)
     return [token for token in ids if token not in self._symbols]
 
   @functools.cached_property
   def _symbols(self) -> frozenset[int]:
-    """Ids that are no text; normal forms of text may spell them as well."""
+    """Ids that are not text; a normal form of some text may spell them."""
     layout = self.layout
     end = self.sid_base + layout.levels * layout.codebook_size
     marks = self.pad, self.bos, self.eos, *self.control.values()
     return frozenset((*marks, *range(self.by_base, end)))
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of ids, symbols shown as they are written, padding left out."""
+    """Text of ids with their symbols, without padding."""
     return self.pieces.decode([int(i) for i in ids if i != self.pad])
 
   def sid(self, codes: np.ndarray) -> np.ndarray:
@@ -299,33 +286,32 @@ class Vocabulary:
     return (self.bin_base + column * self.layout.bins + bins).astype(np.int32)
 
   def is_slot(self, ids: np.ndarray) -> np.ndarray:
-    """bool, which ids are slot tokens."""
+    """Mask of the ids that are slot tokens."""
     ids = np.asarray(ids)
     return (ids >= self.slot_base) & (ids < self.bin_base)
 
 
 def translate(source: Vocabulary, target: Vocabulary) -> np.ndarray:
-  """The token of another vocabulary that stands for the same.
+  """Maps the tokens of one vocabulary to equal tokens of another.
 
-  Symbols are found by name; <pad>, <bos> and <eos> by what they do; a piece of
-  text by its spelling.
+  Symbols match by name; <pad>, <bos> and <eos> by role; text by its spelling.
 
   Returns:
     int32 [len(source)], ids of `target`; -1 where it has no such token.
   """
-  own, other = (
+  before, after = (
     [words.pieces.spelling(token) for token in range(len(words))]
     for words in (source, target)
   )
-  if own == other:  # Also where two tokens, or parts of characters, look alike.
-    return np.arange(len(own), dtype=np.int32)
-  spelt = {name: token for token, name in reversed(list(enumerate(other)))}
-  found = np.array(
-    [spelt.get(name, -1) if name else -1 for name in own], np.int32
+  if before == after:  # Also where two tokens share a spelling, or have none.
+    return np.arange(len(before), dtype=np.int32)
+  ids = {name: token for token, name in reversed(list(enumerate(after)))}
+  tokens = np.array(
+    [ids.get(name, -1) if name else -1 for name in before], np.int32
   )
   for role in ('pad', 'bos', 'eos'):
-    found[getattr(source, role)] = getattr(target, role)
-  return found
+    tokens[getattr(source, role)] = getattr(target, role)
+  return tokens
 
 
 def train(
@@ -338,23 +324,21 @@ def train(
   """Trains the SentencePiece model and writes it.
 
   Args:
-    path: where to; appears whole or not at all.
-    sentences: the catalog's text; one that is there often counts once.
+    path: the file to write.
+    sentences: the catalog's text; repeated ones count once.
     layout: the symbol families.
-    text_tokens: pieces of text to learn at most; fewer where the text is
-      short. Bytes stand in for characters never seen.
-    words: each is worth a piece of its own, and is made as frequent as that
-      takes; beside itself it is shown with a comma, since a piece that but one
-      spelling has is left out.
-
-  Returns:
-    The vocabulary.
+    text_tokens: most pieces of text to learn; a short text has fewer. Bytes
+      spell characters outside the text.
+    words: words that must become one piece each. They are repeated, alone and
+      before a comma, since the trainer drops a piece with only one spelling.
   """
   symbols = layout.symbols()
   model = io.BytesIO()
   text = sorted({s for s in sentences if s.strip()})
-  shown = [f'{word}{end}' for word in sorted(set(words)) for end in ('', ',')]
-  text += shown * (_LEAST_SHOWN + len(text) // _SHARE_SHOWN)
+  repeated = [
+    f'{word}{end}' for word in sorted(set(words)) for end in ('', ',')
+  ]
+  text += repeated * (_LEAST_REPEATS + len(text) // _LINES_PER_REPEAT)
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(text),
     model_writer=model,
@@ -389,13 +373,13 @@ def extend(
 ) -> Vocabulary:
   """Adds the symbols to a pretrained model's tokenizer and writes it.
 
-  Rows of the embedding that have no token get a name each, so that the first
-  symbol's id is the number of rows. Where the model is a policy that left here
-  with this very layout, it has all the symbols, and none is added.
+  Rows of the embedding without a token get a name each, so that the first
+  symbol's id is the number of rows. A policy that was exported with this very
+  layout has all the symbols, and none is added.
 
   Args:
-    path: where to, of suffix `.json`; appears whole or not at all.
-    tokenizer: as Hugging Face's `tokenizers` serialises it.
+    path: the file to write, of suffix `.json`.
+    tokenizer: as Hugging Face's `tokenizers` serializes it.
     rows: of the model's embedding.
     layout: the symbol families.
     source: where the model came from, for errors.
@@ -404,11 +388,11 @@ def extend(
     chat_template: Jinja.
 
   Returns:
-    The vocabulary. Its padding token is its own, whatever the model's is.
+    The vocabulary; its padding token is always PAD.
 
   Raises:
-    ValueError: tokenizer and embedding differ in size, there is no token to
-      end an answer with, or the tokenizer has some of our symbols.
+    ValueError: tokenizer and embedding differ in size, no token can end an
+      answer, or the tokenizer has some, but not all, of our symbols.
   """
   import tokenizers  # Of the extra `hf`.
 
@@ -429,8 +413,8 @@ def extend(
   if known and len(known) < len(families):
     raise ValueError(
       f'{source}: the tokenizer has a token {known[0]!r}, but not all of our '
-      'symbols; take the prompt and tokenizer config that this policy was '
-      'trained with, or a model that was none'
+      'symbols; use the prompt and tokenizer config that this policy was '
+      'trained with, or another model'
     )
   unused = [f'<|row{row}|>' for row in range(size, rows)]
   model.add_tokens(
@@ -441,23 +425,19 @@ def extend(
     ]
   )
   names = dict(bos_token=bos_token, eos_token=eos_token, pad_token=PAD)
-  found = {'tokenizer': model.to_str(), 'chat_template': chat_template}
+  fields = {'tokenizer': model.to_str(), 'chat_template': chat_template}
   path = pathlib.Path(path)
   with files.atomic_write(path) as file:
-    json.dump(found | names, file)
+    json.dump(fields | names, file)
   return Vocabulary(path, layout)
 
 
 def find(directory: os.PathLike[str] | str) -> pathlib.Path:
-  """The vocabulary's file in an artifact.
-
-  Raises:
-    FileNotFoundError: there is none.
-  """
+  """Finds the vocabulary's file in an artifact; FileNotFoundError if absent."""
   for name in (EXTENDED, TRAINED):
     if (path := pathlib.Path(directory) / name).exists():
       return path
   raise FileNotFoundError(
-    f'{directory}: neither {EXTENDED} nor {TRAINED} is there; delete the '
-    'folder to have it made again'
+    f'{directory}: neither {EXTENDED} nor {TRAINED} exists; delete the folder '
+    'to make it again'
   )

@@ -19,12 +19,12 @@ def run(
   Args:
     config: reads section `data`.
     inputs: none.
-    workdir: of this stage. A run that was killed leaves nothing to resume: the
-      data set is made again.
+    workdir: of this stage. A run does not resume: after a kill, the data set is
+      built again.
 
   Returns:
-    Sizes of the log; per split what was kept, dropped and why, the share of
-    users and, where the pre-ranker made the slates, its recall.
+    Sizes of the log, and for each split the counts of `slates.build` and the
+    share of users.
 
   Raises:
     ValueError: an unknown source.

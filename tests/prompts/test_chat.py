@@ -142,9 +142,12 @@ def test_a_model_that_does_not_chat_has_bare_prompts(tmp_path):
 @pytest.mark.parametrize(
   ('template', 'message'),
   [
-    ("{{ raise_exception('no system turn') }}", 'no system turn; an empty'),
+    (
+      "{{ raise_exception('no system turn') }}",
+      'no system turn; if it rejects .* an empty',
+    ),
     ('{% for m in %}', 'the chat template fails'),
-    ('{{ messages[0].content }}', 'does not show what the user says'),
+    ('{{ messages[0].content }}', 'alters or omits the text of the user'),
     ("{{ ''.__class__.__mro__ }}", 'access to attribute .* is unsafe'),
   ],
 )

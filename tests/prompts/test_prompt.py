@@ -141,9 +141,9 @@ def test_long_reasoning_is_cut(prompter):
 )
 def test_what_asks_tells_the_share_to_keep(prompter, share, percent):
   words = prompter.vocabulary
-  ids = prompter.ask('<compress>', keep=share)
+  ids = prompter.ask('<compress>', ratio=share)
   assert words.decode(ids) == f'<keep={percent}><compress>'
-  ids = prompter.ask('<compress>', target=3, keep=share)
+  ids = prompter.ask('<compress>', target=3, ratio=share)
   assert words.decode(ids) == f'<keep={percent}><target><slot3><compress>'
   assert words.decode(prompter.ask('<think>')) == '<think>'
 

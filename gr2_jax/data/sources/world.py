@@ -1,18 +1,18 @@
 """A generated catalog and traffic whose best order is known.
 
-Items belong to clusters, and each cluster is the complement of another.
-Users like a few clusters and the years around one; what they did last makes
-them want its complement. The chance of a click on item i is
+Items belong to clusters, and each cluster is the complement of another. Users
+like a few clusters and the years around one, and want the complements of their
+last items. The chance of a click on item i is
 
   p1 = sigmoid(relevance), relevance = taste + complement + era + level,
   p2 = sigmoid(relevance - 1): the chance that a click is of grade 2,
 
 and the utility is the expected gain p1 * (1 - p2) + 3 * p1 * p2, the mean of
-2^grade - 1. The incoming ranker sees part of it, drowned in the item's fame
-and in noise. Fame also decides what is offered and engaged with, so the
-popular item is tempting and no better. In training a click at rank r is seen
-only with chance r^-position_bias; validation and test clicks are drawn
-without that bias, as in a randomised bucket.
+2^grade - 1. The incoming ranker's score is part of it, plus the item's fame and
+noise. Fame also decides which items are offered and engaged with, so that
+popularity is a misleading signal. In training a click at rank r is recorded
+only with chance r^-position_bias; validation and test clicks have no such bias,
+as in a randomized bucket.
 
 Axes: I items, U users, n impressions, K candidates.
 """
@@ -20,6 +20,7 @@ Axes: I items, U users, n impressions, K candidates.
 from __future__ import annotations
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.data import log as log_lib
 from gr2_jax.data import splits
@@ -30,17 +31,14 @@ DEPARTMENTS = ('Home', 'Garden', 'Sport', 'Music')
 SYLLABLES = ('ba', 'do', 'fe', 'gi', 'ku', 'la', 'mo', 'ne', 'pi', 'ru')
 YEARS = 20  # Items are of the years 2001..2020, those that appear later 2021.
 RECENT = 3  # Last items whose complements are wanted.
-LEVEL = -2.5  # Relevance of an item that nothing speaks for.
+LEVEL = -2.5  # Relevance of an item without taste, complement or era.
 
 
-def load(config) -> log_lib.Log:
-  """Generates the world; `config.split_seed` decides everything.
+def load(config: ConfigDict) -> log_lib.Log:
+  """Generates a log with impressions, a function of `config.split_seed`.
 
   Args:
     config: section `data`; reads `world`, `candidates` and the split.
-
-  Returns:
-    A log with impressions whose `utility` is the true expected gain.
   """
   size = config.world
   rng = np.random.default_rng([config.split_seed, 3])
@@ -49,11 +47,8 @@ def load(config) -> log_lib.Log:
   complement = np.roll(rng.permutation(size.clusters), 1)
   taste = _tastes(size, rng)
   era = rng.integers(2001, 2021, size=size.n_users)
-  first_day = np.where(
-    rng.random(size.n_users) < 0.7,
-    0,
-    rng.integers(size.days, size=size.n_users),
-  )
+  present = rng.random(size.n_users) < 0.7
+  first_day = np.where(present, 0, rng.integers(size.days, size=size.n_users))
 
   users = np.arange(size.n_users)
   lasting = (
@@ -65,18 +60,20 @@ def load(config) -> log_lib.Log:
   recent = np.full((size.n_users, RECENT), -1)
   rows, shown = [], []
 
-  def relevance():
+  def relevance() -> np.ndarray:
     wanted = np.zeros((size.n_users, size.clusters + 1))
     kinds = np.where(recent < 0, size.clusters, complement[cluster[recent]])
     wanted[users[:, None], kinds] = 1.0
     return lasting + 2.0 * wanted[:, cluster]
 
-  def choose(logits, n, day):
+  def choose(logits: np.ndarray, n: int, day: np.ndarray) -> np.ndarray:
     alive = (birth <= day[:, None]) & ~seen
     drawn = np.where(alive, logits + rng.gumbel(size=logits.shape), -np.inf)
     return np.argsort(-drawn, axis=1)[:, :n]
 
-  def engage(who, items, times, grades):
+  def engage(
+    who: np.ndarray, items: np.ndarray, times: np.ndarray, grades: np.ndarray
+  ) -> None:
     rows.append(np.stack([who, items, times, grades]))
     seen[who, items] = True
     recent[who] = np.concatenate([recent[who, 1:], items[:, None]], axis=1)
@@ -142,7 +139,9 @@ def _coin(rng: np.random.Generator, logits: np.ndarray) -> np.ndarray:
   return (rng.random(logits.shape) < _sigmoid(logits)).astype(np.int64)
 
 
-def _items(size, rng):
+def _items(
+  size: ConfigDict, rng: np.random.Generator
+) -> tuple[np.ndarray, ...]:
   """Draws cluster, year, fame and day of birth of each item [I]."""
   cluster = rng.integers(size.clusters, size=size.n_items)
   fame = rng.normal(size=size.n_items)
@@ -154,17 +153,18 @@ def _items(size, rng):
   return cluster, year, fame, birth
 
 
-def _tastes(size, rng) -> np.ndarray:
-  """Returns float [U, clusters]: three liked clusters a user, 1, .8 and .6."""
+def _tastes(size: ConfigDict, rng: np.random.Generator) -> np.ndarray:
+  """Returns float [U, clusters]: 1 for the three clusters that a user likes."""
   order = np.argsort(rng.random((size.n_users, size.clusters)), axis=1)
   taste = np.zeros((size.n_users, size.clusters))
-  for place, weight in enumerate((1.0, 1.0, 1.0)):
-    taste[np.arange(size.n_users), order[:, place]] = weight
+  np.put_along_axis(taste, order[:, :3], 1.0, axis=1)
   return taste
 
 
-def _catalog(cluster, year, rng) -> log_lib.Catalog:
-  """Writes titles of the cluster's words and a serial word."""
+def _catalog(
+  cluster: np.ndarray, year: np.ndarray, rng: np.random.Generator
+) -> log_lib.Catalog:
+  """Titles are two words of the cluster and one of the item."""
   nouns = [_word(rng, 3) for _ in range(3 * (cluster.max(initial=0) + 1))]
   titles, categories = [], []
   for kind in cluster:
