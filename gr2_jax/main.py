@@ -1,4 +1,4 @@
-"""Runs one stage and whatever it needs: flags, config, devices, stages.
+"""Runs one stage after the stages that it needs.
 
 python -m gr2_jax.main --config=configs/rl.py --workdir=runs
 """
@@ -16,11 +16,11 @@ from gr2_jax.pipeline import artifacts, environment, graph
 from gr2_jax.pipeline import flags as flags_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Config file; presets after a colon.', lock_config=True
+  'config', None, 'Config file, with presets after a colon.', lock_config=True
 )
-_WORKDIR = flags.DEFINE_string('workdir', 'runs', 'Where artifacts go.')
-# Stages whose policies are measured once they are trained, and by what.
-_FOLLOWED = {
+_WORKDIR = flags.DEFINE_string('workdir', 'runs', 'Folder of the artifacts.')
+# Trained stage -> stage or study that measures its policy.
+_FOLLOWED_BY = {
   'rl': 'evaluate',
   'internalize': 'study_internalize',
   'prune': 'study_prune',
@@ -31,48 +31,47 @@ processes.define_flags()
 
 
 def run(config: ConfigDict, root: str) -> None:
-  """Runs the config's target and what it needs; prints the table of results.
+  """Runs the config's stage, and what measures it; prints the results table.
 
   Args:
-    config: the whole config. Its `stage` is the target, or what that is
-      followed by; a seeded target is run for each of its `seeds`.
-    root: the workdir, locked meanwhile.
+    config: the whole config; a seeded stage runs for each of its `seeds`.
+    root: the workdir.
   """
-  target = _FOLLOWED.get(config.stage, config.stage)
+  target = _FOLLOWED_BY.get(config.stage, config.stage)
   seeds = config.seeds if graph.STAGES[target].seeded else (None,)
   with artifacts.lock(root):
     for seed in seeds:
       directory = artifacts.run_stage(config, target, root, seed)
-      _say(f'results: {directory / "results.json"}')
+      _print(f'results: {directory / "results.json"}')
   stage = importlib.import_module(graph.module(target))
-  if hasattr(stage, 'summary'):  # Evaluation and studies have a table.
-    _say(stage.summary(artifacts.read_results(directory)))
+  if hasattr(stage, 'summary'):  # Evaluation and studies.
+    _print(stage.summary(artifacts.read_results(directory)))
 
 
-def _say(text: str) -> None:
-  """Prints, on the first of several processes."""
+def _print(text: str) -> None:
+  """Prints on process 0 alone."""
   if processes.is_main_process():
     print(text)
 
 
 def main(argv: list[str]) -> None:
-  """Entry point of `app.run`."""
+  """The command, after its flags are parsed."""
   del argv
   config = _CONFIG.value
   environment.set_up(config.model.dtype)
-  # What every process must have been started with.
-  facts = {'gr2_jax': __version__, 'jax': jax.__version__}
-  facts |= {name: str(value) for name, value in flags_lib.fields(config)}
+  # These must be the same on all processes.
+  settings = {'gr2_jax': __version__, 'jax': jax.__version__}
+  settings |= {name: str(value) for name, value in flags_lib.fields(config)}
   try:
     place = processes.find_place(flags.FLAGS)
-    with processes.initialize(place, facts, flags.FLAGS.meeting_timeout):
-      _say(f'devices: {", ".join(map(str, jax.devices()))}')
+    with processes.initialize(place, settings, flags.FLAGS.meeting_timeout):
+      _print(f'devices: {", ".join(map(str, jax.devices()))}')
       run(config, _WORKDIR.value)
   except KeyboardInterrupt:
-    print('interrupted: the same command goes on from here', file=sys.stderr)
+    print('interrupted: run the same command again to resume', file=sys.stderr)
     sys.exit(130)
   except processes.Preempted as e:
-    print(f'{e}: the same command goes on from here', file=sys.stderr)
+    print(f'{e}: run the same command again to resume', file=sys.stderr)
     sys.exit(rendezvous.EXIT_RETRY)
   except (OSError, FloatingPointError, ValueError) as e:
     if _DEBUG.value or not environment.is_for_the_user(e):

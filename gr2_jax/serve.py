@@ -1,4 +1,4 @@
-"""`python -m gr2_jax.serve`: another name of `python -m gr2_jax.serving`."""
+"""Alias: `python -m gr2_jax.serve` is `python -m gr2_jax.serving`."""
 
 from absl import app
 

@@ -1,15 +1,17 @@
 import importlib
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
 import pytest
 
+import gr2_jax
 from configs import common
 from gr2_jax.models import transformer
-from gr2_jax.pipeline import graph
+from gr2_jax.pipeline import flags, graph
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -132,26 +134,84 @@ def test_a_wrong_argument_names_the_nearest(arg, message):
     common.compose('rl', arg)
 
 
-def test_a_config_file_loads_by_path_from_another_directory(tmp_path):
-  code = (
-    'import sys; from gr2_jax import main;'
-    'from gr2_jax.pipeline import flags as flags_lib;'
-    'flags_lib.parse(sys.argv); from absl import flags;'
-    'print(flags.FLAGS.config.stage, flags.FLAGS.config.rl.to_dict() != {})'
-  )
+# Prints fields of the config that the command line names.
+_PRINT_CONFIG = (
+  'import sys; from gr2_jax import main;'
+  'from gr2_jax.pipeline import flags as flags_lib;'
+  'flags_lib.parse(sys.argv); from absl import flags;'
+  'print(flags.FLAGS.config.stage, flags.FLAGS.config.rl.to_dict() != {})'
+)
+
+
+def _print_config(config, site, cwd):
+  """Runs _PRINT_CONFIG with gr2_jax from the folder `site`."""
   done = subprocess.run(
-    [sys.executable, '-c', code, f'--config={_ROOT}/configs/rl.py:test'],
-    env=os.environ | {'PYTHONPATH': _site_without_configs(tmp_path)},
-    cwd=tmp_path,
+    [sys.executable, '-c', _PRINT_CONFIG, f'--config={config}'],
+    env=os.environ | {'PYTHONPATH': str(site)},
+    cwd=cwd,
     capture_output=True,
     text=True,
     check=False,
   )
-  assert done.stdout == 'rl True\n', done.stderr
+  return done.stdout, done.stderr
 
 
-def _site_without_configs(tmp_path):
-  """A folder from which gr2_jax can be imported but not configs."""
+def test_a_config_file_loads_by_path_from_another_directory(tmp_path):
+  """Even if only gr2_jax can be imported, not configs."""
   (tmp_path / 'site').mkdir()
   (tmp_path / 'site' / 'gr2_jax').symlink_to(_ROOT / 'gr2_jax')
-  return str(tmp_path / 'site')
+  out, err = _print_config(
+    _ROOT / 'configs/rl.py:test', tmp_path / 'site', tmp_path
+  )
+  assert out == 'rl True\n', err
+
+
+@pytest.mark.parametrize('installed', [False, True])
+def test_a_config_file_that_is_not_here_is_the_packages(
+  tmp_path, monkeypatch, installed
+):
+  """As installed (gr2_jax/configs), and as in a checkout (beside gr2_jax)."""
+  package = tmp_path / 'site' / 'gr2_jax'
+  folder = (package if installed else tmp_path / 'site') / 'configs'
+  folder.mkdir(parents=True)
+  (folder / 'rl.py').touch()
+  (folder / 'common.py').write_text('packaged = True')
+  (tmp_path / 'work' / 'configs').mkdir(parents=True)
+  (tmp_path / 'work' / 'configs' / 'mine.py').touch()
+  monkeypatch.chdir(tmp_path / 'work')
+  monkeypatch.setattr(gr2_jax, '__file__', str(package / '__init__.py'))
+  monkeypatch.setattr(sys, 'path', [*sys.path])
+  for name in ('configs', 'configs.common'):
+    monkeypatch.delitem(sys.modules, name, raising=False)
+  assert flags.locate_config('configs/mine.py').samefile('configs/mine.py')
+  assert flags.locate_config('configs/rl.py') == folder / 'rl.py'
+  assert importlib.import_module('configs.common').packaged
+  with pytest.raises(flags.UsageError, match='did you mean configs/rl.py'):
+    flags.locate_config('configs/rll.py')
+  with pytest.raises(flags.UsageError, match='no config file rl.py'):
+    flags.locate_config('rl.py')
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_configs_and_works_outside_the_checkout(tmp_path):
+  source, site, work = (tmp_path / x for x in ('source', 'site', 'work'))
+  ignored = shutil.ignore_patterns('__pycache__')
+  for name in ('gr2_jax', 'configs'):
+    shutil.copytree(_ROOT / name, source / name, ignore=ignored)
+  for name in ('setup.py', 'setup.cfg', 'pyproject.toml'):
+    shutil.copy(_ROOT / name, source)
+  for name in ('README.md', 'LICENSE'):
+    shutil.copy(_ROOT / name, source)
+  subprocess.run(
+    [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps',
+     '--no-build-isolation', '--no-compile', f'--target={site}', source],
+    check=True,
+  )  # fmt: skip
+  files = {p.name for p in (site / 'gr2_jax' / 'configs').glob('*.py')}
+  assert files == {p.name for p in (_ROOT / 'configs').glob('*.py')}
+  assert {p.name for p in site.iterdir() if p.suffix != '.dist-info'} == {
+    'gr2_jax'
+  }
+  (work / 'configs').mkdir(parents=True)  # Someone else's.
+  out, err = _print_config('configs/rl.py:test', site, work)
+  assert out == 'rl True\n', err

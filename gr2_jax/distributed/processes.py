@@ -1,9 +1,8 @@
-"""The processes of a run, and what each of them does.
+"""The processes of a run, and how they act together.
 
-The same command runs on every host, in a workdir that all of them share. They
-train the language model together; whatever else is to be done, process 0 does
-alone, on its own devices, while the others wait for the result. Process 0 is
-also the one that writes logs and files.
+The same command runs on every host, in a workdir that all hosts share. All
+processes train the language model together. Process 0 does the rest alone, on
+its own devices, while the others wait; it also writes all logs and files.
 
 | how the processes find each other | flags |
 |---|---|
@@ -29,23 +28,23 @@ from jax.experimental import multihost_utils
 
 from gr2_jax.distributed import rendezvous
 
-_POLL = 0.5  # seconds between two looks for a file
-_APART = 1000  # between the ports of JAX's coordinator and of the roster
+_POLL_SECONDS = 0.5  # between two checks for a file
+_PORT_OFFSET = 1000  # from the port of JAX's coordinator to the roster's
 
 
 class Preempted(Exception):
-  """The machine is taken away; all is saved."""
+  """The machine is being taken away; the state is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a process stands.
+  """The place of a process in the cluster.
 
   Attributes:
     coordinator: HOST:PORT of process 0.
-    count: of processes.
-    index: of this one.
-    devices: ids of those local devices that are its own; None for all.
+    count: number of processes.
+    index: of this process, from 0.
+    devices: ids of the local devices that it may use; None for all.
   """
 
   coordinator: str
@@ -55,18 +54,18 @@ class Place:
 
   @property
   def roster(self) -> str:
-    """HOST:PORT of the roster: JAX has the other port."""
+    """HOST:PORT of the roster (the coordinator's port belongs to JAX)."""
     host, _, port = self.coordinator.rpartition(':')
-    port = int(port)
-    return f'{host}:{port - _APART if port > 2 * _APART else port + _APART}'
+    offset = -_PORT_OFFSET if int(port) > 2 * _PORT_OFFSET else _PORT_OFFSET
+    return f'{host}:{int(port) + offset}'
 
 
-_alone = False
-_asked_to_leave = False
+_main_process_only = False
+_received_sigterm = False
 
 
 def define_flags() -> None:
-  """Flags of whoever starts processes."""
+  """Defines the flags that launchers set for each process."""
   flags.DEFINE_enum(
     'cluster',
     'none',
@@ -74,21 +73,21 @@ def define_flags() -> None:
     'auto: JAX finds the other processes (Cloud TPU, GKE, SLURM, Open MPI).',
   )
   flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0.')
-  flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
-  flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+  flags.DEFINE_integer('num_processes', None, 'Number of processes.')
+  flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
   flags.DEFINE_float(
     'meeting_timeout', 300.0, 'Seconds to wait for the other processes.'
   )
 
 
 def find_place(values: flags.FlagValues) -> Place | None:
-  """This process's place, from flags or what JAX knows of the cluster.
+  """This process's place, from the flags or from the cluster's environment.
 
   Returns:
-    None where there is but one process.
+    None for a run of one process.
 
   Raises:
-    ValueError: some of the flags are missing, or there is no known cluster.
+    ValueError: the flags are incomplete, or JAX detects no cluster.
   """
   names = ('coordinator', 'num_processes', 'process_id')
   given = {name: getattr(values, name) for name in names}
@@ -107,7 +106,7 @@ def find_place(values: flags.FlagValues) -> Place | None:
     return Place(coordinator, count, index)
   if values.cluster == 'none':
     return None
-  # JAX asks environments by this function alone, and has no public one.
+  # JAX has no public function that detects a cluster.
   from jax._src import clusters
 
   coordinator, count, index, devices = (
@@ -126,27 +125,27 @@ def find_place(values: flags.FlagValues) -> Place | None:
 
 @contextlib.contextmanager
 def initialize(
-  place: Place | None, facts: dict[str, str], timeout: float
+  place: Place | None, settings: dict[str, str], timeout: float
 ) -> Iterator[None]:
-  """Takes part in a run; what ends this process badly ends the others.
+  """Connects the processes; if the block fails in one, all processes end.
 
   Args:
-    place: of `find`; None for a run of one process.
-    facts: what must be the same everywhere, by name.
+    place: of `find_place`; None for a run of one process.
+    settings: name -> value that must be the same on all processes.
     timeout: seconds to wait for the others.
 
   Raises:
-    RosterError: the others did not come, or were started otherwise.
+    RosterError: a process is missing, or has other settings.
   """
   if place is None or place.count == 1:
     yield
     return
-  everyone = rendezvous.meet(
-    place.roster, place.count, place.index, facts, timeout
+  roster = rendezvous.meet(
+    place.roster, place.count, place.index, settings, timeout
   )
   if place.index == 0:
     print(
-      'processes:', ', '.join(f'{m.index} {m.host}' for m in everyone.members)
+      'processes:', ', '.join(f'{m.index} {m.host}' for m in roster.members)
     )
   try:
     jax.distributed.initialize(
@@ -160,132 +159,123 @@ def initialize(
     )
     yield
   except Preempted:
-    everyone.bye()  # All of them leave at this step.
+    roster.bye()  # All processes leave at this step.
     raise
   except BaseException as e:
-    everyone.fail(f'{type(e).__name__}: {e}')
-    atexit.register(_exit)
+    roster.fail(f'{type(e).__name__}: {e}')
+    atexit.register(_exit_without_jax)
     raise
-  everyone.bye()
+  roster.bye()
 
 
-def _exit() -> None:
-  """Ends a process that failed: JAX would wait for those who have stopped."""
+def _exit_without_jax() -> None:
+  """Skips JAX's shutdown, which would wait for processes that have ended."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(rendezvous.FAILED)
 
 
 def size() -> int:
-  """How many processes act together just now."""
-  return 1 if _alone else jax.process_count()
+  """Number of processes that act together at the moment."""
+  return 1 if _main_process_only else jax.process_count()
 
 
 def is_main_process() -> bool:
-  """Whether this process writes: logs, tables, files."""
+  """Whether this is process 0, which writes logs, tables and files."""
   return jax.process_index() == 0
 
 
 def devices() -> list[jax.Device]:
-  """The devices of all processes that act together just now."""
-  return jax.local_devices() if _alone else jax.devices()
+  """The devices of all processes that act together at the moment."""
+  return jax.local_devices() if _main_process_only else jax.devices()
 
 
 def is_main_process_only() -> bool:
-  """Whether process 0 does something that the others wait for."""
-  return _alone
+  """Whether process 0 works alone while the others wait."""
+  return _main_process_only
 
 
 @contextlib.contextmanager
 def main_process_only() -> Iterator[None]:
-  """What process 0 does meanwhile, it does on its own devices."""
-  global _alone
-  before, _alone = _alone, jax.process_count() > 1
+  """Process 0 runs the block alone, on its own devices."""
+  global _main_process_only
+  before, _main_process_only = _main_process_only, jax.process_count() > 1
   try:
     yield
   finally:
-    _alone = before
+    _main_process_only = before
 
 
 def broadcast_flag(value: bool) -> bool:
-  """Process 0's word, on all of them: they must not decide apart."""
+  """Process 0's value, so that all processes take the same branch."""
   if size() == 1:
     return value
   return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def broadcast_from_main(make: Callable[[], np.ndarray], like: np.ndarray) -> np.ndarray:
-  """What process 0 makes, on all of them; the others make nothing.
+def broadcast_from_main(
+  make: Callable[[], np.ndarray], like: np.ndarray
+) -> np.ndarray:
+  """Calls `make` on process 0 alone and returns its array on all processes.
 
-  Args:
-    make: what only one of them may do, such as asking somebody.
-    like: an array of the same shape and type.
+  `like` has the shape and dtype of that array.
   """
   if size() == 1:
     return make()
-  made = make() if is_main_process() else like
-  return np.asarray(multihost_utils.broadcast_one_to_all(made))
+  value = make() if is_main_process() else like
+  return np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
-def assert_same_everywhere(what: str, value: int) -> None:
-  """Raises a ValueError unless all processes have the same number.
-
-  Args:
-    what: its name, for people.
-    value: this process's.
-  """
+def assert_same_everywhere(name: str, value: int) -> None:
+  """Raises a ValueError with the name unless all processes have this value."""
   if size() == 1:
     return
-  found = np.ravel(multihost_utils.process_allgather(np.int32(value)))
-  for index, other in enumerate(found.tolist()):
-    if other != found[0]:
+  values = np.ravel(multihost_utils.process_allgather(np.int32(value)))
+  for index, other in enumerate(values.tolist()):
+    if other != values[0]:
       raise ValueError(
-        f'{what} is {found[0]} on process 0, but {other} on process {index}: '
+        f'{name} is {values[0]} on process 0, but {other} on process {index}: '
         'do they share the workdir?'
       )
 
 
 def wait_for(path: pathlib.Path) -> None:
-  """Waits for a file that process 0 writes; the roster ends a vain wait."""
+  """Waits for a file from process 0; the roster ends a hopeless wait."""
   while not path.exists():
-    time.sleep(_POLL)
+    time.sleep(_POLL_SECONDS)
 
 
 def gather_to_host(tree: Any) -> Any:
-  """Whole arrays on every host, as NumPy.
+  """Whole arrays as NumPy on every host; all processes call this together."""
 
-  Args:
-    tree: of jax.Arrays, wherever their parts are; all processes call this.
-  """
-
-  def one(x: jax.Array) -> np.ndarray:
+  def gather(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
       return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(gather, tree)
 
 
 @contextlib.contextmanager
 def handle_preemption() -> Iterator[None]:
-  """Within, a signal to terminate is heard by `preempted` and kills nothing.
+  """Within the block SIGTERM makes `preempted` true and ends nothing.
 
-  Of several processes JAX tells all what one has heard.
+  In a run of several processes JAX itself handles the signal, for all.
   """
-  global _asked_to_leave
-  _asked_to_leave = False
+  global _received_sigterm
+  _received_sigterm = False
   if size() > 1:
     yield
     return
 
-  def hear(number, frame):
-    global _asked_to_leave
+  def handle(number: int, frame: Any) -> None:
+    global _received_sigterm
     del number, frame
-    _asked_to_leave = True
+    _received_sigterm = True
 
   try:
-    before = signal.signal(signal.SIGTERM, hear)
-  except ValueError:  # Not the main thread: nobody would hear it here.
+    before = signal.signal(signal.SIGTERM, handle)
+  except ValueError:  # Only the main thread receives signals.
     yield
     return
   try:
@@ -295,7 +285,7 @@ def handle_preemption() -> Iterator[None]:
 
 
 def preempted(step: int) -> bool:
-  """Whether to save and leave after this step; the same on all processes."""
+  """Whether to save and exit after this step; the same on all processes."""
   if size() == 1:
-    return _asked_to_leave
+    return _received_sigterm
   return multihost_utils.reached_preemption_sync_point(step)

@@ -1,4 +1,4 @@
-"""The one place that builds a mesh or names a logical axis.
+"""The device mesh, and which of its axes splits which axis of an array.
 
 A mesh has three axes: `data` splits the batch, `fsdp` splits the batch and the
 parameters' embedding axis, `tensor` splits heads, feed-forward and vocabulary.
@@ -18,8 +18,8 @@ from gr2_jax.distributed import processes
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
-# Logical axis -> mesh axis. Where two logical axes of one array ask for the
-# same mesh axis, the one named first here gets it.
+# Logical axis -> mesh axis. If two logical axes of one array map to the same
+# mesh axis, only the first in this list is split.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ('batch', ('data', 'fsdp')),
   ('vocab', 'tensor'),
@@ -35,9 +35,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ('slots', None),
 )
 
-
-# An axis that stays whole where its mesh axis does not divide it: a pretrained
-# vocabulary with our symbols behind it has as many rows as it has.
+# Axes that stay whole if their mesh axis does not divide them: a pretrained
+# vocabulary with added tokens can have any number of rows.
 WHOLE_IF_UNEVEN = ('vocab',)
 
 
@@ -50,15 +49,11 @@ def make_mesh(
   """Builds the mesh over all devices.
 
   Args:
-    data: size of the data axis; -1 takes the devices the others leave.
-    fsdp: size of the axis that shards parameters and batch.
-    tensor: size of the axis that shards heads, feed-forward and vocabulary.
-    devices: those of a topology; by default all that act together. What
-      process 0 does alone has a mesh of its own devices, of such sizes as they
-      allow.
-
-  Returns:
-    A mesh with axes `data`, `fsdp`, `tensor`, all of type Auto.
+    data: size of the data axis; -1 takes all devices that the others leave.
+    fsdp: size of the fsdp axis.
+    tensor: size of the tensor axis.
+    devices: of a topology; by default those of all processes that act together.
+      While process 0 works alone, sizes shrink to divide its own devices.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
@@ -84,7 +79,7 @@ def make_mesh(
     raise ValueError(
       f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} = '
       f'{data * fsdp * tensor}, but there are {n} devices; mesh.data=-1 takes '
-      'all that are left'
+      'all that the others leave'
     )
   return jax.make_mesh(
     (data, fsdp, tensor),
@@ -99,15 +94,15 @@ def param_shardings(mesh: Mesh, abstract_variables: Any) -> Any:
 
   Args:
     mesh: of `make_mesh`.
-    abstract_variables: `jax.eval_shape(module.init, ...)`, boxed: leaves made
-      with `nn.with_logical_partitioning` carry names, others are replicated.
+    abstract_variables: `jax.eval_shape(module.init, ...)`, still boxed. Leaves
+      without `nn.with_logical_partitioning` are replicated.
 
   Returns:
     The unboxed tree with a NamedSharding at every leaf.
 
   Raises:
-    ValueError: a leaf names an axis that RULES lacks, or has a dimension that
-      its mesh axis does not divide.
+    ValueError: a logical axis is not in RULES, or its mesh axis does not divide
+      the dimension.
   """
   known = {name for name, _ in RULES}
   logical = nn.get_partition_spec(abstract_variables)
@@ -137,9 +132,9 @@ def param_shardings(mesh: Mesh, abstract_variables: Any) -> Any:
 
 
 def unbox(variables: Any) -> Any:
-  """Strips the axis names off; plain arrays (or shapes) remain.
+  """Removes the axis names from a tree of arrays or shapes.
 
-  `nn.unbox` would also constrain the values, which abstract ones cannot be.
+  `nn.unbox` would also add sharding constraints, which shapes cannot have.
   """
   return jax.tree.map(
     lambda x: x.value if isinstance(x, nn.Partitioned) else x,
@@ -150,7 +145,7 @@ def unbox(variables: Any) -> Any:
 
 @contextlib.contextmanager
 def activate(mesh: Mesh) -> Iterator[None]:
-  """Makes a module's logical axis constraints mean axes of this mesh."""
+  """Resolves the logical axis constraints of modules to axes of this mesh."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield
 
@@ -172,61 +167,39 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     batch: tree of arrays [B, ...]; scalars are replicated.
     mesh: of `make_mesh`.
 
-  Returns:
-    The same tree of global jax.Arrays.
+  Raises:
+    ValueError: the data and fsdp axes do not divide B.
+  """
+  return _shard(batch, mesh, np.arange(_num_shards(mesh)))
+
+
+def shard_local_rows(batch: Any, mesh: Mesh) -> Any:
+  """`shard_batch` where each process has only its `local_rows`, in order."""
+  return _shard(batch, mesh, local_rows(mesh, _num_shards(mesh)))
+
+
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+  """Ascending indices of the batch rows that this process's devices hold.
 
   Raises:
-    ValueError: a leaf's B is not divided by the data and fsdp axes.
+    ValueError: the data and fsdp axes do not divide the batch size.
   """
-  return _place(batch, mesh, None)
-
-
-def shard_share(share: Any, mesh: Mesh) -> Any:
-  """`shard_batch`, where every process has its own rows alone.
-
-  Args:
-    share: tree of arrays [own, ...], the rows of `own_rows`, in that order.
-    mesh: of `make_mesh`.
-  """
-  return _place(share, mesh, own_rows(mesh, _shards(mesh)))
-
-
-def own_rows(mesh: Mesh, size: int) -> np.ndarray:
-  """Which rows of a batch the devices of this process hold.
-
-  Args:
-    mesh: of `make_mesh`.
-    size: of the batch.
-
-  Returns:
-    int [own], ascending. Processes that hold the same parts have the same.
-
-  Raises:
-    ValueError: the size is not divided by the data and fsdp axes.
-  """
-  place = batch_sharding(mesh)
-  _check_divides('a batch', (size,), place)
-  held = place.addressable_devices_indices_map((size,)).values()
-  spans = {rows.indices(size)[:2] for (rows,) in held}
+  sharding = batch_sharding(mesh)
+  _check_divides('a batch', (size,), sharding)
+  slices = sharding.addressable_devices_indices_map((size,)).values()
+  spans = {rows.indices(size)[:2] for (rows,) in slices}
   return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
 
-def _shards(mesh: Mesh) -> int:
-  """Into how many parts a batch is split."""
+def _num_shards(mesh: Mesh) -> int:
+  """Number of equal parts into which a batch is split."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
-def _place(batch: Any, mesh: Mesh, parts: np.ndarray | None) -> Any:
-  """Puts rows on the mesh.
-
-  Args:
-    batch: tree of arrays.
-    mesh: of `make_mesh`.
-    parts: which of the equal parts of a batch its rows are; None for all.
-  """
+def _shard(batch: Any, mesh: Mesh, parts: np.ndarray) -> Any:
+  """Puts rows on the mesh; `parts` are their indices among all equal parts."""
   split, whole = batch_sharding(mesh), replicated(mesh)
-  shards = _shards(mesh)
-  parts = np.arange(shards) if parts is None else parts
+  shards = _num_shards(mesh)
 
   def put(path, x):
     x = np.asarray(x)
@@ -265,16 +238,17 @@ def _whole_if_uneven(
 
 
 def _check_divides(
-  what: str, shape: tuple[int, ...], sharding: NamedSharding
+  name: str, shape: tuple[int, ...], sharding: NamedSharding
 ) -> None:
-  """Raises a ValueError that names the number that does not divide."""
-  for axis, names in enumerate(sharding.spec):
-    if names is None:
+  """Raises a ValueError if a mesh axis does not divide its dimension."""
+  for axis, mesh_axes in enumerate(sharding.spec):
+    if mesh_axes is None:
       continue
-    names = (names,) if isinstance(names, str) else names
-    size = math.prod(sharding.mesh.shape[name] for name in names)
+    if isinstance(mesh_axes, str):
+      mesh_axes = (mesh_axes,)
+    size = math.prod(sharding.mesh.shape[x] for x in mesh_axes)
     if shape[axis] % size:
       raise ValueError(
-        f'{what}: size {shape[axis]} of axis {axis} is not divisible by '
-        f'{size}, the size of mesh axis {" x ".join(names)}'
+        f'{name}: size {shape[axis]} of axis {axis} is not divisible by '
+        f'{size}, the size of mesh axis {" x ".join(mesh_axes)}'
       )

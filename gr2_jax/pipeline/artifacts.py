@@ -1,8 +1,8 @@
-"""Artifacts: one directory a stage, named after what it depends on.
+"""Artifacts: one folder per run of a stage, named after what it depends on.
 
 `<root>/<stage>-<8 hex digits>/` holds config.json (written first), whatever
-the stage writes, and results.json (written last, by a rename: its presence
-means finished). A finished directory is skipped, an unfinished one resumed.
+the stage writes, and results.json (written last and atomically, so a folder
+that has one is finished). Finished folders are skipped, others are resumed.
 """
 
 import contextlib
@@ -29,20 +29,22 @@ from gr2_jax.distributed import processes
 from gr2_jax.pipeline import graph
 from gr2_jax.prompts import context
 
+ConfigDict = ml_collections.ConfigDict
+
 
 class ArtifactError(ValueError):
-  """A workdir that cannot be used as it is; the message says what to do."""
+  """A workdir that cannot be used as it is; the message names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-  """One finished or future run of a stage.
+  """One run of a stage, finished or not.
 
   Attributes:
-    stage: its name in the graph.
-    seed: the seed, or None for a stage that has none.
-    fingerprint: 64 hex digits, a hash of all that the run depends on.
-    inputs: name -> what it reads.
+    stage: name in the graph.
+    seed: None for a stage without one.
+    fingerprint: 64 hex digits, a hash of everything that the run depends on.
+    inputs: name -> the artifact that the stage reads under this name.
   """
 
   stage: str
@@ -51,33 +53,32 @@ class Artifact:
   inputs: dict[str, 'Artifact']
 
   def directory(self, root: pathlib.Path) -> pathlib.Path:
-    """Where the artifact lies under the workdir `root`."""
+    """The artifact's folder in the workdir `root`."""
     return root / f'{self.stage}-{self.fingerprint[:8]}'
 
 
-def plan(
-  config: ml_collections.ConfigDict, name: str, seed: int | None = None
-) -> Artifact:
-  """Resolves a stage and all that it needs, without running anything.
+def plan(config: ConfigDict, name: str, seed: int | None = None) -> Artifact:
+  """Resolves a stage and everything it needs, without running anything.
+
+  The fingerprint is SHA-256 over the stage's name, its seed, its config
+  sections (with their former names, see `graph.RENAMED`), the content of the
+  files that they name, and the names and fingerprints of its inputs. The
+  section `mesh` is left out, so that a run may continue on other devices.
 
   Args:
     config: the whole config.
     name: a stage of the graph.
-    seed: the seed of a seeded stage; None takes the first of `config.seeds`.
-
-  Returns:
-    The artifact. Its fingerprint is SHA-256 over the stage's name, the JSON of
-    its config sections, the content of the files they name, its seed, and its
-    inputs' names and fingerprints. The section `mesh` is left out: where
-    something is computed is no part of what is computed, and a run may go on
-    elsewhere.
+    seed: of a seeded stage; None takes the first of `config.seeds`.
   """
   stage = graph.STAGES[name]
-  seed = (config.seeds[0] if seed is None else seed) if stage.seeded else None
+  if not stage.seeded:
+    seed = None
+  elif seed is None:
+    seed = config.seeds[0]
   inputs = {}
   for need in stage.needs:
     base, per_seed, _ = need.partition('@')
-    base = _named_stage(config, base)
+    base = _needed_stage(config, base)
     if base is None:
       continue
     for s in config.seeds if per_seed else (seed,):
@@ -96,26 +97,26 @@ def plan(
 
 
 def run_stage(
-  config: ml_collections.ConfigDict,
+  config: ConfigDict,
   name: str,
   root: os.PathLike[str] | str,
   seed: int | None = None,
-  say: Callable[[str], None] = print,
+  log: Callable[[str], None] = print,
 ) -> pathlib.Path:
-  """Runs a stage and, before it, whatever it needs that is not finished.
+  """Runs a stage after all unfinished stages that it needs.
 
   Args:
     config: the whole config.
     name: a stage of the graph.
     root: the workdir; the caller holds its lock.
-    seed: the seed of a seeded stage; None takes the first of `config.seeds`.
-    say: is told what is skipped, resumed or run, and the time it took.
+    seed: of a seeded stage; None takes the first of `config.seeds`.
+    log: receives one line for each stage that is skipped, resumed or run.
 
   Returns:
-    The stage's finished directory.
+    The stage's finished folder.
 
   Raises:
-    ArtifactError: a directory is damaged, or the disk is full.
+    ArtifactError: a folder is damaged, or the disk is full.
   """
   root = pathlib.Path(root)
   finished: dict[str, pathlib.Path] = {}
@@ -123,32 +124,139 @@ def run_stage(
   def visit(artifact: Artifact) -> pathlib.Path:
     if artifact.fingerprint not in finished:
       inputs = {key: visit(a) for key, a in artifact.inputs.items()}
-      finished[artifact.fingerprint] = _run(config, artifact, inputs, root, say)
+      directory = _finish(config, artifact, inputs, root, log)
+      finished[artifact.fingerprint] = directory
     return finished[artifact.fingerprint]
 
   return visit(plan(config, name, seed))
 
 
-def read_results(directory: os.PathLike[str] | str) -> dict[str, Any]:
-  """Reads a finished artifact's results.json.
+def _finish(
+  config: ConfigDict,
+  artifact: Artifact,
+  inputs: dict[str, pathlib.Path],
+  root: pathlib.Path,
+  log: Callable[[str], None],
+) -> pathlib.Path:
+  """Runs one artifact, whose inputs are finished, unless it is finished too.
 
-  Raises:
-    ArtifactError: it is no JSON object.
+  Process 0 decides for all, writes the results and logs.
   """
+  directory = artifact.directory(root)
+  results = directory / 'results.json'
+  together = graph.STAGES[artifact.stage].together
+  if not processes.is_main_process():
+    is_finished = processes.broadcast_flag(False)  # Process 0's flag.
+    if not is_finished and together:
+      _call(config, artifact, inputs, directory)
+    processes.wait_for(results)
+    return directory
+
+  seed = '' if artifact.seed is None else f' seed {artifact.seed}'
+  label = f'{artifact.stage}{seed}'.ljust(18)
+  resumed = directory.is_dir()
+  if resumed:
+    _check_fingerprint(directory, artifact)
+  if processes.broadcast_flag(results.exists()):
+    read_results(directory)
+    log(f'{label} finished before: {directory}')
+    return directory
+  log(f'{label} {"resumes" if resumed else "starts"} in {directory}')
+  start = time.monotonic()
+  alone = (
+    contextlib.nullcontext() if together else processes.main_process_only()
+  )
+  with alone:
+    values = _call(config, artifact, inputs, directory)
+  _write_json(results, values)
+  log(f'{label} done in {time.monotonic() - start:.1f} s')
+  return directory
+
+
+def _call(
+  config: ConfigDict,
+  artifact: Artifact,
+  inputs: dict[str, pathlib.Path],
+  directory: pathlib.Path,
+) -> dict[str, Any]:
+  """Writes config.json, then calls the stage's `run`."""
+  try:
+    sections = _sections(config, graph.STAGES[artifact.stage])
+    if processes.is_main_process():
+      directory.mkdir(parents=True, exist_ok=True)
+      _write_json(
+        directory / 'config.json',
+        {
+          'stage': artifact.stage,
+          'seed': artifact.seed,
+          'fingerprint': artifact.fingerprint,
+          'inputs': {key: path.name for key, path in inputs.items()},
+          'config': sections,
+        },
+      )
+    stage_config = ConfigDict(sections)
+    if artifact.seed is not None:
+      stage_config.seed = artifact.seed
+    module = importlib.import_module(graph.module(artifact.stage))
+    return module.run(stage_config.lock(), inputs, directory)
+  except Exception as e:
+    if not _is_disk_full(e):
+      raise
+    free = shutil.disk_usage(directory.parent).free / 2**20
+    raise ArtifactError(
+      f'{directory}: no space left on the disk ({free:.0f} MiB free); free '
+      'some space and run the same command again: it resumes from the last '
+      'checkpoint'
+    ) from e
+
+
+def read_results(directory: os.PathLike[str] | str) -> dict[str, Any]:
+  """Reads results.json; raises an ArtifactError if it is no JSON object."""
   return _read_json(
     pathlib.Path(directory) / 'results.json',
     'delete that file to run the stage again',
   )
 
 
-@contextlib.contextmanager
-def lock(root: os.PathLike[str] | str) -> Iterator[None]:
-  """Holds a workdir for this process; the system frees it if we are killed.
-
-  Of several processes the first one holds it for all.
+def read_config(directory: pathlib.Path) -> dict[str, Any]:
+  """The config sections of an artifact, with the current names of fields.
 
   Raises:
-    ArtifactError: another process holds it.
+    ArtifactError: the folder has no config.json, or a damaged one.
+  """
+  return _read_run(directory, ('config.json',), 'an artifact')['config']
+
+
+def read_run(directory: pathlib.Path) -> dict[str, Any]:
+  """A finished artifact's stage, seed, config, and names of its inputs.
+
+  Raises:
+    ArtifactError: the folder is no artifact, or an unfinished one.
+  """
+  required = ('config.json', 'results.json')
+  return _read_run(directory, required, 'a finished artifact')
+
+
+def _read_run(
+  directory: pathlib.Path, required: tuple[str, ...], kind: str
+) -> dict[str, Any]:
+  for name in required:
+    if not (directory / name).is_file():
+      raise ArtifactError(
+        f'{directory / name}: missing; give the folder of {kind}'
+      )
+  run = _read_json(directory / 'config.json', f'give the folder of {kind}')
+  return run | {'config': graph.with_current_names(run['config'])}
+
+
+@contextlib.contextmanager
+def lock(root: os.PathLike[str] | str) -> Iterator[None]:
+  """Locks a workdir; the system releases the lock if the process dies.
+
+  In a run of several processes, process 0 holds it for all.
+
+  Raises:
+    ArtifactError: another run holds it.
   """
   root = pathlib.Path(root)
   if not processes.is_main_process():
@@ -173,155 +281,43 @@ def lock(root: os.PathLike[str] | str) -> Iterator[None]:
 def dumps(value: Any, indent: int | None = None) -> str:
   """Strict JSON with sorted keys; NaN and infinities become null.
 
-  Args:
-    value: JSON types, NumPy or JAX scalars and arrays, tuples, paths,
-      ConfigDicts.
-    indent: spaces per level; None for one line.
-
-  Raises:
-    TypeError: a value of another type.
+  Accepts JSON types, tuples, paths, ConfigDicts, and scalars and arrays of
+  NumPy or JAX; raises a TypeError for others.
   """
   return json.dumps(
-    _plain(value), indent=indent, sort_keys=True, allow_nan=False
+    _to_plain(value), indent=indent, sort_keys=True, allow_nan=False
   )
 
 
-def _run(
-  config: ml_collections.ConfigDict,
-  artifact: Artifact,
-  inputs: dict[str, pathlib.Path],
-  root: pathlib.Path,
-  say: Callable[[str], None],
-) -> pathlib.Path:
-  """Brings one artifact, whose inputs are finished, to its end.
-
-  Process 0 decides, writes and speaks; the others help where all are needed.
-  """
-  directory = artifact.directory(root)
-  results = directory / 'results.json'
-  together = graph.STAGES[artifact.stage].together
-  if not processes.is_main_process():
-    if not processes.broadcast_flag(False) and together:
-      _call(config, artifact, inputs, directory)
-    processes.wait_for(results)
-    return directory
-  seed = '' if artifact.seed is None else f' seed {artifact.seed}'
-  label = f'{artifact.stage}{seed}'.ljust(18)
-  resumed = directory.is_dir()
-  if resumed:
-    _check_config(directory, artifact)
-  if processes.broadcast_flag(results.exists()):
-    read_results(directory)
-    say(f'{label} finished before: {directory}')
-    return directory
-  say(f'{label} {"resumes" if resumed else "starts"} in {directory}')
-  start = time.monotonic()
-  with contextlib.nullcontext() if together else processes.main_process_only():
-    found = _call(config, artifact, inputs, directory)
-  _write_json(results, found)
-  say(f'{label} done in {time.monotonic() - start:.1f} s')
-  return directory
-
-
-def _call(
-  config: ml_collections.ConfigDict,
-  artifact: Artifact,
-  inputs: dict[str, pathlib.Path],
-  directory: pathlib.Path,
-) -> dict[str, Any]:
-  """Runs the stage's function, with its config written beforehand."""
-  try:
-    sections = _sections(config, graph.STAGES[artifact.stage])
-    if processes.is_main_process():
-      directory.mkdir(parents=True, exist_ok=True)
-      _write_json(
-        directory / 'config.json',
-        {
-          'stage': artifact.stage,
-          'seed': artifact.seed,
-          'fingerprint': artifact.fingerprint,
-          'inputs': {key: path.name for key, path in inputs.items()},
-          'config': sections,
-        },
-      )
-    own = ml_collections.ConfigDict(sections)
-    if artifact.seed is not None:
-      own.seed = artifact.seed
-    module = importlib.import_module(graph.module(artifact.stage))
-    return module.run(own.lock(), inputs, directory)
-  except Exception as e:
-    if not _is_disk_full(e):
-      raise
-    free = shutil.disk_usage(directory.parent).free / 2**20
-    raise ArtifactError(
-      f'{directory}: no space left on the disk ({free:.0f} MiB free); make '
-      'room and give the same command again: it goes on from the last '
-      'checkpoint'
-    ) from e
-
-
-def read_config(directory: pathlib.Path) -> dict[str, Any]:
-  """The config sections that an artifact was made with.
-
-  Raises:
-    ArtifactError: the folder has no config.json, or a damaged one.
-  """
-  path = directory / 'config.json'
-  if not path.is_file():
-    raise ArtifactError(f'{path}: missing; give the folder of an artifact')
-  run = _read_json(path, 'give the folder of an artifact')
-  return graph.with_current_names(run['config'])
-
-
-def read_run(directory: pathlib.Path) -> dict[str, Any]:
-  """What made a finished artifact: stage, seed, config, names of its inputs.
-
-  Raises:
-    ArtifactError: it is no artifact, or an unfinished one.
-  """
-  path = directory / 'config.json'
-  for file in (path, directory / 'results.json'):
-    if not file.is_file():
-      raise ArtifactError(
-        f'{file}: missing; give the folder of a finished artifact'
-      )
-  run = _read_json(path, 'give the folder of an artifact')
-  return run | {'config': graph.with_current_names(run['config'])}
-
-
-def _named_stage(config: ml_collections.ConfigDict, need: str) -> str | None:
-  """The stage that a need stands for, where a config field names it."""
+def _needed_stage(config: ConfigDict, need: str) -> str | None:
+  """The stage of a `Stage.needs` entry, read from the config where `{...}`."""
   if not need.startswith('{'):
     return need
   field = need.strip('{}')
   section, _, name = field.partition('.')
+  value = config[section][name]
   if name == 'context':
-    written = context.parse(config[section][name]).text
-    return 'compress' if written else None
-  named, known = config[section][name], graph.STARTS[field]
-  if named not in known:
-    raise ArtifactError(f'{field}={named!r}: must be one of {", ".join(known)}')
-  return named
+    return 'compress' if context.parse(value).text else None
+  if value not in graph.STARTS[field]:
+    known = ', '.join(graph.STARTS[field])
+    raise ArtifactError(f'{field}={value!r}: must be one of {known}')
+  return value
 
 
-def _sections(
-  config: ml_collections.ConfigDict, stage: graph.Stage
-) -> dict[str, Any]:
-  """The part of the config that a stage reads, as plain Python."""
+def _sections(config: ConfigDict, stage: graph.Stage) -> dict[str, Any]:
+  """The config sections that a stage reads, as plain Python."""
   return {name: config.to_dict()[name] for name in stage.sections}
 
 
-def _hash_files(
-  config: ml_collections.ConfigDict, stage: graph.Stage
-) -> dict[str, str]:
+def _hash_files(config: ConfigDict, stage: graph.Stage) -> dict[str, str]:
   """Path -> content hash of every file that the stage's config names."""
   hashes = {}
   for field in stage.files:
     section, _, name = field.partition('.')
-    given = config[section].get(name)
-    if not given:
+    value = config[section].get(name)
+    if not value:
       continue
-    path = pathlib.Path(given)
+    path = pathlib.Path(value)
     for file in sorted(path.iterdir()) if path.is_dir() else (path,):
       if file.is_file():
         stat = file.stat()
@@ -331,23 +327,23 @@ def _hash_files(
 
 @functools.cache
 def _hash_file(path: pathlib.Path, size: int, mtime_ns: int) -> str:
-  """SHA-256 of a file; size and time are the memory's key."""
+  """SHA-256 of a file; size and time only distinguish cache entries."""
   del size, mtime_ns
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _check_config(directory: pathlib.Path, artifact: Artifact) -> None:
-  """Verifies that an existing directory is this very artifact's."""
+def _check_fingerprint(directory: pathlib.Path, artifact: Artifact) -> None:
+  """Raises an ArtifactError if the folder belongs to another artifact."""
   path = directory / 'config.json'
   if not path.exists():
-    return  # Killed before it was written: nothing else is there either.
+    return  # A process was killed before writing anything.
   advice = f'move {directory} away to run the stage again'
-  found = _read_json(path, advice).get('fingerprint')
-  if found != artifact.fingerprint:
+  fingerprint = _read_json(path, advice).get('fingerprint')
+  if fingerprint != artifact.fingerprint:
     raise ArtifactError(
-      f'{path}: belongs to another config (fingerprint {found}, wanted '
-      f'{artifact.fingerprint}); {advice}'
+      f'{path}: belongs to another config (its fingerprint is {fingerprint}, '
+      f'not {artifact.fingerprint}); {advice}'
     )
 
 
@@ -367,23 +363,19 @@ def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-  """Whether an error says so; array writers only say it in words."""
-  if isinstance(error, OSError) and error.errno in (
-    errno.ENOSPC,
-    errno.EDQUOT,
-  ):
-    return True
-  return os.strerror(errno.ENOSPC) in str(error)
+  """Recognizes a full disk; writers of arrays report it as text only."""
+  by_number = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT)
+  return by_number or os.strerror(errno.ENOSPC) in str(error)
 
 
-def _plain(value: Any) -> Any:
-  """Maps a value to what strict JSON can hold."""
-  if isinstance(value, ml_collections.ConfigDict):
+def _to_plain(value: Any) -> Any:
+  """Converts a value to what strict JSON can hold."""
+  if isinstance(value, ConfigDict):
     value = value.to_dict()
   if isinstance(value, dict):
-    return {str(key): _plain(v) for key, v in value.items()}
+    return {str(key): _to_plain(v) for key, v in value.items()}
   if isinstance(value, list | tuple):
-    return [_plain(v) for v in value]
+    return [_to_plain(v) for v in value]
   if value is None or isinstance(value, bool | int | str):
     return value
   if isinstance(value, float):
@@ -391,5 +383,5 @@ def _plain(value: Any) -> Any:
   if isinstance(value, os.PathLike):
     return os.fspath(value)
   if isinstance(value, np.generic) or hasattr(value, '__array__'):
-    return _plain(np.asarray(value).tolist())
+    return _to_plain(np.asarray(value).tolist())
   raise TypeError(f'cannot write {type(value).__name__} {value!r} as JSON')

@@ -1,9 +1,9 @@
-"""Checkpoints: everything a run needs to go on bit for bit, and bare params.
+"""Checkpoints: the state that a run resumes from bit for bit, and parameters.
 
-Orbax writes into a temporary sibling and renames it, so a killed save leaves
-no half checkpoint. Saves are synchronous: what `save` returned from is on disk.
-All processes that act together save and restore together, each its own parts of
-the arrays; a checkpoint is of no mesh and of no number of processes.
+Orbax writes a temporary sibling and renames it, so a killed process leaves no
+partial checkpoint. Saves are synchronous. All processes that act together call
+these functions together, and each writes its own parts of the arrays. A
+checkpoint can be restored on any mesh and any number of processes.
 """
 
 import os
@@ -18,11 +18,11 @@ from gr2_jax.distributed import processes
 
 
 class Checkpointer:
-  """The resumable state of one stage: arrays, data iterator, small facts.
+  """The resumable state of one stage: arrays, data iterator, metadata.
 
   Args:
-    directory: where checkpoints go, one folder a step; made when missing.
-    keep: how many of the latest to keep.
+    directory: holds one folder a step; created if missing.
+    keep: number of latest checkpoints to keep.
   """
 
   def __init__(self, directory: os.PathLike[str] | str, keep: int = 2):
@@ -46,26 +46,23 @@ class Checkpointer:
     iterator: Any = None,
     meta: dict[str, Any] | None = None,
   ) -> None:
-    """Saves, and drops all but the latest `keep` checkpoints.
+    """Saves, and deletes all but the latest `keep` checkpoints.
 
     Args:
-      step: number of finished steps; larger than any saved before.
+      step: finished steps; larger than any saved before, else a ValueError.
       state: tree of jax.Arrays, typed PRNG keys included.
-      iterator: the Grain iterator the next batch will be drawn from; its state
-        is a position, the same on every process.
-      meta: JSON-able facts.
-
-    Raises:
-      ValueError: `step` is not larger than the latest saved one.
+      iterator: Grain iterator that yields the next batch; its state is a
+        position, the same on every process.
+      meta: values that JSON can hold.
     """
     latest = self._manager.latest_step()
     if latest is not None and step <= latest:
       raise ValueError(
-        f'{self._directory}: step {step} is not after {latest}, the latest '
-        'saved one'
+        f'{self._directory}: step {step} is not after {latest}, the last '
+        'saved step'
       )
     items = {
-      'state': ocp.args.StandardSave(_at_hand(state)),
+      'state': ocp.args.StandardSave(_to_save(state)),
       'meta': ocp.args.JsonSave(meta or {}),
     }
     if iterator is not None:
@@ -79,13 +76,13 @@ class Checkpointer:
     """Restores the latest checkpoint.
 
     Args:
-      abstract_state: tree of ShapeDtypeStructs (or arrays); where they carry
-        shardings the restored arrays have them, whatever mesh they came from.
-      iterator: a Grain iterator to set to its saved state, in place. Nothing
-        may have been drawn from it: Grain would silently start again.
+      abstract_state: tree of ShapeDtypeStructs or arrays, whose shardings the
+        restored arrays get.
+      iterator: Grain iterator to set to the saved position, in place. Nothing
+        may have been drawn from it, or Grain silently starts from the top.
 
     Returns:
-      (state, step, meta), or None where nothing was saved.
+      (state, step, meta), or None without any checkpoint.
 
     Raises:
       ValueError: a leaf is missing, superfluous or of another shape.
@@ -102,14 +99,14 @@ class Checkpointer:
     if iterator is not None:
       if not (self._directory / str(step) / 'data').exists():
         raise ValueError(
-          f'{self._directory / str(step)}: saved without a data iterator, '
-          'cannot resume one from it'
+          f'{self._directory / str(step)}: saved without a data iterator, so '
+          'none can resume from it'
         )
       items['data'] = ocp.args.JsonRestore()
-    found = self._manager.restore(step, args=ocp.args.Composite(**items))
+    saved = self._manager.restore(step, args=ocp.args.Composite(**items))
     if iterator is not None:
-      iterator.set_state(found.data)
-    return found.state, step, found.meta
+      iterator.set_state(saved.data)
+    return saved.state, step, saved.meta
 
   def close(self) -> None:
     """Releases the manager's threads."""
@@ -123,17 +120,12 @@ class Checkpointer:
 
 
 def save_params(path: os.PathLike[str] | str, params: Any) -> None:
-  """Writes parameters alone, for a later stage; replaces what `path` held.
-
-  Args:
-    path: the checkpoint's folder; appears whole or not at all.
-    params: tree of arrays.
-  """
+  """Writes a tree of parameters atomically; replaces the folder `path`."""
   with ocp.StandardCheckpointer(
     multiprocessing_options=_processes()
   ) as checkpointer:
     checkpointer.save(
-      pathlib.Path(path).absolute(), _at_hand(params), force=True
+      pathlib.Path(path).absolute(), _to_save(params), force=True
     )
 
 
@@ -142,11 +134,8 @@ def load_params(path: os.PathLike[str] | str, abstract_params: Any) -> Any:
 
   Args:
     path: the checkpoint's folder.
-    abstract_params: tree of ShapeDtypeStructs (or arrays), with the shardings
-      the result is to have.
-
-  Returns:
-    The tree of jax.Arrays.
+    abstract_params: tree of ShapeDtypeStructs or arrays, whose shardings the
+      result gets.
 
   Raises:
     FileNotFoundError: there is no checkpoint at `path`.
@@ -163,7 +152,7 @@ def load_params(path: os.PathLike[str] | str, abstract_params: Any) -> Any:
 
 
 def _processes() -> ocp.options.MultiprocessingOptions:
-  """Who takes part in a save: all, or process 0 while the others wait."""
+  """All processes take part in a save, or process 0 while the others wait."""
   if not processes.is_main_process_only():
     return ocp.options.MultiprocessingOptions()
   return ocp.options.MultiprocessingOptions(
@@ -171,16 +160,15 @@ def _processes() -> ocp.options.MultiprocessingOptions:
   )
 
 
-def _at_hand(tree: Any) -> Any:
-  """What Orbax saves: of arrays that one of several processes has, the values.
-
-  It takes no jax.Array that other processes do not know of.
-  """
-  return jax.tree.map(np.asarray, tree) if processes.is_main_process_only() else tree
+def _to_save(tree: Any) -> Any:
+  """Fetches arrays that only process 0 has: Orbax refuses to save these."""
+  return (
+    jax.tree.map(np.asarray, tree) if processes.is_main_process_only() else tree
+  )
 
 
 def _abstract(tree: Any) -> Any:
-  """Shapes and shardings; leaves without one go to the first device."""
+  """Shapes and shardings; leaves without a sharding get the first device."""
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def one(x):
@@ -191,25 +179,25 @@ def _abstract(tree: Any) -> Any:
 
 
 def _check_matches(path: pathlib.Path, abstract: Any) -> None:
-  """Compares a checkpoint's leaves with the wanted ones, by name and shape."""
+  """Raises a ValueError unless names and shapes of the leaves agree."""
   try:
     saved = _shapes(ocp.StandardCheckpointHandler().metadata(path).tree)
   except (OSError, ValueError) as e:
     raise ValueError(f'{path}: not a readable checkpoint; delete it') from e
-  wanted = _shapes(abstract)
-  for name, shape in wanted.items():
+  expected = _shapes(abstract)
+  for name, shape in expected.items():
     if name not in saved:
       raise ValueError(f'{path}: leaf {name} {shape} is not in the checkpoint')
     if saved[name] != shape:
       raise ValueError(
         f'{path}: leaf {name} has shape {saved[name]} in the checkpoint, but '
-        f'the config asks for {shape}'
+        f'{shape} in the config'
       )
-  extra = sorted(set(saved) - set(wanted))
+  extra = sorted(set(saved) - set(expected))
   if extra:
     raise ValueError(
       f'{path}: leaf {extra[0]} {saved[extra[0]]} is in the checkpoint, but '
-      'the config has no place for it'
+      'not in the model of the config'
     )
 
 

@@ -1,4 +1,4 @@
-"""What a command sets up before JAX starts: memory, compile cache, logs."""
+"""Settings made before JAX starts: memory, compile cache, logs."""
 
 import ctypes
 import hashlib
@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def set_up(dtype: str) -> None:
-  """Sets up memory, logs, the compile cache and the precision of products.
+  """Sets up memory, logs, the compile cache and the matmul precision.
 
   Args:
     dtype: of the model's activations.
@@ -25,25 +25,27 @@ def set_up(dtype: str) -> None:
   keep_freed_memory()
   _quiet_libraries()
   _use_compile_cache()
-  # Reduced-precision products part a float32 sampler from its learner by 1e-2;
-  # for bfloat16 the setting would only give up the tensor cores.
+  # With reduced-precision products, log-probabilities of a float32 sampler and
+  # its learner differ by 1e-2. With bfloat16 the setting would only disable
+  # the tensor cores.
   if dtype == 'float32':
     jax.config.update('jax_default_matmul_precision', 'float32')
 
 
 def keep_freed_memory() -> bool:
-  """Has glibc keep what is freed, and give it out again.
+  """Makes glibc reuse freed memory instead of returning it to the system.
 
-  On a CPU a program's large buffers are allocated anew in every step. glibc
-  maps each afresh, and the kernel clears each page that is touched, which can
-  take as long as the step itself. One arena for all threads, so that what one
-  frees another finds. Settings of malloc in the environment are left alone.
+  On a CPU, a program allocates its large buffers in every step. By default
+  glibc maps each anew, and the kernel clears every page of it, which can take
+  as long as the step itself. All threads share one arena, so that one can use
+  what another has freed.
 
   Returns:
-    Whether it was done: the libc is glibc, and nothing was set.
+    False, and nothing is done, if the libc is not glibc or the environment
+    has settings of malloc.
   """
-  told = any(n.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for n in os.environ)
-  if told or platform.libc_ver()[0] != 'glibc':
+  is_set = any(n.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for n in os.environ)
+  if is_set or platform.libc_ver()[0] != 'glibc':
     return False
   settings = (
     (_M_ARENA_MAX, 1),
@@ -56,31 +58,31 @@ def keep_freed_memory() -> bool:
 
 
 def _use_compile_cache() -> None:
-  """Keeps compiled programs in the user's cache, one folder a kind of CPU."""
+  """Caches compiled programs for the user, in one folder per kind of CPU."""
   if jax.config.jax_compilation_cache_dir is None:
     info = pathlib.Path('/proc/cpuinfo')
     cpu = info.read_text().partition('\n\n')[0] if info.exists() else ''
-    kept = [x for x in cpu.splitlines() if x.startswith(('model', 'flags'))]
-    kind = hashlib.sha256('\n'.join(kept).encode()).hexdigest()[:8]
+    lines = [x for x in cpu.splitlines() if x.startswith(('model', 'flags'))]
+    kind = hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:8]
     cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     directory = pathlib.Path(cache, 'gr2_jax', f'{platform.machine()}-{kind}')
     jax.config.update('jax_compilation_cache_dir', str(directory))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
-def _is_ours(file: str) -> bool:
+def _is_in_package(file: str) -> bool:
   return pathlib.Path(__file__).parent.parent in pathlib.Path(file).parents
 
 
 def _quiet_libraries() -> None:
-  """Lets other libraries log warnings and errors only."""
+  """Restricts the logs of other libraries to warnings and errors."""
   logging.get_absl_handler().addFilter(
-    lambda r: r.levelname not in ('DEBUG', 'INFO') or _is_ours(r.pathname)
+    lambda r: r.levelname not in ('DEBUG', 'INFO') or _is_in_package(r.pathname)
   )
 
 
 def is_for_the_user(error: Exception) -> bool:
-  """Whether the message says it all; a bug keeps its traceback."""
+  """Whether an error's message suffices; a bug needs its traceback."""
   if not isinstance(error, ValueError):
     return True
-  return _is_ours(traceback.extract_tb(error.__traceback__)[-1].filename)
+  return _is_in_package(traceback.extract_tb(error.__traceback__)[-1].filename)

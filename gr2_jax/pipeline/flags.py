@@ -1,8 +1,9 @@
-"""Reads the command line; whatever is wrong with it becomes one line."""
+"""Parses the command line; reports any mistake in one line."""
 
 import difflib
 import pathlib
 import sys
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-# Fields that the command line must not set, and what to write instead.
+import gr2_jax
+
+# Fields that the command line must not set -> what to write instead.
 _RESERVED = {
   'seed': 'is set to each of config.seeds in turn; write --config.seeds=',
   'stage': 'is the name of the config file; write --config=configs/<stage>.py',
@@ -18,20 +21,20 @@ _RESERVED = {
 
 
 class UsageError(Exception):
-  """A command line that means nothing."""
+  """An invalid command line."""
 
 
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; for `app.run(flags_parser=)`.
 
-  A command line that cannot be parsed prints one line, with the nearest known
-  name, and exits with code 2; with `--debug` it shows the traceback.
+  For an invalid command line it prints one line, with the nearest known name,
+  and exits with code 2; with `--debug` it shows the traceback.
 
   Args:
-    argv: the program's name, then the words after it.
+    argv: the program's name, then its arguments.
 
   Returns:
-    The words that are no flags: the program's name.
+    The arguments that are no flags: only the program's name.
   """
   try:
     return _parse(argv)
@@ -56,12 +59,15 @@ def _parse(argv: list[str]) -> list[str]:
   if config is None and not any(w in ('--help', '--helpfull') for w in argv):
     raise UsageError('--config is missing, e.g. --config=configs/rl.py')
   if config is not None:
-    path = pathlib.Path(config.partition(':')[0])
-    if not path.is_file():
-      files = map(str, path.parent.glob('*.py'))
-      raise UsageError(f'no config file {path}{nearest(str(path), files)}')
-    # Config files import their neighbours, from any working directory.
-    sys.path.insert(0, str(path.resolve().parent.parent))
+    path, colon, presets = config.partition(':')
+    located = f'{locate_config(path)}{colon}{presets}'
+    argv = [
+      word.removesuffix(config) + located
+      if word.removesuffix(config) in ('', '-config=', '--config=')
+      else word
+      for word in argv
+    ]
+    config = located
   try:
     rest = flags.FLAGS(argv)
   except (AttributeError, KeyError):
@@ -72,9 +78,36 @@ def _parse(argv: list[str]) -> list[str]:
       raise UsageError(f'config.{field} {advice}')
   if rest[1:]:
     raise UsageError(
-      f'{rest[1]!r} is no flag; a field is set by --config.rl.steps=100'
+      f'{rest[1]!r} is no flag; set a field with --config.rl.steps=100'
     )
   return rest
+
+
+def locate_config(path: str) -> pathlib.Path:
+  """Finds a config file and makes `from configs import common` work in it.
+
+  If `configs/NAME.py` does not exist in the working directory, it is the file
+  of that name that was installed with the package.
+
+  Raises:
+    UsageError: there is no such file.
+  """
+  file = pathlib.Path(path)
+  if file.is_file():
+    sys.path.insert(0, str(file.resolve().parent.parent))
+    return file
+  choices = [*file.parent.glob('*.py')]
+  if file.parent == pathlib.Path('configs'):
+    package = pathlib.Path(gr2_jax.__file__).parent
+    # Inside an installed package, beside the package in a checkout.
+    for folder in (package / 'configs', package.parent / 'configs'):
+      if (folder / file.name).is_file():
+        module = types.ModuleType('configs')
+        module.__path__ = [str(folder)]
+        sys.modules['configs'] = module
+        return folder / file.name
+      choices += [file.parent / f.name for f in folder.glob('*.py')]
+  raise UsageError(f'no config file {file}{nearest(path, map(str, choices))}')
 
 
 def _value_of_config(argv: list[str]) -> str | None:

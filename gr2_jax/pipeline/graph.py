@@ -140,6 +140,7 @@ STAGES: dict[str, Stage] = {
 # artifacts from before a renaming are still found.
 RENAMED = {
   '*.reward_divergence_patience': 'divergence',
+  '*.selection_metric': 'choose',
 }
 
 

@@ -1,4 +1,4 @@
-"""What a run says: metric files, progress bars, tables, non-finite stops."""
+"""Reports of a run: metrics, progress bars, tables, stops at non-finite."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TextIO
 
 import numpy as np
 import tensorboardX
@@ -14,21 +15,21 @@ import tqdm
 from gr2_jax.data import files
 from gr2_jax.distributed import processes
 
-# Seconds between two lines of progress where the output is not a terminal.
+# Seconds between progress lines if the output is not a terminal.
 _LINE_INTERVAL = 10.0
 
 
 class MetricsWriter:
   """Writes scalars to `metrics.jsonl` and to TensorBoard event files.
 
-  One JSON object a line, its first field is `step`. A run that resumes at
-  step s keeps the lines up to s, drops those after it (they will be written
-  again) and drops a last line that a kill has torn.
+  Each line is a JSON object whose first field is `step`. Only process 0
+  writes.
 
   Args:
-    directory: where `metrics.jsonl` and the folder `tensorboard` go; of
-      several processes the first one writes.
-    resume_step: the step of the checkpoint the run goes on from; 0 for none.
+    directory: holds `metrics.jsonl` and the folder `tensorboard`.
+    resume_step: the step of the restored checkpoint, 0 for none. Lines of
+      later steps are dropped, since they will be written again, and so is an
+      incomplete last line.
 
   Raises:
     ValueError: a line before the last one is no JSON object with a step.
@@ -50,7 +51,7 @@ class MetricsWriter:
     )
 
   def write(self, step: int, metrics: Mapping[str, object]) -> None:
-    """Writes one line; values are scalars, non-finite ones become null."""
+    """Writes one line of scalars; non-finite values become null."""
     if self._file is None:
       return
     values = {name: float(np.asarray(v)) for name, v in metrics.items()}
@@ -76,13 +77,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: os.PathLike[str] | str) -> list[dict]:
-  """Reads a `metrics.jsonl`, without a torn last line.
-
-  Args:
-    path: the file; a missing one reads as empty.
+  """Reads a `metrics.jsonl`, without an incomplete last line.
 
   Returns:
-    One dict a line.
+    One dict a line; none if the file does not exist.
 
   Raises:
     ValueError: a line before the last one is no JSON object with a step.
@@ -90,8 +88,8 @@ def read_metrics(path: os.PathLike[str] | str) -> list[dict]:
   path = pathlib.Path(path)
   if not path.exists():
     return []
-  *lines, tail = path.read_text(encoding='utf-8').split('\n')
-  del tail  # Empty, or torn: a whole line ends in a newline.
+  # What follows the last newline is empty or incomplete.
+  *lines, _ = path.read_text(encoding='utf-8').split('\n')
   rows = []
   for number, line in enumerate(lines, 1):
     try:
@@ -116,9 +114,9 @@ def _truncate(path: pathlib.Path, step: int) -> None:
 
 
 class _Lines:
-  """A text stream on which every redraw of a bar is a line of its own."""
+  """A text stream on which every redraw of a bar has its own line."""
 
-  def __init__(self, stream):
+  def __init__(self, stream: TextIO):
     self._stream = stream
 
   def write(self, text: str) -> None:
@@ -139,18 +137,15 @@ def progress(
 ) -> tqdm.tqdm:
   """A progress bar with rate and time left, for `with` and `.update(n)`.
 
-  On a terminal it is a bar; elsewhere one line every ten seconds, so that a
-  log stays readable. `TQDM_DISABLE=1` in the environment silences it.
+  Without a terminal it prints one line every ten seconds, so that a log stays
+  readable. `TQDM_DISABLE=1` in the environment silences it.
 
   Args:
-    total: number of steps of the whole loop.
-    desc: what the loop does, e.g. the stage's name.
-    initial: steps done before (a resumed run), left out of the rate.
-    unit: what one step is called.
+    total: steps of the whole loop.
+    desc: label, e.g. the stage's name.
+    initial: steps of earlier runs, which do not count for the rate.
+    unit: name of one step.
     quiet: show nothing.
-
-  Returns:
-    The bar, at `initial`.
   """
   terminal = sys.stderr.isatty()
   return tqdm.tqdm(
@@ -170,22 +165,14 @@ def progress(
 
 
 def check_finite(step: int, metrics: Mapping[str, object]) -> None:
-  """Stops a run whose numbers have left the reals.
-
-  Args:
-    step: the step the metrics belong to.
-    metrics: name -> scalar or array.
-
-  Raises:
-    FloatingPointError: names the first metric that is NaN or infinite.
-  """
+  """Raises a FloatingPointError that names the first non-finite metric."""
   for name, value in metrics.items():
     value = np.asarray(value, dtype=np.float64)
     if not np.isfinite(value).all():
       shown = value.item() if value.ndim == 0 else 'an array with NaN or inf'
       raise FloatingPointError(
-        f'{name} is {shown} at step {step}: lower the learning rate, or look '
-        'at the batch of that step'
+        f'{name} is {shown} at step {step}: lower the learning rate, or '
+        'inspect the batch of that step'
       )
 
 
@@ -193,11 +180,8 @@ def table(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> str:
   """An aligned Markdown table.
 
   Args:
-    rows: one mapping a row; a column it lacks, None and NaN show as `-`.
-    columns: the columns' names, in order; the first is aligned left.
-
-  Returns:
-    Lines joined by newlines: header, rule, rows.
+    rows: one mapping a row; missing columns, None and NaN show as `-`.
+    columns: names in order; the first column is aligned left.
   """
   cells = [[_cell(row.get(name)) for name in columns] for row in rows]
   widths = [
@@ -218,9 +202,11 @@ def table(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> str:
   return '\n'.join([line(columns), line(rule), *map(line, cells)])
 
 
-def interval(estimate: float, low: float, high: float) -> str:
-  """A difference and its interval, as tables show them."""
-  return f'{estimate:+.4f} [{low:+.4f}, {high:+.4f}]'
+def interval(
+  estimate: float, low: float, high: float, form: str = '+.4f'
+) -> str:
+  """Formats a difference and its interval for a table."""
+  return f'{estimate:{form}} [{low:{form}}, {high:{form}}]'
 
 
 def _cell(value: object) -> str:

@@ -29,7 +29,8 @@ def _start(root, count, others=()):
   """Starts the processes of a cluster in a workdir."""
   port = _port()
   command = [
-    sys.executable, '-m', 'tests.cluster_member', f'--workdir={root}',
+    sys.executable, '-m', 'tests.distributed.cluster_member',
+    f'--workdir={root}',
     '--config=configs/rl.py:test,dataset=world', *tiny_world.OVERRIDES,
     *(f'--config.{name}={value}' for name, value in _CHANGES.items()),
   ]  # fmt: skip

@@ -12,13 +12,13 @@ import pytest
 
 from gr2_jax.distributed import rendezvous
 
-# Meets, says who is there, and does what it is told on its standard input.
+# Meets, prints the members, then obeys lines on its standard input.
 _MEMBER = """
 import json, os, sys
 from gr2_jax.distributed import rendezvous
-address, count, index, facts, timeout = json.loads(sys.argv[1])
+address, count, index, settings, timeout = json.loads(sys.argv[1])
 try:
-  here = rendezvous.meet(address, count, index, facts, timeout)
+  here = rendezvous.meet(address, count, index, settings, timeout)
 except rendezvous.RosterError as e:
   sys.exit(f'error: {e}')
 print('met', ' '.join(f'{m.index}:{m.pid}' for m in here.members), flush=True)
@@ -36,8 +36,8 @@ def _port():
     return server.getsockname()[1]
 
 
-def _start(port, count, index, facts=None, timeout=30):
-  what = [f'localhost:{port}', count, index, facts or {}, timeout]
+def _start(port, count, index, settings=None, timeout=30):
+  what = [f'localhost:{port}', count, index, settings or {}, timeout]
   return subprocess.Popen(
     [sys.executable, '-c', _MEMBER, json.dumps(what)],
     stdin=subprocess.PIPE,
@@ -121,17 +121,17 @@ def test_without_process_0_the_others_say_where_they_looked():
 
 
 @pytest.mark.parametrize(
-  ('facts', 'message'),
+  ('settings', 'message'),
   [
-    ({'lr': '2'}, 'was started otherwise than process 0 .*: lr is 2, not 1'),
+    ({'lr': '2'}, 'has other settings than process 0 .*: lr is 2, not 1'),
     ({}, 'lr is None, not 1'),
   ],
 )
-def test_another_command_is_refused_by_field(facts, message):
+def test_another_command_is_refused_by_field(settings, message):
   port = _port()
   members = [
-    _start(port, 2, 0, facts={'lr': '1'}),
-    _start(port, 2, 1, facts=facts),
+    _start(port, 2, 0, settings={'lr': '1'}),
+    _start(port, 2, 1, settings=settings),
   ]
   for member in members:
     code, _, err = _ends(member)

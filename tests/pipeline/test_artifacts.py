@@ -218,13 +218,13 @@ def _small():
 
 
 def test_stages_run_in_order_then_are_skipped(graph, tmp_path):
-  said = []
-  directory = artifacts.run_stage(_small(), 'last', tmp_path, say=said.append)
+  lines = []
+  directory = artifacts.run_stage(_small(), 'last', tmp_path, log=lines.append)
   assert graph == ['first', 'second 3', 'second 4']
   assert artifacts.read_results(directory) == {'in': ['second@3', 'second@4']}
-  artifacts.run_stage(_small(), 'last', tmp_path, say=said.append)
+  artifacts.run_stage(_small(), 'last', tmp_path, log=lines.append)
   assert len(graph) == 3
-  assert sum('finished before' in line for line in said) == 4
+  assert sum('finished before' in line for line in lines) == 4
   config = _small()
   config.two.y = 5
   artifacts.run_stage(config, 'second', tmp_path, seed=4)
@@ -260,10 +260,10 @@ def test_a_failed_stage_resumes_with_what_it_left(graph, tmp_path, monkeypatch):
   monkeypatch.setattr(sys.modules['gr2_jax.stages.first'], 'run', run)
   with pytest.raises(RuntimeError, match='power cut'):
     artifacts.run_stage(_small(), 'first', tmp_path)
-  said = []
-  directory = artifacts.run_stage(_small(), 'first', tmp_path, say=said.append)
+  lines = []
+  directory = artifacts.run_stage(_small(), 'first', tmp_path, log=lines.append)
   assert artifacts.read_results(directory) == {'resumed': True}
-  assert 'resumes' in said[0]
+  assert 'resumes' in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_a_full_disk_says_what_to_do(graph, tmp_path, monkeypatch, error):
     raise error
 
   monkeypatch.setattr(sys.modules['gr2_jax.stages.first'], 'run', run)
-  with pytest.raises(artifacts.ArtifactError, match='make room and give'):
+  with pytest.raises(artifacts.ArtifactError, match='free some space and run'):
     artifacts.run_stage(_small(), 'first', tmp_path)
   assert not list(tmp_path.glob('*/results.json'))
 

@@ -136,9 +136,12 @@ def test_params_alone(tmp_path):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'bias': jnp.ones(4)}, r'leaf bias has shape \(3,\).*asks for \(4,\)'),
+    (
+      {'bias': jnp.ones(4)},
+      r'leaf bias has shape \(3,\).*but \(4,\) in the config',
+    ),
     ({'more': jnp.ones(4)}, r'leaf more \(4,\) is not in the checkpoint'),
-    ({'bias': None}, r'leaf bias \(3,\) .* no place'),
+    ({'bias': None}, r'leaf bias \(3,\) .* not in the model'),
   ],
 )
 def test_params_that_do_not_fit_name_the_leaf(tmp_path, change, message):
