@@ -113,7 +113,7 @@ def complete(
     blocks = [np.empty((0, vectors.shape[2]), np.float32)]
     for begin in range(0, len(items), _BLOCK):
       blocks.append(latents_of(items[begin : begin + _BLOCK]))
-    return np.concatenate(blocks).astype(np.float32)
+    return np.concatenate(blocks).astype(np.float32, copy=False)
 
   if kind == 'sinkhorn':
     return repair(fitted, vectors, latents_in_blocks, taken_T)
@@ -215,14 +215,14 @@ def _seat(
       key = row.tobytes()
       codes = chosen.get(key)
       if codes is None or not room[codes[0]]:
-        residual = row - base
-        distances = _distances(residual, vectors[0])
-        distances[full] = np.inf
-        codes = [int(distances.argmin())]
-        for current in range(1, len(vectors)):
-          residual = residual - vectors[current - 1, codes[-1]]
-          distances = _distances(residual, vectors[current])
+        residual, codes = row - base, []
+        for codebook in vectors:
+          difference = codebook - residual
+          distances = np.einsum('cd,cd->c', difference, difference)
+          if not codes:
+            distances[full] = np.inf
           codes.append(int(distances.argmin()))
+          residual = residual - codebook[codes[-1]]
         chosen[key] = codes
       moves.append((index, codes))
       child = codes[0]
@@ -230,12 +230,6 @@ def _seat(
     if not room[child]:
       full[child] = True
   return moves
-
-
-def _distances(residual_D: np.ndarray, vectors_CxD: np.ndarray) -> np.ndarray:
-  """Squared distances [C], whose bits depend on this residual alone."""
-  difference = vectors_CxD - residual_D
-  return np.einsum('cd,cd->c', difference, difference)
 
 
 def _ranks(groups: np.ndarray) -> np.ndarray:

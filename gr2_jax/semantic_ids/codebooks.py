@@ -29,7 +29,7 @@ def rotate(latents_BxD: jax.Array, quantized_BxD: jax.Array) -> jax.Array:
   or either is zero.
   """
 
-  def unit(x_BxD):
+  def unit(x_BxD: jax.Array) -> jax.Array:
     norm = jnp.linalg.norm(x_BxD, axis=-1, keepdims=True)
     return x_BxD / jnp.maximum(norm, 1e-6)
 

@@ -36,7 +36,9 @@ def quantize(
   """
   chex.assert_rank([latents_BxD, vectors_LxCxD], [2, 3])
 
-  def level(residual_BxD, vectors_CxD):
+  def level(
+    residual_BxD: jax.Array, vectors_CxD: jax.Array
+  ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     # |r|^2 is the same for every code and is left out.
     distance_BxC = (vectors_CxD**2).sum(-1)[None, :] - 2 * jnp.einsum(
       'bd,cd->bc', residual_BxD, vectors_CxD, precision='highest'
@@ -83,7 +85,7 @@ def search(
     for m in range(k)
   }
 
-  def search_tile(latents_TxD):
+  def search_tile(latents_TxD: jax.Array) -> jax.Array:
     scores_TxK = jnp.zeros((tile, 1))
     codes_TxKxL = jnp.zeros((tile, 1, 0), jnp.int32)
     for k in range(levels):

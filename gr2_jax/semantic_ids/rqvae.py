@@ -238,13 +238,15 @@ def pretrain(
     return networks
   optimizer = optax.adam(config.learning_rate)
 
-  @jax.jit
-  def step(networks, opt_state, batch):
-    def loss(networks):
-      out = model.apply({'params': networks}, batch)
-      return ((out - batch) ** 2).sum(-1).mean()
+  def loss(networks: chex.ArrayTree, batch: jax.Array) -> jax.Array:
+    out = model.apply({'params': networks}, batch)
+    return ((out - batch) ** 2).sum(-1).mean()
 
-    grads = jax.grad(loss)(networks)
+  @jax.jit
+  def step(
+    networks: chex.ArrayTree, opt_state: chex.ArrayTree, batch: jax.Array
+  ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    grads = jax.grad(loss)(networks, batch)
     updates, opt_state = optimizer.update(grads, opt_state, networks)
     return optax.apply_updates(networks, updates), opt_state
 
@@ -324,7 +326,9 @@ def make_update(
   optimizer = make_optimizer(config)
 
   @jax.jit
-  def update(state: State, batch: Mapping[str, jax.Array]):
+  def update(
+    state: State, batch: Mapping[str, jax.Array]
+  ) -> tuple[State, dict[str, jax.Array]]:
     (loss, aux), grads = jax.value_and_grad(
       lambda moved: loss_fn(
         config, model, moved, state.codebooks['vectors'], batch
