@@ -101,7 +101,7 @@ def build(root: pathlib.Path) -> dict[str, pathlib.Path]:
   """Runs everything that RL needs, and RL; stage -> its directory."""
   own = config()
   with artifacts.lock(root):
-    artifacts.run_stage(own, 'rl', root, 0, say=lambda _: None)
+    artifacts.run_stage(own, 'rl', root, 0, log=lambda _: None)
   return folders(root)
 
 

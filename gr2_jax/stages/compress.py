@@ -247,7 +247,7 @@ def _imitate(
 
   def take_step(state, frozen, step):
     del step
-    rows = sharding.shard_share(next(iterator), mesh)
+    rows = sharding.shard_local_rows(next(iterator), mesh)
     return update(state, frozen, ranks, rows)
 
   found = loop.fit(

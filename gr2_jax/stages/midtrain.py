@@ -94,7 +94,7 @@ def run(
       records.Records(workdir / packing.ROWS),
       spec.prompter,
       stage.rows,
-      sharding.own_rows(mesh, stage.rows),
+      sharding.local_rows(mesh, stage.rows),
     )
   if 'pointing' in used:
     pipelines['pointing'] = loop.dataset(

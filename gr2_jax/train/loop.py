@@ -205,13 +205,13 @@ def dataset(
     seed: of order and randomness.
 
   Returns:
-    Endless shuffled batches, for `sharding.shard_share`.
+    Endless shuffled batches, for `sharding.shard_local_rows`.
 
   Raises:
     ValueError: there are fewer records than a batch has, or the devices do not
       divide it.
   """
-  rows = sharding.own_rows(mesh, batch_size)
+  rows = sharding.local_rows(mesh, batch_size)
   return examples.dataset(source, render, batch_size, seed, rows)
 
 
@@ -236,7 +236,7 @@ def supervised_step(
   def take_step(state, frozen, step):
     del step
     batch = learner.Examples(**next(iterator))
-    return update(state, frozen, sharding.shard_share(batch, mesh))
+    return update(state, frozen, sharding.shard_local_rows(batch, mesh))
 
   return take_step
 

@@ -175,7 +175,7 @@ def learn(
       {k: v.reshape(-1, *v.shape[2:]) for k, v in next(iterator).items()}
       for _ in range(size // drawn)
     ]
-    return join_parts([sharding.shard_share(p, mesh) for p in parts])
+    return join_parts([sharding.shard_local_rows(p, mesh) for p in parts])
 
   def take_step(state, frozen, step):
     key = jax.random.fold_in(jax.random.key(config.seed), step)

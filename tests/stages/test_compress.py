@@ -44,7 +44,7 @@ def run_stage(world, name, **changes):
   root = world['rl'].parent
   with artifacts.lock(root):
     return artifacts.run_stage(
-      tiny_world.config(**changes), name, root, say=lambda _: None
+      tiny_world.config(**changes), name, root, log=lambda _: None
     )
 
 

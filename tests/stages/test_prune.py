@@ -112,7 +112,7 @@ def study(world):
     )
   )
   with artifacts.lock(root):
-    home = artifacts.run_stage(own, 'study_prune', root, say=lambda _: None)
+    home = artifacts.run_stage(own, 'study_prune', root, log=lambda _: None)
   yield home, own
   for path in set(root.iterdir()) - before:
     if path.is_dir():

@@ -35,7 +35,7 @@ def study(world, tmp_path_factory):
     shutil.copytree(world[name], root / world[name].name)
   with artifacts.lock(root):
     directory = artifacts.run_stage(
-      make_config(), 'study_distill', root, say=lambda _: None
+      make_config(), 'study_distill', root, log=lambda _: None
     )
   return directory, artifacts.read_results(directory)
 

@@ -24,7 +24,7 @@ def study(world):
   config = tiny_world.config(**CONFIG)
   with artifacts.lock(root):
     directory = artifacts.run_stage(
-      config, 'study_hacking', root, say=lambda _: None
+      config, 'study_hacking', root, log=lambda _: None
     )
   made = {path.name for path in set(root.glob('rl-*')) - before}
   return directory, artifacts.read_results(directory), made

@@ -25,7 +25,7 @@ def study(world):
       tiny_world.config(**CONFIG),
       'study_internalize',
       root,
-      say=lambda _: None,
+      log=lambda _: None,
     )
   return directory, artifacts.read_results(directory)
 

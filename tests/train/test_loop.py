@@ -80,7 +80,7 @@ def fit(spec):
 def test_a_data_set_is_made_of_the_rows_of_this_process(spec, monkeypatch):
   whole = examples.dataset(range(12), render, 4, seed=3)
   own = loop.dataset(tiny.one_device(), range(12), render, 4, seed=3)
-  monkeypatch.setattr(sharding, 'own_rows', lambda *_: np.array([1, 3]))
+  monkeypatch.setattr(sharding, 'local_rows', lambda *_: np.array([1, 3]))
   half = loop.dataset(tiny.one_device(), range(12), render, 4, seed=3)
   for i in range(6):
     for name, rows in whole[i].items():
