@@ -52,7 +52,7 @@ def test_parameters_load_onto_another_mesh(world, spec):
 
 def test_parameters_of_another_shape_are_named(world):
   config = tiny_world.config(model__d_ff=32)
-  with pytest.raises(ValueError, match=r'layers\.(down|gate|up).*in the config'):
+  with pytest.raises(ValueError, match=r'layers\.(down|gate|up).*in the conf'):
     tiny_world.spec(world, config).load_params(world['sft'], tiny_world.mesh())
 
 
