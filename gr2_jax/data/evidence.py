@@ -1,9 +1,12 @@
 """Evidence: what an honest system may know of a candidate, as numbers.
 
-`COLUMNS` lists them all: an entry there is a new column, in every data set that
-is built from then on. The history is what the user did before the slate, its
-last 30 items. Everything else is fitted on rows that hold neither the slate's
-user (in training) nor anything after the validation cut.
+`COLUMNS` lists them all: an entry there is a new column of every data set that
+is built from then on, and of slates over HTTP. Baselines read all columns;
+prompts show those that `prompt.evidence` names.
+
+The history is the user's last 30 items before the slate. Everything else is
+fitted on rows that hold neither the slate's user (in training) nor anything
+after the validation cut.
 
 Axes: n slates, K candidates, R history items read, E columns, I items,
 C categories, D latent width.
@@ -247,10 +250,12 @@ def compute(
   end = log.offsets()[users] + positions
   index = np.maximum(end[:, None] - 1 - age, 0)
   history = np.where(age < positions[:, None], log.items[index], -1)
-  return of_histories(facts, history, positions, times, candidates, scores)
+  return compute_from_histories(
+    facts, history, positions, times, candidates, scores
+  )
 
 
-def of_histories(
+def compute_from_histories(
   facts: Facts,
   history: np.ndarray,
   positions: np.ndarray,

@@ -37,12 +37,10 @@ def file(directory: os.PathLike[str] | str, split: str) -> pathlib.Path:
 def split_up(
   tokens: np.ndarray, prompter: prompt.Prompter, order: np.ndarray
 ) -> context_lib.Ids:
-  """Splits a verified compression into its blocks, by incoming rank.
+  """Splits a verified compression into its blocks, lines by incoming rank.
 
-  Args:
-    tokens: int [T], `history <candidates> line <slot0> line <slot1> .. <eos>`.
-    prompter: token ids.
-    order: int [count], the incoming rank of each slot.
+  Its tokens are `history <candidates> line <slot0> line <slot1> .. <eos>`, and
+  `order`, int [count], is the incoming rank of each slot.
   """
   words = prompter.vocabulary
   ids = [int(i) for i in tokens]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from numpy.random import Generator
 
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog, DataError
@@ -27,6 +28,9 @@ PHRASES = (
   'mostly and lately from decades',
   ' '.join(str(decade) for decade in range(1920, 2030, 10)),
 )
+
+Slate = dict[str, np.ndarray]
+Documents = list[list[int]]
 
 _HELD_OUT = 20  # one text in so many is held out
 
@@ -43,14 +47,13 @@ def renderers(
   Args:
     prompter: token ids.
     catalog: texts of the items.
-    items: most items of a history in a document, the most recent ones.
+    items: most items of a history, the most recent ones.
     title_tokens: most tokens of a category's name in a persona.
     tokens: most tokens of a document. A persona with many words has fewer
       items, a caption is cut, a text continues in further documents.
 
   Returns:
-    Task -> render. Records are slates, items' numbers (`caption`), strings
-    (`text`).
+    Task -> render; its records are slates, items (`caption`), strings (`text`).
 
   Raises:
     ValueError: `tokens` are too few for a history.
@@ -64,30 +67,26 @@ def renderers(
     )
   most_words = tokens - 2 - levels
 
-  def recent(slate: dict[str, np.ndarray]) -> np.ndarray:
+  def recent(slate: Slate) -> np.ndarray:
     return slate['history'][: int(slate['history_length'])][-items:]
 
   def spell(history: np.ndarray) -> list[int]:
     return [code for item in history for code in sids[item]]
 
   def both_ways(
-    task: str, sid_ids: list[int], text_ids: list[int], rng: np.random.Generator
-  ) -> list[list[int]]:
-    first, second = sid_ids, text_ids
+    task: str, sid_ids: list[int], text_ids: list[int], rng: Generator
+  ) -> Documents:
+    parts = [*sid_ids, *text_ids]
     if rng.random() < 0.5:
-      first, second = second, first
-    return [[control[f'<{task}>'], *first, *second, words.eos]]
+      parts = [*text_ids, *sid_ids]
+    return [[control[f'<{task}>'], *parts, words.eos]]
 
-  def sequence(
-    slate: dict[str, np.ndarray], rng: np.random.Generator
-  ) -> list[list[int]]:
+  def sequence(slate: Slate, rng: Generator) -> Documents:
     del rng
     ids = spell(recent(slate))
     return [[control['<next>'], *ids]] if ids else []
 
-  def persona(
-    slate: dict[str, np.ndarray], rng: np.random.Generator
-  ) -> list[list[int]]:
+  def persona(slate: Slate, rng: Generator) -> Documents:
     history = recent(slate)
     text: list[int] = []
     for word in describe(history, catalog):
@@ -97,12 +96,12 @@ def renderers(
     rendered = both_ways('persona', spell(history[-room:]), text, rng)
     return rendered if len(history) else []
 
-  def caption(item: int, rng: np.random.Generator) -> list[list[int]]:
+  def caption(item: int, rng: Generator) -> Documents:
     text = words.encode(catalog.titles[item])
     text += words.encode(' > '.join(catalog.categories[item]))
     return both_ways('caption', list(sids[item]), text[:most_words], rng)
 
-  def text(string: str, rng: np.random.Generator) -> list[list[int]]:
+  def text(string: str, rng: Generator) -> Documents:
     del rng
     ids = [*words.encode(string), words.eos]
     most = tokens - 1
@@ -198,13 +197,8 @@ def sources(
   """Task -> random access to records, to train on and held out.
 
   Held-out slates belong to the validation split, held-out texts to the same
-  file. Both have captions of all `items`, since the semantic ID of every item
+  file. Captions of all `items` are in both, since the semantic ID of every item
   must be learned.
-
-  Args:
-    slates: artifact of that stage.
-    stage: section `midtrain`.
-    items: number of items.
   """
   texts = ([], [])
   if stage.text_file and stage.mixture.text:

@@ -113,12 +113,8 @@ def rows(
 ) -> Iterator[list[Document]]:
   """Yields packed rows of several tasks, without end.
 
-  Args:
-    shares: task -> share of the tokens.
-    source: task -> random access to records.
-    renders: task -> rendering.
-    tokens: T.
-    seed: of order and directions.
+  Each argument maps tasks: to their share of the tokens, to random access to
+  their records, to their rendering.
   """
   streams = {
     task: documents(task, source[task], renders[task], seed) for task in shares
@@ -189,11 +185,8 @@ def dataset(
 ) -> grain.MapDataset:
   """Endless batches of `learner.Examples`, in the order of packing.
 
-  Args:
-    source: random access to rows of `encode`.
-    prompter: token ids and K.
-    batch_size: rows a batch over all hosts.
-    rows: the rows of every batch to make; None for all.
+  `source` is random access to rows of `encode`; the rest is as in
+  `examples.dataset`.
   """
   data = grain.MapDataset.source(source).repeat()
   data = data.map(lambda row: example(row, prompter))

@@ -365,12 +365,9 @@ def pad(ids: list[int] | np.ndarray, length: int, what: str) -> np.ndarray:
 def presentation(
   count: int, order: str, rng: np.random.Generator
 ) -> np.ndarray:
-  """Incoming ranks in the order in which candidates are shown: int [count].
+  """Incoming ranks in the order of presentation: int [count].
 
-  Args:
-    count: candidates.
-    order: of ORDERS; `mixed` draws one of the others for each slate.
-    rng: of both.
+  `mixed` draws one of the other ORDERS for each slate.
 
   Raises:
     ValueError: an unknown order.

@@ -383,12 +383,9 @@ def extend(
     rows: of the model's embedding.
     layout: the symbol families.
     source: where the model came from, for errors.
-    eos_token: ends a turn.
+    eos_token: ends a turn. The padding token is always PAD.
     bos_token: begins a text; None where the model has none.
     chat_template: Jinja.
-
-  Returns:
-    The vocabulary; its padding token is always PAD.
 
   Raises:
     ValueError: tokenizer and embedding differ in size, no token can end an

@@ -374,7 +374,7 @@ def to_slates(
     history_ages=rows(ages, history, np.int64),
     history_length=np.minimum(positions, history).astype(np.int32),
     time=times,
-    evidence=evidence_lib.of_histories(
+    evidence=evidence_lib.compute_from_histories(
       facts, latest, positions, times, candidates, scores
     ),
     utility=np.full(candidates.shape, np.nan, np.float32),

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from configs import common
 from gr2_jax.data import evidence, item_text, preranker
 from gr2_jax.data import log as log_lib
+from gr2_jax.prompts import bins
 
 DAY = 86_400
 
@@ -110,6 +112,11 @@ def test_every_column_has_a_name_of_its_own_and_a_meaning():
     assert not set('<>=: ') & set(column.name)
 
 
+def test_configs_name_columns_that_exist():
+  for columns in common.EVIDENCE.values():
+    assert {c.removesuffix(bins.RAW) for c in columns} <= set(evidence.NAMES)
+
+
 def test_columns_by_hand(columns):
   root = np.sqrt(2)
   expected = {
@@ -150,7 +157,7 @@ def beside(log, statistics):
 
 def asked(log, facts, history, candidates):
   """Column -> values of one slate's candidates."""
-  values = evidence.of_histories(
+  values = evidence.compute_from_histories(
     facts,
     np.array([history]),
     np.array([len(history)]),
