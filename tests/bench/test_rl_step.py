@@ -39,7 +39,7 @@ def test_our_step_runs_every_phase_and_leaves_the_reference_alone():
   np.testing.assert_allclose(before, wanted[..., 0], atol=1e-5)
 
 
-def test_a_completion_that_ends_early_is_no_measurement():
+def test_a_completion_that_ends_early_raises():
   own_step.check_drawn(np.array([3, 3]), SIZE)
   with pytest.raises(RuntimeError, match='has 2 tokens, not 3'):
     own_step.check_drawn(np.array([3, 2]), SIZE)
@@ -72,7 +72,7 @@ def test_sides_take_turns_and_warm_up_does_not_count():
   assert found['tunix']['total'] == 28
 
 
-def test_the_table_and_the_ratio_say_what_was_found():
+def test_the_table_and_the_ratio_show_the_seconds():
   found = {
     side: dict.fromkeys((*own_step.PHASES, 'total', 'first'), seconds)
     for side, seconds in (('gr2_jax', 0.5), ('tunix', 1.55))
@@ -121,7 +121,7 @@ def test_models_that_differ_are_not_compared(monkeypatch):
 
 
 @pytest.mark.parametrize('text', ['192', '192+', 'a+48', '192-48', ''])
-def test_a_size_that_is_no_sum_is_refused(text):
+def test_a_size_that_is_not_a_sum_raises(text):
   assert own_step.Size.parse('192+48') == own_step.Size(192, 48)
   with pytest.raises(ValueError, match=r'--sizes has .* as in 192\+48'):
     own_step.Size.parse(text)

@@ -1,4 +1,4 @@
-"""The load tables: what is counted, and what is compared with what."""
+"""The clients of the load test, and its tables."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def service():
 
 
 @pytest.mark.parametrize('tool', ['wrk', 'asyncio'])
-def test_clients_ask_and_are_counted(service, tool, monkeypatch):
+def test_requests_of_clients_are_counted(service, tool, monkeypatch):
   if tool == 'asyncio':
     monkeypatch.setattr(serving_load.shutil, 'which', lambda _: None)
   elif serving_load.tool() != tool:
@@ -33,13 +33,13 @@ def test_clients_ask_and_are_counted(service, tool, monkeypatch):
   assert row['MB'] > 10
 
 
-def test_slates_are_asked_as_they_are_stored(world):
-  asked, grades, count = serving_load.slates_of(world['rl'], 7)
+def test_slates_are_sent_as_they_are_stored(world):
+  slates, grades, count = serving_load.slates_of(world['rl'], 7)
   test = slates_lib.read(world['slates'], 'test')
   names = slates_lib.read_catalog(world['slates']).item_ids
   index = {name: i for i, name in enumerate(names)}
-  assert len(asked) == len(grades) == len(count) == 7
-  for slate, grade, size in zip(asked, grades, count, strict=True):
+  assert len(slates) == len(grades) == len(count) == 7
+  for slate, grade, size in zip(slates, grades, count, strict=True):
     shown = [index[name] for name in slate['candidates']]
     length = len(slate['history'])
     (row,) = (
@@ -52,8 +52,7 @@ def test_slates_are_asked_as_they_are_stored(world):
     np.testing.assert_array_equal(test.grades[row], grade)
     history = [index[name] for name in slate['history']]
     assert test.history[row, :length].tolist() == history
-    told = test.history_grades[row, :length].tolist()
-    assert slate['history_grades'] == told
+    assert slate['history_grades'] == test.history_grades[row, :length].tolist()
     ages = slate['time'] - np.array(slate['history_times'])
     assert test.history_ages[row, :length].tolist() == ages.tolist()
 
@@ -72,7 +71,7 @@ def test_answers_come_back_in_order_and_late_ones_as_none(service):
   assert serving_load.orders(service.url, slates[:2], 'rank') == [None, None]
 
 
-def test_a_service_that_does_not_come_up_is_told():
+def test_a_service_that_does_not_start_raises():
   with (
     pytest.raises(serving_load.NotServed, match='platform ended before'),
     serving_load.service('platform', []),
@@ -99,7 +98,7 @@ def row(mode, clients, rate, p50, decoded):
   }
 
 
-def test_what_a_mode_gives_is_beside_reason_with_as_many_clients():
+def test_gains_compare_with_reason_at_the_same_number_of_clients():
   rows = [
     row('score', 1, 30.0, 2.0, 0.0),
     row('score', 8, 90.0, 3.0, 0.0),
@@ -128,7 +127,7 @@ def test_what_a_mode_gives_is_beside_reason_with_as_many_clients():
   assert found['incoming']['decoded'] == '-'
 
 
-def test_without_reason_and_grades_there_is_nothing_to_compare_with():
+def test_without_reason_and_grades_gains_are_empty():
   found = cells(serving_table.gains([row('rank', 1, 20.0, 4.0, 9.0)], {}))
   assert found['rank'].pop('decoded') == '9.0'
   assert found['rank'].pop('mode') == 'rank'

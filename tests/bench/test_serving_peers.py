@@ -30,7 +30,7 @@ def theirs(reranker):  # noqa: F811
 
 
 def of_several_sizes(slates):  # noqa: F811
-  """Prompts of several lengths, which a batch has to bring in line."""
+  """Slates whose prompts differ in length."""
   found = []
   for place, slate in enumerate(slates):
     n = 1 + place % len(slate['candidates'])
@@ -65,7 +65,7 @@ def test_transformers_answers_as_the_policy(reranker, theirs, slates, mode):  # 
   assert len(orders) > 4
 
 
-def test_transformers_is_not_asked_to_read_memory_tokens(reranker):  # noqa: F811
+def test_transformers_refuses_memory_tokens(reranker):  # noqa: F811
   own = reranker.policy
   spec = own.spec.with_context('memory:2+candidates:evidence')
   other = dataclasses.replace(
@@ -76,7 +76,7 @@ def test_transformers_is_not_asked_to_read_memory_tokens(reranker):  # noqa: F81
 
 
 @pytest.mark.parametrize('thinking', [False, True])
-def test_the_mask_is_the_grammars(thinking):
+def test_the_mask_equals_the_grammar(thinking):
   rng = np.random.default_rng(0)
   count, begin, budget = np.array([5, 1, 3, 5]), 2, 10
   facts, shape = jnp.asarray(count), count.shape
@@ -110,7 +110,7 @@ def test_the_mask_is_the_grammars(thinking):
 
 @pytest.fixture(scope='module')
 def booster(world):
-  """Trees that part the few slates there are."""
+  """Trees that split the few slates of the tiny world."""
   config = serving_trees.baselines_config.gbdt(test=True)
   config.min_data_in_leaf = 2
   train = slates_lib.read(world['slates'], 'train')

@@ -31,11 +31,11 @@ def test_every_item_of_a_repeating_catalog_gets_a_tuple(tmp_path):
 def test_a_billion_is_computed_from_the_largest_catalog():
   row = {'train': 60.0, 'assign': 3.6, 'complete': 1.8, 'items': 10**6}
   small = row | {'items': 10**4, 'assign': 3600.0}
-  said = tokenizer_scale.billion([small, row], dim=250)
-  assert '1.0 TB' in said
-  assert 'assignment 1.0 h' in said  # 3.6 s for a million
+  line = tokenizer_scale.billion([small, row], dim=250)
+  assert '1.0 TB' in line
+  assert 'assignment 1.0 h' in line  # 3.6 s for a million
   # n log n: 0.5 h x log2(1e9) / log2(1e6) = 0.75 h.
-  assert f'completion {0.75:.1f} h' in said
+  assert f'completion {0.75:.1f} h' in line
 
 
 def test_a_process_that_fails_is_named(monkeypatch, tmp_path):
