@@ -1,1 +1,1 @@
-"""Starts `gr2_jax.main` on many hosts; see README.md beside this file."""
+"""Starts `gr2_jax.main` on many hosts; README.md describes each launcher."""

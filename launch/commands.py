@@ -1,8 +1,8 @@
-"""What the launchers share: their command line, quoting, and the dry run.
+"""Shared parts of the launchers: command line, quoting, dry run.
 
 A launcher is `python -m launch.NAME [its flags] -- [flags of gr2_jax.main]`. It
-makes one bash script, which `--dry-run` prints and a real run gives to bash: so
-what is printed can be pasted.
+writes one bash script, which `--dry-run` prints and a real run passes to bash,
+so the printed script can be pasted.
 """
 
 import argparse
@@ -14,15 +14,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-# gr2_jax.main: everything is saved, the same command goes on from there.
+# Exit code of gr2_jax.main if the same command resumes the run.
 RESTART = 75
 
-# What a shell script does not see as an error: a process that was asked to
-# stop, or that was lost (killed by a signal, or with its connection).
+# Shell condition: the process was preempted, or lost (killed by a signal, or
+# with its connection). Neither is an error.
 IS_LOST = f'[ "$code" -eq {RESTART} ] || [ "$code" -gt 128 ]'
 
-# Makes `.venv` of the project in the working directory, whatever Python the
-# host has; EXTRAS stands for the extras to install.
+# Installs the project of the working directory into `.venv`, whatever Python
+# the host has.
 _INSTALL = (
   'export PATH="$HOME/.local/bin:$PATH" && '
   '{ command -v uv >/dev/null || '
@@ -31,19 +31,22 @@ _INSTALL = (
   "uv pip install --quiet --python .venv/bin/python -e '.[EXTRAS]'"
 )
 
-# Flags of gr2_jax.main which say who a process is: launchers set them.
+# Flags of gr2_jax.main that launchers set for each process.
 _CLUSTER_FLAGS = ('cluster', 'coordinator', 'num_processes', 'process_id')
 
 
 class LaunchError(Exception):
-  """Something that keeps a launcher from starting; one line."""
+  """The launcher cannot start; the message is one line."""
 
 
 class Parser(argparse.ArgumentParser):
-  """Flags of a launcher; a mistake in them is one line and exit code 2."""
+  """Parses a launcher's flags; a mistake is one line and exit code 2.
+
+  Args:
+    doc: the launcher's docstring, which becomes the help text.
+  """
 
   def __init__(self, doc: str):
-    """Takes the help text from a module's docstring."""
     super().__init__(
       description=doc,
       formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -52,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     self.add_argument(
       '--dry-run',
       action='store_true',
-      help='Print what would be done, ready to be pasted; do nothing.',
+      help='Print the script, ready to be pasted; do nothing.',
     )
 
   def error(self, message: str) -> None:
@@ -63,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(least: int) -> Callable[[str], int]:
-  """The type of a flag: a whole number, `least` or more."""
+  """Flag type: a whole number, `least` or more."""
 
   def parse(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < least:
@@ -76,7 +79,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def name(text: str) -> str:
-  """The type of a flag: a name that every one of the services accepts."""
+  """Flag type: a name that all services accept."""
   if not re.fullmatch(r'[a-z]([-a-z0-9]{0,38}[a-z0-9])?', text):
     raise argparse.ArgumentTypeError(
       'must be at most 40 lower-case letters, digits and hyphens, and start '
@@ -86,7 +89,7 @@ def name(text: str) -> str:
 
 
 def assignment(text: str) -> str:
-  """The type of a flag: NAME=VALUE, quoted for a shell."""
+  """Flag type: NAME=VALUE, quoted for a shell."""
   variable, equals, value = text.partition('=')
   if not equals or not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', variable):
     raise argparse.ArgumentTypeError(f'must be NAME=VALUE, not {text!r}')
@@ -94,15 +97,14 @@ def assignment(text: str) -> str:
 
 
 def main(launcher: Callable[[list[str], list[str]], int]) -> None:
-  """Runs a launcher on the command line and exits with its code.
-
-  Args:
-    launcher: takes the words before `--`, and those after it.
-  """
+  """Calls a launcher with the words before `--` and after it, and exits."""
   words = sys.argv[1:]
   cut = words.index('--') if '--' in words else len(words)
-  # A flag may be written with underscores, as those of gr2_jax.main are.
-  flags = [re.sub('^--[a-z_]+', _dashes, x) for x in words[:cut]]
+  # Underscores are accepted in flags, as in those of gr2_jax.main.
+  flags = [
+    re.sub('^--[a-z_]+', lambda m: m[0].replace('_', '-'), word)
+    for word in words[:cut]
+  ]
   try:
     sys.exit(launcher(flags, words[cut + 1 :]))
   except LaunchError as e:
@@ -111,13 +113,12 @@ def main(launcher: Callable[[list[str], list[str]], int]) -> None:
 
 
 def check(words: Sequence[str], shared: bool, mount: str = '/') -> None:
-  """Raises a LaunchError unless `words` are flags that main can be given.
+  """Raises a LaunchError unless `words` are valid flags of gr2_jax.main.
 
   Args:
-    words: what stands after `--`.
-    shared: whether the hosts see each other's files only under `--workdir`,
-      which then must be absolute.
-    mount: where that storage is.
+    words: the words after `--`.
+    shared: whether `--workdir` must be an absolute path on shared storage.
+    mount: where that storage is mounted.
   """
   flags = {w.lstrip('-').partition('=')[0]: w for w in words}
   if 'config' not in flags:
@@ -130,33 +131,33 @@ def check(words: Sequence[str], shared: bool, mount: str = '/') -> None:
   workdir = flags.get('workdir', '').partition('=')[2]
   if shared and not pathlib.PurePath(workdir).is_relative_to(mount):
     raise LaunchError(
-      f'no --workdir={mount}... after --: name a directory, from the root, on '
-      'storage that all hosts share'
+      f'no --workdir={mount}... after --: give an absolute path on storage '
+      'that all hosts share'
     )
   if any('\n' in w for w in words):
     raise LaunchError('a flag of gr2_jax.main has a line break; take it out')
 
 
 def train(words: Sequence[str], python: str, cluster: str = '') -> str:
-  """The command of every host, for a shell.
+  """The shell command of every host.
 
   Args:
-    words: the user's flags of gr2_jax.main.
+    words: flags of gr2_jax.main, quoted here.
     python: the interpreter.
-    cluster: shell text with the flags that say who the process is; by default
-      JAX finds out.
+    cluster: shell text of the flags that identify the process; by default JAX
+      detects the cluster.
   """
   command = shlex.join([python, '-m', 'gr2_jax.main', *words])
   return f'{command} {cluster or "--cluster=auto"}'
 
 
 def install(extras: str) -> str:
-  """Shell commands that install the project of the working directory."""
+  """Shell commands that install the working directory with these extras."""
   return _INSTALL.replace('EXTRAS', extras)
 
 
 def heredoc(command: str, text: str) -> str:
-  """A shell command that reads `text` as it is."""
+  """A shell command that reads `text`, without any expansion."""
   end = 'END'
   while end in text.splitlines():
     end += '_'
@@ -164,16 +165,13 @@ def heredoc(command: str, text: str) -> str:
 
 
 def run(script: str, dry_run: bool, tool: str, advice: str) -> int:
-  """Prints a bash script, or runs it.
+  """Prints a bash script or runs it; returns the exit code.
 
   Args:
-    script: all that the launcher does.
+    script: everything that the launcher does.
     dry_run: whether to print it only.
-    tool: the program that it needs.
-    advice: how to install that.
-
-  Returns:
-    The exit code.
+    tool: a program that the script calls.
+    advice: how to install that program.
   """
   if dry_run:
     print(script.rstrip())
@@ -181,13 +179,7 @@ def run(script: str, dry_run: bool, tool: str, advice: str) -> int:
   if shutil.which(tool) is None:
     raise LaunchError(f'{tool} is not on the PATH: {advice}')
   try:
-    return subprocess.run(['bash', '-c', script], cwd=_ROOT).returncode
+    root = pathlib.Path(__file__).parent.parent
+    return subprocess.run(['bash', '-c', script], cwd=root).returncode
   except KeyboardInterrupt:
     return 130
-
-
-_ROOT = pathlib.Path(__file__).parent.parent
-
-
-def _dashes(found: re.Match) -> str:
-  return found.group().replace('_', '-')

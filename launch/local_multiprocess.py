@@ -3,12 +3,12 @@ r"""Runs several processes on this machine, each with virtual CPU devices.
 python -m launch.local_multiprocess --processes=2 --devices-per-process=4 -- \
   --config=configs/rl.py:test --workdir=runs
 
-What a cluster does, in small: the processes find each other over the network
-and share one mesh of all devices. Words after `--` that start with no flag are
-another command than gr2_jax.main, which is given the same three flags.
+A small cluster: the processes find each other over the network and share one
+mesh of all devices. If the first word after `--` is no flag, the words are
+another command than gr2_jax.main, which gets the same three flags.
 
 When a process fails or is lost, the others have `--grace` seconds to stop by
-themselves. None is left behind, even if this one is killed (on Linux).
+themselves. None outlives the launcher, even if that is killed (on Linux).
 """
 
 import contextlib
@@ -29,13 +29,10 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def exit_code(codes: Sequence[int]) -> int:
-  """One code for those of all processes.
+  """The launcher's exit code, from those of `subprocess` (-N for signal N).
 
-  An error beats all. Else, one process that says the run can go on is right:
-  the others were lost (killed by a signal), or done.
-
-  Args:
-    codes: as `subprocess` has them, -N for a process killed by signal N.
+  An error takes precedence, then RESTART: processes with other codes were lost
+  or had finished.
   """
   errors = [x for x in codes if x > 0 and x != commands.RESTART]
   if errors:
@@ -70,7 +67,7 @@ def _free_port() -> int:
     return s.getsockname()[1]
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
   print(f'[launch] {text}', flush=True)
 
 
@@ -110,23 +107,23 @@ class _Group:
       thread.start()
 
   def forward(self, number: int) -> None:
-    """Sends a signal on; the second time, SIGKILL."""
+    """Passes a signal on; kills all processes the second time."""
     if self._signalled:
       self.kill()
       return
     self._signalled = True
     self._expect_end()
-    for process in self._running.values():  # Not yet waited for, so there.
+    for process in self._running.values():  # Not reaped: the pid is theirs.
       os.kill(process.pid, number)
 
   def kill(self) -> None:
-    """Kills what still runs, and what that has started."""
+    """Kills the running processes and their children."""
     for process in self._running.values():
       with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
   def wait(self) -> list[int]:
-    """Waits until all have ended; returns their exit codes, in their order."""
+    """Waits for all processes; returns their exit codes in order."""
     codes = {}
     try:
       while self._running:
@@ -135,7 +132,7 @@ class _Group:
             codes[i] = self._reap(i, process)
         if self._deadline and time.monotonic() > self._deadline:
           names = ', '.join(map(str, self._running))
-          _say(f'{self._grace} s are over; killing {names}')
+          _log(f'{self._grace} s are over; killing {names}')
           self._deadline = None
           self.kill()
         time.sleep(0.05)
@@ -146,7 +143,7 @@ class _Group:
     return [codes[i] for i in sorted(codes)]
 
   def _reap(self, i: int, process: subprocess.Popen) -> int:
-    # Its own children first: after `wait` their group may be another's.
+    # Kills its children first: after `wait` their group's id may be reused.
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)
     del self._running[i]
@@ -157,7 +154,7 @@ class _Group:
         if code < 0
         else f'ended with exit code {code}'
       )
-      _say(f'process {i} {how}')
+      _log(f'process {i} {how}')
       self._expect_end()
     return code
 
@@ -195,13 +192,13 @@ def launch(flags: list[str], words: list[str]) -> int:
     '--grace',
     type=commands.whole(1),
     default=120,
-    help='Seconds that the processes have to stop, once one has.',
+    help='Seconds for the other processes to stop, once one has.',
   )
   add(
     '--restarts',
     type=commands.whole(0),
     default=0,
-    help=f'How often to go on after exit code {commands.RESTART}.',
+    help=f'Restarts after exit code {commands.RESTART}.',
   )
   args = parser.parse_args(flags)
   if not words or words[0].startswith('-'):
@@ -223,19 +220,19 @@ def _run(args, words: list[str]) -> int:
 
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, forward)
-  # Without a reader of the output this one ends, and with it the processes.
+  # If nothing reads the output any more, end the launcher and its processes.
   signal.signal(signal.SIGPIPE, signal.SIG_DFL)
   for attempt in range(args.restarts + 1):
     try:
       group = _Group(args, words)
     except OSError as e:
       raise commands.LaunchError(f'{words[0]}: {e.strerror}') from e
-    if stopped:  # Between two attempts, or while this one started.
+    if stopped:  # Signalled between two attempts, or while this one started.
       group.forward(stopped)
     code = exit_code(group.wait())
     if code != commands.RESTART or stopped or attempt == args.restarts:
       break
-    _say(f'the same command again, {attempt + 1} of {args.restarts}')
+    _log(f'the same command again, {attempt + 1} of {args.restarts}')
   return code
 
 

@@ -1,11 +1,11 @@
-r"""Runs on GPUs or TPUs of any cloud that SkyPilot knows.
+r"""Runs on GPUs or TPUs of any cloud that SkyPilot supports.
 
 python -m launch.skypilot --gpus=H100:8 --nodes=2 --bucket=gs://NAME -- \
   --config=configs/rl.py --workdir=/mnt/runs
 
-Writes the task as YAML and starts it as a managed job: SkyPilot finds the
-machines, and others when they are taken away or the run was preempted. With
-`--sky-cluster` the machines stay, and nothing is started again.
+Writes the task as YAML and starts it as a managed job: SkyPilot finds machines,
+and finds new ones after a preemption. With `--sky-cluster` the machines stay,
+and nothing is restarted.
 """
 
 import yaml
@@ -14,8 +14,8 @@ from launch import commands, slices
 
 _PORT = 8476  # of the coordinator, between the nodes
 
-# Who a process is, on GPUs; on a TPU slice JAX must find out by itself, for
-# there the numbers belong to the hosts.
+# Flags that identify a process on GPUs. A TPU slice is one node of SkyPilot but
+# several hosts, which JAX detects.
 _CLUSTER = (
   f'--coordinator="$(echo "$SKYPILOT_NODE_IPS" | head -n1):{_PORT}" '
   '--num_processes="$SKYPILOT_NUM_NODES" --process_id="$SKYPILOT_NODE_RANK"'
@@ -23,15 +23,7 @@ _CLUSTER = (
 
 
 def task(args, words: list[str]) -> dict:
-  """The task, as SkyPilot's YAML has it.
-
-  Args:
-    args: the launcher's flags.
-    words: the flags of gr2_jax.main.
-
-  Raises:
-    LaunchError: flags that do not go together.
-  """
+  """The content of SkyPilot's YAML file."""
   resources = {
     'use_spot': args.spot,
     'job_recovery': {'recover_on_exit_codes': [commands.RESTART]},
@@ -41,12 +33,12 @@ def task(args, words: list[str]) -> dict:
   if args.topology:
     if args.nodes > 1:
       raise commands.LaunchError(
-        '--nodes: a TPU slice is one node to SkyPilot; leave it out, and take '
-        'a larger --topology'
+        '--nodes: a TPU slice is one node of SkyPilot; leave --nodes out, and '
+        'choose a larger --topology'
       )
-    found = slices.find(args.topology)
-    resources['accelerators'] = f'tpu-{found.accelerator}'
-    resources['accelerator_args'] = {'runtime_version': found.runtime}
+    tpu = slices.find(args.topology)
+    resources['accelerators'] = f'tpu-{tpu.accelerator}'
+    resources['accelerator_args'] = {'runtime_version': tpu.runtime}
   else:
     resources['accelerators'] = args.gpus
   storage = (
@@ -72,7 +64,7 @@ def task(args, words: list[str]) -> dict:
 
 
 def script(args, words: list[str]) -> str:
-  """All that is done: the file is written, and given to SkyPilot."""
+  """Writes the YAML file and passes it to SkyPilot."""
   text = yaml.safe_dump(task(args, words), sort_keys=False, width=10**6)
   file = f'"${{TMPDIR:-/tmp}}/gr2_jax-{args.name}.yaml"'
   if args.sky_cluster:
@@ -83,7 +75,7 @@ def script(args, words: list[str]) -> str:
 
 
 def launch(flags: list[str], words: list[str]) -> int:
-  """Starts the job, or prints how."""
+  """Starts the job, or prints the script."""
   parser = commands.Parser(__doc__)
   add = parser.add_argument
   add('--name', type=commands.name, default='gr2', help='Of the job.')
@@ -92,13 +84,15 @@ def launch(flags: list[str], words: list[str]) -> int:
   kind.add_argument('--topology', help='Of a TPU slice, e.g. v5e:4x4.')
   add('--nodes', type=commands.whole(1), default=1, help='With GPUs.')
   add('--infra', help='Cloud, region and zone, e.g. gcp/us-central1.')
-  add('--spot', action='store_true', help='Cheaper; can be taken away.')
+  add('--spot', action='store_true', help='Cheaper, but preemptible.')
   where = parser.add_mutually_exclusive_group(required=True)
   where.add_argument('--bucket', help='For the workdir, e.g. gs://NAME.')
   where.add_argument('--volume', help='For the workdir: a SkyPilot volume.')
-  add('--mount', default='/mnt/runs', help='Where the storage is seen.')
+  add('--mount', default='/mnt/runs', help='Mount point of the storage.')
   add('--env', type=commands.assignment, action='append', default=[])
-  add('--sky-cluster', type=commands.name, help='To use or make; not managed.')
+  add(
+    '--sky-cluster', type=commands.name, help='To use or create; not managed.'
+  )
   args = parser.parse_args(flags)
   commands.check(words, shared=True, mount=args.mount)
   return commands.run(

@@ -1,4 +1,4 @@
-"""TPU slices by the names that Google Cloud has for them.
+"""TPU slices and their names on Google Cloud.
 
 Names and runtime versions: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e} and
 .../runtimes.
@@ -12,14 +12,13 @@ from launch import commands
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """A slice, as `--accelerator-type` and `--runtime-version` name it."""
+  """A slice's `--accelerator-type` and `--runtime-version`."""
 
   accelerator: str
   runtime: str
-  chips: int
 
 
-# Prefix of the accelerator type, what it counts a chip as (v5p: TensorCores),
+# Prefix of the accelerator type, its count per chip (v5p counts TensorCores),
 # and the runtime version for JAX.
 _FAMILIES = {
   'v5e': ('v5litepod', 1, 'v2-alpha-tpuv5-lite'),
@@ -29,14 +28,10 @@ _FAMILIES = {
 
 
 def find(topology: str) -> Slice:
-  """The slice of a topology such as `v5p:4x4x4`.
-
-  Raises:
-    LaunchError: an unknown one; the message names those that there are.
-  """
+  """The slice of a topology such as `v5p:4x4x4`; else a LaunchError."""
   try:
     chips = topologies.size(topology)
   except topologies.TopologyError as e:
     raise commands.LaunchError(f'--topology: {e}') from e
   prefix, count, runtime = _FAMILIES[topology.partition(':')[0]]
-  return Slice(f'{prefix}-{chips * count}', runtime, chips)
+  return Slice(f'{prefix}-{chips * count}', runtime)

@@ -1,11 +1,11 @@
-r"""Submits a run to SLURM: GPUs, one process each.
+r"""Submits a run to SLURM, with one process per GPU.
 
 python -m launch.slurm --nodes=2 --gpus-per-node=8 --time=24:00:00 \
   --setup='source .venv/bin/activate' -- --config=configs/rl.py
 
-One process a GPU is what JAX expects under SLURM: it gives the process with
-local number i the i-th GPU of the node, so every process must see all of them.
-Start it in the project, on storage that the nodes share.
+Under SLURM, JAX assigns the i-th GPU of a node to its i-th process, so every
+process must see all GPUs. Run this in the project, on storage that the nodes
+share.
 """
 
 import shlex
@@ -18,8 +18,8 @@ _SCRIPT = """\
 
 {environment}
 {setup}
-# Who loses a process saves and stops by itself: SLURM must not kill the rest,
-# nor those that are still at work when the first is done.
+# When one process is lost, the others save and stop by themselves: SLURM must
+# not kill them, nor those that still run when the first is done.
 srun --kill-on-bad-exit=0 --wait=0 --gpu-bind=none{cpus} \\
   {command}
 code=$?
@@ -33,12 +33,7 @@ exit $code
 
 
 def script(args, words: list[str]) -> str:
-  """The batch script.
-
-  Args:
-    args: the launcher's flags.
-    words: the flags of gr2_jax.main.
-  """
+  """The batch script."""
   options = {
     'job-name': args.name,
     'nodes': args.nodes,
@@ -50,7 +45,7 @@ def script(args, words: list[str]) -> str:
     'account': args.account,
     'output': '%x-%j.out',
     'open-mode': 'append',
-    # To the processes, not to this script, before the time is over.
+    # The processes, not the script, get SIGTERM before the time limit.
     'signal': f'TERM@{args.warning}',
   }
   lines = [f'--{k}={v}' for k, v in options.items() if v is not None]
@@ -66,7 +61,7 @@ def script(args, words: list[str]) -> str:
     'XLA_PYTHON_CLIENT_MEM_FRACTION=0.9',
     *args.env,
   ]
-  cpus = args.cpus_per_gpu  # srun does not take it over from sbatch.
+  cpus = args.cpus_per_gpu  # srun does not inherit it from sbatch.
   return _SCRIPT.format(
     options='\n'.join(f'#SBATCH {line}' for line in lines),
     environment='\n'.join(f'export {x}' for x in environment),
@@ -79,7 +74,7 @@ def script(args, words: list[str]) -> str:
 
 
 def launch(flags: list[str], words: list[str]) -> int:
-  """Submits the batch script, or prints how."""
+  """Submits the batch script, or prints it."""
   parser = commands.Parser(__doc__)
   add = parser.add_argument
   add('--name', type=commands.name, default='gr2', help='Of the job.')
@@ -89,7 +84,7 @@ def launch(flags: list[str], words: list[str]) -> int:
   add('--time', help='Limit of one run, e.g. 24:00:00.')
   add('--partition')
   add('--account')
-  add('--sbatch', action='append', default=[], help='Another #SBATCH option.')
+  add('--sbatch', action='append', default=[], help='A further #SBATCH option.')
   add('--setup', action='append', default=[], help='A shell line to run first.')
   add(
     '--env',
@@ -108,7 +103,7 @@ def launch(flags: list[str], words: list[str]) -> int:
     '--restarts',
     type=commands.whole(0),
     default=50,
-    help='How often the job is put back into the queue.',
+    help='How often the job is requeued.',
   )
   args = parser.parse_args(flags)
   commands.check(words, shared=False)

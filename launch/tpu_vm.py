@@ -1,21 +1,21 @@
-r"""Runs on a Cloud TPU slice, from its creation to its deletion, with gcloud.
+r"""Creates a Cloud TPU slice with gcloud and runs on it.
 
 python -m launch.tpu_vm --name=gr2 --zone=us-central2-b --topology=v5p:4x4x4 \
   --setup='mountpoint -q /mnt || sudo mount ADDRESS:/runs /mnt' -- \
   --config=configs/rl.py --workdir=/mnt/runs
 
-Creates the slice as a queued resource (or takes the one with that name), copies
-the last commit of the project to every host, installs it, runs on all hosts,
-and starts again when the run was preempted; a slice that was taken away is
-created anew. It must stay up meanwhile: give it a terminal that does.
+Creates the slice as a queued resource (or takes the existing one of that name),
+copies the last commit of the project to every host, installs it and runs it on
+all hosts. After a preemption it runs again, on a new slice if the old one is
+gone. The launcher must keep running: start it in tmux.
 """
 
 import shlex
 
 from launch import commands, slices
 
-# gcloud returns the code of the first host, by number, whose code is not 0. The
-# pseudo-terminal (-tt) ends the processes whose connection is lost.
+# gcloud returns the code of the first host whose code is not 0. A process whose
+# connection is lost ends with its pseudo-terminal (-tt).
 _SCRIPT = """\
 state() {{
   gcloud compute tpus queued-resources describe {where} \\
@@ -58,7 +58,7 @@ for attempt in $(seq 0 {restarts}); do
   code=$?
   [ "$code" -eq 0 ] && break
   if ! {{ {lost}; }}; then
-    sleep 60  # A slice that was taken away is not reported at once.
+    sleep 60  # The state of a preempted slice changes with a delay.
     [ "$(state)" = ACTIVE ] && break
   fi
 done
@@ -68,13 +68,8 @@ exit $code
 
 
 def script(args, words: list[str]) -> str:
-  """All that is done.
-
-  Args:
-    args: the launcher's flags.
-    words: the flags of gr2_jax.main.
-  """
-  found = slices.find(args.topology)
+  """Creates the slice, installs, runs, and deletes the slice if required."""
+  tpu = slices.find(args.topology)
   zone = [f'--zone={args.zone}']
   zone += [f'--project={args.project}'] if args.project else []
   archive = f'gr2_jax-{args.name}.tar.gz'
@@ -83,35 +78,33 @@ def script(args, words: list[str]) -> str:
   )
   setup = [*args.setup, unpack, commands.install('demo,tpu')]
   train = commands.train(words, '.venv/bin/python')
-  if args.delete:
-    end = 'delete'
-  else:
-    end = f'echo {args.name} is kept, and costs'
   return _SCRIPT.format(
     name=args.name,
     where=f'{args.name} {shlex.join(zone)}',
     zone=shlex.join(zone),
-    accelerator=found.accelerator,
-    runtime=found.runtime,
+    accelerator=tpu.accelerator,
+    runtime=tpu.runtime,
     spot=' \\\n    --spot' if args.spot else '',
     archive=f'"${{TMPDIR:-/tmp}}/{archive}"',
     setup=shlex.quote(' && '.join(setup)),
     train=shlex.quote(f'cd ~/gr2_jax && exec {train}'),
     restarts=args.restarts,
     lost=commands.IS_LOST,
-    end=end,
+    end='delete'
+    if args.delete
+    else f'echo {args.name} is kept and costs money',
   )
 
 
 def launch(flags: list[str], words: list[str]) -> int:
-  """Does all of it, or prints it."""
+  """Runs the script, or prints it."""
   parser = commands.Parser(__doc__)
   add = parser.add_argument
   add('--name', type=commands.name, default='gr2', help='Of the slice.')
   add('--zone', required=True)
   add('--project', help="Default: gcloud's.")
   add('--topology', required=True, help='E.g. v5p:4x4x4.')
-  add('--spot', action='store_true', help='Cheaper; can be taken away.')
+  add('--spot', action='store_true', help='Cheaper, but preemptible.')
   add(
     '--setup',
     action='append',
@@ -119,7 +112,7 @@ def launch(flags: list[str], words: list[str]) -> int:
     help='A shell line that every host runs first: mount the shared storage.',
   )
   add('--restarts', type=commands.whole(0), default=50)
-  add('--delete', action='store_true', help='The slice, at the end.')
+  add('--delete', action='store_true', help='Delete the slice at the end.')
   args = parser.parse_args(flags)
   commands.check(words, shared=True)
   return commands.run(

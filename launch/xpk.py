@@ -4,8 +4,8 @@ python -m launch.xpk --name=gr2 --cluster=my-cluster --zone=ZONE \
   --topology=v5e:16x16 --docker-image=IMAGE --storage=STORAGE -- \
   --config=configs/rl.py --workdir=/mnt/runs
 
-The image holds the project, see launch/Dockerfile; the storage was attached to
-the cluster by `xpk storage attach` and holds the workdir.
+The image contains the project (launch/Dockerfile). `xpk storage attach` has
+attached the storage, which holds the workdir, to the cluster.
 """
 
 import shlex
@@ -14,44 +14,36 @@ from launch import commands, slices
 
 
 def script(args, words: list[str]) -> str:
-  """The xpk command.
-
-  Args:
-    args: the launcher's flags.
-    words: the flags of gr2_jax.main.
-
-  Raises:
-    LaunchError: a slice that xpk has not.
-  """
-  found = slices.find(args.topology)
+  """The xpk command; a LaunchError for a slice that xpk does not offer."""
+  tpu = slices.find(args.topology)
   if args.topology in ('v5e:1x1', 'v5e:2x2'):
     raise commands.LaunchError(
-      f'--topology={args.topology}: xpk has no v5e slice under v5e:2x4'
+      f'--topology={args.topology}: xpk offers no v5e slice under v5e:2x4'
     )
-  # xpk puts the command into a subshell; `exec` lets SIGTERM reach Python.
+  # xpk runs the command in a subshell; `exec` lets SIGTERM reach Python.
   command = 'exec ' + commands.train(words, 'python')
   options = [
     f'--workload={args.name}',
     f'--cluster={args.cluster}',
     f'--zone={args.zone}',
     *([f'--project={args.project}'] if args.project else []),
-    f'--tpu-type={found.accelerator}',
+    f'--tpu-type={tpu.accelerator}',
     f'--num-slices={args.slices}',
     f'--docker-image={args.docker_image}',
     *(f'--storage={x}' for x in args.storage),
     *(['--spot'] if args.spot else []),
     f'--max-restarts={args.restarts}',
-    # Beside xpk's own, which are 42 and 127 to 255.
+    # In addition to xpk's own: 42 and 127 to 255.
     f'--restart-on-exit-codes={commands.RESTART}',
     f'--termination-grace-period-seconds={args.grace}',
-    # Kubernetes expands $(NAME) in a command and reads $$ as $.
+    # Kubernetes expands $(NAME) in a command, and $$ to $.
     '--command=' + command.replace('$', '$$'),
   ]
   return ' \\\n  '.join(['xpk workload create', *map(shlex.quote, options)])
 
 
 def launch(flags: list[str], words: list[str]) -> int:
-  """Creates the workload, or prints how."""
+  """Creates the workload, or prints the command."""
   parser = commands.Parser(__doc__)
   add = parser.add_argument
   add('--name', type=commands.name, default='gr2', help='Of the workload.')
@@ -68,7 +60,7 @@ def launch(flags: list[str], words: list[str]) -> int:
     '--grace',
     type=commands.whole(1),
     default=120,
-    help='Seconds that a process has to save.',
+    help='Seconds for a process to save.',
   )
   args = parser.parse_args(flags)
   commands.check(words, shared=True)
