@@ -1,4 +1,4 @@
-"""A catalog of 42 texts, tokenizers of seconds, and their artifacts."""
+"""A catalog of 42 texts, tokenizers that train in seconds, and artifacts."""
 
 import json
 
@@ -51,7 +51,7 @@ def write_catalog(directory, items, item_ids=None):
 
 
 def finish(config, inputs, directory):
-  """A finished artifact, as the runner leaves it."""
+  """Makes a finished artifact like that of the runner."""
   results = tokenizer.run(config, inputs, directory)
   facts = {'config': config.to_dict()}
   (directory / 'config.json').write_text(artifacts.dumps(facts))
@@ -60,5 +60,5 @@ def finish(config, inputs, directory):
 
 
 def die(*_, **__):
-  """What a kill does, in place of any function."""
+  """Replaces a function by the interrupt of a kill."""
   raise KeyboardInterrupt

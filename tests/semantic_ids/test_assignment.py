@@ -32,7 +32,7 @@ def complete(latents, vectors, **options):
 
 @st.composite
 def catalogs(draw, least=0):
-  """Latents, books, and how to name them; up to the whole code space."""
+  """Latents, codebooks and options, with up to a full code space of items."""
   kind = draw(st.sampled_from(OWN_TUPLE))
   size, levels = draw(st.sampled_from([(1, 2), (2, 2), (2, 4), (3, 3), (5, 2)]))
   drawn = 1 if kind == 'digit' else draw(st.integers(1, levels - 1))
@@ -50,7 +50,7 @@ def catalogs(draw, least=0):
 
 
 def seated_one_by_one(latents, vectors, levels, taken):
-  """The fitted codes as the rule says: each item in turn, level by level."""
+  """Fitted codes by brute force: each item in turn, level by level."""
   size, named, moved = vectors.shape[1], [tuple(x) for x in taken], 0
   for latent in latents:
     codes, asked = [], quantise(latent, vectors)
@@ -179,7 +179,7 @@ def drawn(prefixes, size, **options):
 
 
 def chi_square(numbers, size):
-  """Deviations of the statistic from its mean, were all equally likely."""
+  """Chi-squared statistic in standard deviations from its mean."""
   counts = np.bincount(numbers, minlength=size)
   expected = len(numbers) / size
   statistic = ((counts - expected) ** 2 / expected).sum()

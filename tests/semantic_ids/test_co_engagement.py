@@ -10,7 +10,7 @@ from gr2_jax.semantic_ids import co_engagement
 
 
 def make(users, histories, width=5):
-  """Slates that have nothing but users and histories."""
+  """Slates with users and histories only."""
   n = len(users)
   padded = np.full((n, width), -1, np.int32)
   for row, history in enumerate(histories):
@@ -27,7 +27,7 @@ def make(users, histories, width=5):
 
 
 def brute_force(users, histories, items, window):
-  """For every item, a counter: neighbour -> users who had both, close."""
+  """For every item, a counter: neighbor -> users who had both, close."""
   met = collections.defaultdict(set)
   for user, history in zip(users, histories, strict=True):
     for i, a in enumerate(history):

@@ -17,7 +17,7 @@ def batch(seed=0, size=7, levels=3, codes=5, width=4):
 
 
 def diversity(residuals, vectors, temperature):
-  """In loops; returns the value and the shares [L, C]."""
+  """The value by loops, and the shares [L, C]."""
   B, L, _ = residuals.shape
   share = np.zeros(vectors.shape[:2])
   for b in range(B):
@@ -72,7 +72,7 @@ def test_diversity_is_less_after_a_step_along_either_gradient():
 
 
 def pairs(seed=0, size=9, items=30, width=4):
-  """Random pairs; few enough items that some occur again."""
+  """Random pairs of few items, so that some items repeat."""
   rng = np.random.default_rng(seed)
   table = rng.normal(size=(items, width)).astype(np.float32)
   anchors, partners = rng.integers(items, size=(2, size))
@@ -80,7 +80,7 @@ def pairs(seed=0, size=9, items=30, width=4):
 
 
 def info_nce(anchors, partners, anchor_ids, partner_ids, temperature):
-  """One row, then one column, at a time."""
+  """InfoNCE row by row and column by column."""
 
   def score(i, j):
     a, b = np.float64(anchors[i]), np.float64(partners[j])
@@ -88,7 +88,7 @@ def info_nce(anchors, partners, anchor_ids, partner_ids, temperature):
     return cosine / temperature
 
   def strangers(i, j):
-    """Anchor i and partner j are two items, and not one pair or the other."""
+    """Whether anchor i and partner j are a negative pair."""
     alike = anchor_ids[i], anchor_ids[i], partner_ids[i]
     return not np.equal(
       alike, (partner_ids[j], anchor_ids[j], partner_ids[j])
@@ -108,7 +108,7 @@ def info_nce(anchors, partners, anchor_ids, partner_ids, temperature):
 
 
 def sharing(ids_left, ids_right):
-  """Four pairs, where pairs 0 and 1 stand in a relation that is given."""
+  """Four pairs, of which pairs 0 and 1 have the given relation."""
   anchors, partners, _, _ = pairs(size=4)
   a = np.array([0, ids_left, 20, 22])
   p = np.array([1, ids_right, 21, 23])

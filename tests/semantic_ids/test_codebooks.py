@@ -26,7 +26,7 @@ def random_books(levels=3, size=5, width=4, seed=0):
 
 
 def pull(estimate, latents, quantized, gradient):
-  """The estimate, and what a gradient of it is to the latents."""
+  """The estimate, and the gradient of the latents for its gradient."""
   value, back = jax.vjp(
     lambda h: estimate(h, jnp.asarray(quantized)), jnp.asarray(latents)
   )
@@ -34,7 +34,7 @@ def pull(estimate, latents, quantized, gradient):
 
 
 def rotation(h, q):
-  """The matrix [D, D] that turns h to q in their plane, from its basis."""
+  """The matrix [D, D] that rotates h to q in their plane."""
   u, v = (np.float64(x) / np.linalg.norm(np.float64(x)) for x in (h, q))
   w = v - (u @ v) * u
   w /= np.linalg.norm(w)

@@ -7,7 +7,7 @@ from gr2_jax.semantic_ids import assignment, ids
 
 
 def logarithm_of_plan(cost, mass):
-  """Balanced transport of one problem, normalized in the logarithm."""
+  """Balanced transport of one problem, by normalization of logarithms."""
   span = (cost.max() - cost.min()) / 2
   plan = -cost / span / assignment.EPSILON
   for _ in range(assignment.ITERATIONS):
@@ -53,7 +53,7 @@ def test_one_row_takes_the_nearest_free_column():
 
 
 def colliding(codes, taken):
-  """Which rows another row or a taken tuple equals."""
+  """Whether each row equals another row or a taken tuple."""
   rows = [tuple(x) for x in codes.tolist()]
   taken = {tuple(x) for x in taken.tolist()}
   return np.array([rows.count(x) > 1 or x in taken for x in rows])

@@ -46,7 +46,7 @@ def clusters(items=200, width=10, seed=0):
 
 
 def begin(config, levels=2):
-  """A model, its fresh state, and the first batch, with partners."""
+  """A model, its initial state, and the first batch, with partners."""
   features = clusters()
   model = rqvae.make_model(config, features.shape[1])
   batch = rqvae.draw_batch(config, features, RING, 0)

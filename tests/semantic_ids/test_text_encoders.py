@@ -73,7 +73,7 @@ def backbone(tmp_path):
 
 
 def shards(cache):
-  """How many texts each shard in the store has."""
+  """Number of texts in each shard of the store."""
   files = sorted(cache.glob('gr2_jax/text/*/*.npz'))
   return [len(np.load(file)['texts']) for file in files]
 

@@ -42,7 +42,7 @@ def make(config=None, fitted=2, mesh=None):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-  """Batches of eight, so that catalogs of a few dozen are many."""
+  """Batches of eight, so that a few dozen items fill several."""
   monkeypatch.setattr(tokenizer_lib, 'CHUNK', 8)
 
 
