@@ -1,4 +1,4 @@
-"""A loaded re-ranker of the tiny world, and slates to ask it about."""
+"""A loaded re-ranker of the tiny world, and slates for it."""
 
 import json
 

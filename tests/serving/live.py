@@ -1,4 +1,4 @@
-"""A service on a free port of this process, and a policy that waits for us."""
+"""A service on a free port of this process, and a policy held by a gate."""
 
 import contextlib
 import http.client
@@ -21,7 +21,7 @@ GOOD = {'history': ['c'], 'candidates': ['a', 'b', 7]}
 
 
 class StubPolicy:
-  """Reverses slates; while `gate` is closed it does not come back."""
+  """Reverses slates; blocks while `gate` is closed."""
 
   def __init__(self, name='rl-00000000'):
     self.artifact = pathlib.Path('/runs') / name
@@ -119,7 +119,7 @@ def serving(policy, token='', examples=False, drain=30, **limits):
 
 
 def until(condition):
-  """Waits for what must come; the tests' own time limit ends it."""
+  """Waits for a condition that must come true."""
   while not condition():
     time.sleep(0.005)
 

@@ -12,7 +12,7 @@ MOMENT = 3600.0  # that passes only where a test skips it
 
 
 class Worker:
-  """Doubles numbers; while `gate` is closed it does not come back."""
+  """Doubles numbers; blocks while `gate` is closed."""
 
   def __init__(self, gate):
     self.batches, self.gate = [], gate
@@ -86,7 +86,7 @@ def test_every_item_gets_its_own_answer():
   run(test)
 
 
-def test_what_waits_is_answered_together_oldest_first():
+def test_waiting_items_are_answered_together_oldest_first():
   async def test(batcher, worker):
     first = await busy(batcher, worker)
     tasks = await queued(
@@ -138,7 +138,7 @@ def test_a_full_queue_refuses_whole_requests_and_says_when():
   run(test, capacity=3)
 
 
-def test_what_is_late_is_none_and_costs_nothing():
+def test_late_items_get_none_and_cost_nothing():
   async def test(batcher, worker):
     first = await busy(batcher, worker)
     assert await batcher.answer('a', 4, [1, 2], 0.01) == [None, None]
@@ -292,7 +292,7 @@ def test_more_clients_than_a_batch_holds_fill_every_batch(skip):
   closed_loop(test, skip, largest=4)
 
 
-def test_one_that_is_alone_waits_a_moment_at_first_and_then_not(skip):
+def test_a_single_client_waits_a_moment_at_first_and_then_not(skip):
   async def test(clients):
     clients.start(1)
     await clients.wait(0, 1)
@@ -312,7 +312,7 @@ def test_one_that_is_alone_waits_a_moment_at_first_and_then_not(skip):
   closed_loop(test, skip, largest=8)
 
 
-def test_who_comes_back_waits_one_moment_for_those_who_do_not(skip):
+def test_a_returning_client_waits_one_moment_for_those_who_left(skip):
   async def test(clients):
     clients.start(1, 2, 3, 4)
     await clients.turn(1, 0)
@@ -329,7 +329,7 @@ def test_who_comes_back_waits_one_moment_for_those_who_do_not(skip):
   closed_loop(test, skip, largest=4)
 
 
-def test_what_waited_through_a_batch_of_strangers_goes_at_once(skip):
+def test_an_item_that_waited_during_a_batch_goes_at_once(skip):
   async def test(clients):
     ask = clients.batcher.answer
     first = asyncio.create_task(ask('a', 4, [1, 2, 3, 4], 1e9))

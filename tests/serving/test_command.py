@@ -1,4 +1,4 @@
-"""`python -m gr2_jax.serve`, ended in its own way and in ours."""
+"""`python -m gr2_jax.serve`: reloads, a kill, and an orderly end."""
 
 import contextlib
 import http.client
@@ -102,7 +102,7 @@ def test_a_kill_during_a_reload_and_an_end_in_order(world, slates):
   assert 'Traceback' not in process.said
 
 
-def test_what_cannot_be_meant_is_one_line(world):
+def test_a_wrong_flag_is_one_line(world):
   found = subprocess.run(
     [
       sys.executable,

@@ -104,7 +104,7 @@ def test_an_item_is_read_by_itself(spec, reader):
     np.testing.assert_array_equal(alone, together[row : row + 1])
 
 
-def test_where_no_tuple_is_free_the_text_still_says_which(spec, reader, sids):
+def test_where_no_tuple_is_free_the_fitted_codes_stay(spec, reader, sids):
   everything = np.arange(sids.codebook_size**sids.levels)
   full = dataclasses.replace(reader, keys=everything)
   items = new_items(spec.catalog)
@@ -113,7 +113,7 @@ def test_where_no_tuple_is_free_the_text_still_says_which(spec, reader, sids):
 
 
 @pytest.mark.parametrize('kind', ['uniform', 'digit'])
-def test_other_last_levels_depend_on_no_company_either(spec, reader, kind):
+def test_other_last_levels_do_not_depend_on_other_items(spec, reader, kind):
   config = reader.tokenizer.config.copy_and_resolve_references()
   config.last_level = kind
   other = dataclasses.replace(
@@ -148,7 +148,7 @@ def test_no_line_is_longer_than_the_catalogs_longest(spec, reader):
   assert cut == {'sid': (1, 2), 'title': (3, 4), 'categories': (6,)}
 
 
-def test_what_cannot_be_read_is_said(world, spec, tmp_path):
+def test_without_a_reader_the_reason_is_returned(world, spec, tmp_path):
   home = tmp_path / 'tokenizer-1'
   shutil.copytree(world['tokenizer'], home)
 

@@ -1,4 +1,4 @@
-"""Items that a slate describes: what is read, and what is refused."""
+"""Descriptions beside a slate: accepted, or refused with a reason."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def test_described_items_are_numbered_behind_the_catalogs():
   assert found.described_candidates == ['x9', 7]
 
 
-def test_only_what_is_asked_for_and_unknown_is_described():
+def test_only_needed_and_unknown_items_are_described():
   found = parse(described('b', title='Other'), described('far'))
   assert not len(found.described)
   assert found.candidates == (-1, 1, -1, -1)

@@ -1,4 +1,4 @@
-"""Clients and loads that misbehave: refused clearly; nobody else suffers."""
+"""Clients that misbehave get a clear error and disturb nobody else."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ def policy():
 
 
 def raw(service, *parts):
-  """All that the service says to some bytes, until it ends the connection."""
+  """All bytes that the service sends until it ends the connection."""
   with socket.create_connection(('127.0.0.1', service.port), 60) as client:
     for part in parts:
       client.sendall(part)
@@ -82,7 +82,7 @@ def test_a_body_without_end_is_cut_off(policy):
     (HEAD, b'\r\n', b'{"slates": '),
   ],
 )
-def test_a_client_that_hangs_is_told_and_cut(policy, sent):
+def test_a_client_that_hangs_gets_408_and_is_cut(policy, sent):
   with live.serving(policy, read_seconds=0.3) as service:
     said = raw(service, *sent)
     assert b' 408 ' in said
@@ -124,7 +124,7 @@ def test_the_second_request_of_a_connection_has_a_clock_too(policy):
   assert said.count(b'HTTP/1.1 408') == 1
 
 
-def test_what_is_no_http_is_refused(policy):
+def test_bytes_that_are_not_http_are_refused(policy):
   with live.serving(policy) as service:
     assert raw(service, b'\x16\x03\x01 hello\r\n\r\n').startswith(
       b'HTTP/1.1 400'
@@ -134,7 +134,7 @@ def test_what_is_no_http_is_refused(policy):
     assert service.rank(GOOD)[0] == 200
 
 
-def test_who_goes_away_disturbs_nobody(policy):
+def test_a_client_that_leaves_disturbs_nobody(policy):
   policy.gate.clear()
   body = json.dumps({'slates': [GOOD]}).encode()
   with live.serving(policy, seconds=60.0) as service:
@@ -203,7 +203,7 @@ def test_connections_are_bounded(policy):
     assert service.ask('GET', '/health')[0] == 200
 
 
-def test_at_its_end_the_service_answers_what_it_was_asked(policy):
+def test_at_its_end_the_service_answers_pending_requests(policy):
   policy.gate.clear()
   with live.serving(policy, seconds=60.0) as service:
     first = live.aside(service.rank, GOOD)

@@ -1,4 +1,4 @@
-"""Whatever is sent, the service says what its description says, and lives."""
+"""The service answers any body as its OpenAPI document describes."""
 
 import json
 import string

@@ -49,7 +49,7 @@ def test_the_first_mode_is_the_default(service):
   assert found['answers'][0]['mode'] == 'score'
 
 
-def test_what_is_known_of_a_history_may_be_told(service):
+def test_grades_and_times_of_a_history_are_accepted(service):
   told = {'history_grades': [2], 'history_times': [None], 'time': 9}
   status, found, _ = service.rank(GOOD | told)
   assert (status, found['answers'][0]['unknown_history']) == (200, 0)
@@ -153,7 +153,7 @@ def test_any_text_comes_back(service):
   assert status == 400
 
 
-def test_paths_and_methods_that_there_are_not(service):
+def test_unknown_paths_and_methods(service):
   status, found, _ = service.ask('GET', '/nowhere')
   assert (status, found) == (404, {'error': 'Not Found'})
   status, _, headers = service.ask('GET', '/rank')
@@ -162,7 +162,7 @@ def test_paths_and_methods_that_there_are_not(service):
   assert service.ask('GET', '/example')[0] == 404  # It shows people's data.
 
 
-def test_health_says_what_it_serves(service):
+def test_health_names_the_policy(service):
   status, found, _ = service.ask('GET', '/health')
   assert status == 200
   assert found == {
@@ -189,7 +189,7 @@ def test_metrics_count_what_was_answered(service):
   assert service.metric('process_resident_memory_bytes') > 1 << 20
 
 
-def test_the_schema_tells_the_limits(service):
+def test_the_schema_has_the_limits_in_force(service):
   _, found, _ = service.ask('GET', '/openapi.json')
   post = found['paths']['/rank']['post']
   body = post['requestBody']['content']['application/json']['schema']
@@ -302,7 +302,7 @@ def test_a_reload_that_fails_or_hangs_leaves_the_policy(
   'headers',
   [{}, {'authorization': TOKEN}, {'authorization': f'Bearer {TOKEN} '[:-2]}],
 )
-def test_a_reload_asks_for_the_token(service, headers, monkeypatch):
+def test_a_reload_requires_the_token(service, headers, monkeypatch):
   monkeypatch.setattr(
     reranker_lib.Reranker, 'load', lambda *_, **__: pytest.fail('loaded')
   )

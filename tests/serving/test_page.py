@@ -107,7 +107,7 @@ def test_every_mode_can_be_chosen(browser, service):
     ('{"history": [], "candidates": []}', 'give one or more'),
   ],
 )
-def test_what_is_wrong_is_shown(browser, service, slate, message):
+def test_errors_are_shown(browser, service, slate, message):
   browser.get(service.url)
   settled(browser)
   browser.find_element('css selector', '#edit summary').click()

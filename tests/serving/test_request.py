@@ -1,4 +1,4 @@
-"""Slates from outside: every bad line speaks, evidence is the data set's."""
+"""Slates from outside: errors name the line; evidence equals the data set's."""
 
 import dataclasses
 import json
@@ -151,7 +151,7 @@ def test_a_malformed_or_torn_line_is_named(tmp_path, text, message):
     read(path)
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path):
+def test_bytes_that_are_not_text_are_named(tmp_path):
   path = write(tmp_path, GOOD)
   path.write_bytes(path.read_bytes() + b'{"id": "\xff\xfe"}\n')
   with pytest.raises(log_lib.DataError, match='line 2: not valid JSON'):

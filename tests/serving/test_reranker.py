@@ -157,7 +157,7 @@ def test_others_are_answered_to_the_bit_beside_described_ones(reranker, slates):
   assert alone[7] != beside[7]
 
 
-def test_a_described_slate_is_answered_in_any_company(reranker, slates):
+def test_a_described_slate_does_not_depend_on_its_batch(reranker, slates):
   described = [
     with_new(reranker, row, 0, title=f'No {i % 2}')
     for i, row in enumerate(slates[:8])
@@ -200,7 +200,7 @@ def test_without_a_reader_the_described_are_unknown(
   assert answer['scores'][1] is None
 
 
-def test_a_slate_of_strangers_comes_back_as_it_came(reranker, slates):
+def test_a_slate_of_unknown_candidates_keeps_its_order(reranker, slates):
   asked = [slates[0], {'history': [], 'candidates': ['x', 7]}]
   first, second = reranker.rank(asked)
   assert first['unknown_candidates'] == []
@@ -247,7 +247,7 @@ def test_no_request_compiles(reranker, slates):
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     jax.jit(lambda x: x * 3)(np.arange(3))
-    assert len(compiled) == 1  # It would be heard.
+    assert len(compiled) == 1  # The listener works.
     for mode in reranker.programs:
       for size in (1, 7, 8, 9):
         reranker.rank(slates[:size], mode)
@@ -301,7 +301,7 @@ def test_an_example_is_a_slate_to_be_ranked(world, reranker):
   assert request.times == tuple(times.tolist())
 
 
-def test_what_is_no_policy_is_refused(world, tmp_path):
+def test_other_artifacts_are_refused(world, tmp_path):
   with pytest.raises(artifacts.ArtifactError, match='finished artifact'):
     reranker_lib.Reranker.load(tmp_path)
   with pytest.raises(artifacts.ArtifactError, match='leaves no policy'):

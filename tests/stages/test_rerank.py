@@ -130,7 +130,7 @@ def test_one_candidate_passes_through(finished, asked):
   assert answer['order'] == [0]
 
 
-def test_results_say_what_the_output_holds(finished):
+def test_results_summarize_the_output(finished):
   _, workdir, results, traces = finished
   answers = output(workdir)
   assert results['slates'] == len(answers)
