@@ -25,19 +25,12 @@ SCORED_AT_ONCE = 4096  # Slates; one shape, so that scoring compiles once.
 
 
 class Ranker(nn.Module):
-  """Scores candidates one by one.
+  """Scores candidates one by one."""
 
-  Attributes:
-    items: size of the catalog, I.
-    embedding: width of an item's vector, D.
-    hidden: widths of the hidden layers.
-    dropout: share of the first layer's inputs that training drops.
-  """
-
-  items: int
-  embedding: int
-  hidden: Sequence[int]
-  dropout: float
+  items: int  # Size of the catalog, I.
+  embedding: int  # Width of an item's vector, D.
+  hidden: Sequence[int]  # Widths of the hidden layers.
+  dropout: float  # Share of the first layer's inputs that training drops.
 
   @nn.compact
   def __call__(
@@ -47,25 +40,18 @@ class Ranker(nn.Module):
     features_BxKxE: jax.Array,
     training: bool = False,
   ) -> jax.Array:
-    """Logits of a click.
+    """Logits of a click: float32 [B, K], without meaning at padding.
 
-    Args:
-      candidates_BxK: int32, -1 at padding.
-      history_BxH: int32, -1 at padding.
-      features_BxKxE: float32, standardised.
-      training: whether to drop inputs, with the random stream `dropout`.
-
-    Returns:
-      float32 [B, K]; without meaning at padding.
+    Items int32 are -1 at padding; features are standardized. `training` drops
+    inputs, with the random stream `dropout`.
     """
     table_IxD = self.param(
       'items', nn.initializers.normal(0.01), (self.items, self.embedding)
     )
     item_BxKxD = table_IxD[jnp.maximum(candidates_BxK, 0)]
     real_BxHx1 = (history_BxH >= 0)[..., None]
-    past_BxHxD = jnp.where(
-      real_BxHx1, table_IxD[jnp.maximum(history_BxH, 0)], 0.0
-    )
+    past_BxHxD = table_IxD[jnp.maximum(history_BxH, 0)]
+    past_BxHxD = jnp.where(real_BxHx1, past_BxHxD, 0.0)
     length_Bx1 = jnp.maximum(jnp.sum(real_BxHx1, axis=1), 1)
     user_BxD = jnp.sum(past_BxHxD, axis=1) / length_Bx1
     user_BxKxD = jnp.broadcast_to(user_BxD[:, None], item_BxKxD.shape)
@@ -80,7 +66,7 @@ class Ranker(nn.Module):
 
 @chex.dataclass(frozen=True)
 class State:
-  """Everything a resumed run needs, beside what validation chose."""
+  """Everything a resumed run needs, except the choice that validation made."""
 
   step: jax.Array  # int32 []
   params: chex.ArrayTree
@@ -89,7 +75,7 @@ class State:
 
 @chex.dataclass(frozen=True)
 class Batch:
-  """What the ranker reads of slates, and the clicks it is trained on."""
+  """Inputs of the ranker, and the clicks on which it is trained."""
 
   candidates: jax.Array  # int32 [B, K]
   history: jax.Array  # int32 [B, H]
@@ -120,21 +106,14 @@ def fit_scaler(slates: slates_lib.Slates) -> Scaler:
 def make_batch(
   slates: slates_lib.Slates, rows: np.ndarray, scaler: Scaler
 ) -> Batch:
-  """The given rows of a split.
+  """Rows [B] of a split, scaled as the train split.
 
-  Args:
-    slates: one split.
-    rows: int [B].
-    scaler: of the train split.
-
-  Returns:
-    Batch of numpy arrays, features within `CLIP` deviations, 0 at padding.
+  Features are within `CLIP` deviations, and 0 at padding.
   """
   candidates = slates.candidates[rows]
   scaled = (slates.evidence[rows] - scaler.mean) / scaler.deviation
-  scaled = np.where(
-    candidates[..., None] >= 0, np.clip(scaled, -CLIP, CLIP), 0.0
-  )
+  scaled = np.clip(scaled, -CLIP, CLIP)
+  scaled = np.where(candidates[..., None] >= 0, scaled, 0.0)
   return Batch(
     candidates=candidates,
     history=slates.history[rows],
@@ -145,17 +124,10 @@ def make_batch(
 
 
 def batch_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-  """Rows of a step's batch: epoch after epoch, each in an order of its own.
+  """Rows of a step's batch: epoch after epoch, each in its own order.
 
-  Args:
-    n: slates of the split.
-    batch_size: B; at most n rows are drawn.
-    seed: of the order.
-    step: number of the step, from 0.
-
-  Returns:
-    int64 [min(B, n)], a function of the arguments alone. What is left of an
-    epoch after its last whole batch is skipped.
+  Returns int64 [min(B, n)], a function of the arguments alone. The rows of an
+  epoch after its last whole batch are skipped.
   """
   size = min(batch_size, n)
   epoch, place = divmod(step, n // size)
@@ -174,7 +146,7 @@ def make_model(config, items: int) -> Ranker:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-  """AdamW; the decay also keeps items that are rarely seen near zero."""
+  """AdamW; the decay also keeps rare items near zero."""
   return optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
 
 
@@ -198,14 +170,13 @@ def init(
 def make_update(
   model: Ranker, optimizer: optax.GradientTransformation, seed: int
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-  """The jitted step; dropout is a function of (seed, step).
+  """The jitted step `(state, batch) -> (state, {'loss', 'grad_norm'})`.
 
-  Returns:
-    `(state, batch) -> (state, {'loss', 'grad_norm'})`. The loss is the
-    sigmoid cross-entropy of clicks, a mean over the real candidates.
+  The loss is the sigmoid cross-entropy of clicks, a mean over the real
+  candidates. Dropout is a function of (seed, step).
   """
 
-  def loss_fn(params, batch, key):
+  def loss_fn(params: chex.ArrayTree, batch: Batch, key: jax.Array):
     logits_BxK = model.apply(
       {'params': params},
       batch.candidates,
@@ -219,7 +190,7 @@ def make_update(
     return masking.masked_sum(loss_BxK, real_BxK).mean()
 
   @jax.jit
-  def update(state, batch):
+  def update(state: State, batch: Batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -236,11 +207,9 @@ def make_update(
 def make_score(
   model: Ranker,
 ) -> Callable[[chex.ArrayTree, slates_lib.Slates, Scaler], np.ndarray]:
-  """The scorer of whole splits.
+  """A scorer `(params, slates, scaler) -> float32 [n, K]` of whole splits.
 
-  Returns:
-    `(params, slates, scaler) -> float32 [n, K]`, logits of a click; -inf at
-    padding.
+  Scores are logits of a click; -inf at padding.
   """
   forward = jax.jit(
     lambda params, batch: model.apply(
@@ -248,7 +217,9 @@ def make_score(
     )
   )
 
-  def score(params, slates, scaler):
+  def score(
+    params: chex.ArrayTree, slates: slates_lib.Slates, scaler: Scaler
+  ) -> np.ndarray:
     n = len(slates)
     scores = np.full(slates.candidates.shape, -np.inf, np.float32)
     for start in range(0, n, SCORED_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Gradient-boosted trees on the evidence: what a ranker without reading gets.
+"""Gradient-boosted trees on the evidence: a ranker that reads no language.
 
 LambdaMART by LightGBM, which `fit` alone imports. Axis letters: K candidates,
 E evidence columns; n slates of a split.
@@ -21,21 +21,12 @@ def fit(
   columns: tuple[str, ...],
   seed: int,
 ) -> 'lightgbm.Booster':
-  """Trains trees, and stops where NDCG@5 on validation stands still.
+  """Trains trees, and stops once NDCG@5 on validation no longer improves.
 
-  Args:
-    config: section `baselines.gbdt`.
-    train: slates to fit.
-    validation: slates that choose the number of rounds.
-    columns: names of the E evidence columns.
-    seed: of bagging and feature sampling.
-
-  Returns:
-    The booster; its `best_iteration` rounds are what `score` uses. The same
-    arguments and number of threads give the same trees.
-
-  Raises:
-    ImportError: LightGBM is not installed.
+  `config` is section `baselines.gbdt`, `columns` the names of the E evidence
+  columns, `seed` that of bagging and feature sampling. `score` uses the
+  booster's `best_iteration` rounds. The same arguments and number of threads
+  give the same trees. Raises ImportError where LightGBM is not installed.
   """
   try:
     import lightgbm

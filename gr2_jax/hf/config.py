@@ -1,7 +1,8 @@
-"""What a checkpoint says about itself, as fields of the decoder, and back.
+"""Metadata of a checkpoint, as fields of the decoder, and back.
 
-Whatever the decoder does not have (biases, sliding windows, experts, other
-activations or rotary positions) is refused here, by the field's name.
+A checkpoint with a feature that the decoder lacks (biases, sliding windows,
+experts, other activations or rotary positions) is rejected here, by the
+field's name.
 """
 
 import json
@@ -10,10 +11,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from gr2_jax.models import rope as rope_lib
 from gr2_jax.models import transformer
 
-# model_type -> the class that serves it, and whether it normalises queries and
+# model_type -> its class in transformers, and whether it normalizes queries and
 # keys.
 FAMILIES = {
   'llama': ('LlamaForCausalLM', False),
@@ -21,7 +21,7 @@ FAMILIES = {
 }
 ROLES = ('bos_token', 'eos_token', 'pad_token')
 
-# Field -> the value it may have, where it is there at all; None: no value.
+# Field -> the only value it may have, where it is present; None: absent.
 _ONLY = {
   'attention_bias': False,
   'mlp_bias': False,
@@ -38,16 +38,17 @@ _ROPE_ONLY = {
   'mscale': None,
   'mscale_all_dim': None,
 }
+# Kind of scaling -> the fields of the fewest and most turns that it blends.
+_ROPE_TURNS = {
+  'linear': ('', ''),
+  'llama3': ('low_freq_factor', 'high_freq_factor'),
+  'yarn': ('beta_slow', 'beta_fast'),
+}
 _TORCH = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-  """Reads an object.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is no JSON object.
-  """
+  """Reads a JSON object; raises ValueError where the file holds none."""
   if not file.is_file():
     raise FileNotFoundError(f'{file}: missing')
   try:
@@ -62,19 +63,13 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 def fields(
   file: pathlib.Path, config: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-  """The decoder's fields, from a config.json.
+  """Family and decoder fields of a config.json, whose name is for messages.
 
-  Args:
-    file: for messages.
-    config: its content.
-
-  Returns:
-    The family, and TransformerConfig's fields without vocab_size, dtype and
-    remat.
+  The fields are TransformerConfig's without vocab_size, dtype and remat.
 
   Raises:
     ValueError: an unknown architecture, a missing field, or one with a value
-      that the decoder does not have.
+      that the decoder does not support.
   """
   family = config.get('model_type')
   if family not in FAMILIES:
@@ -82,14 +77,14 @@ def fields(
       f'{file}: model_type is {family!r} (architectures '
       f'{config.get("architectures")}); known: {", ".join(FAMILIES)}'
     )
-  _refuse(file, config, _ONLY)
+  _reject(file, config, _ONLY)
   for kind in config.get('layer_types') or ():
     if kind != 'full_attention':
       raise ValueError(
         f'{file}: layer_types has {kind!r}; known: full_attention'
       )
 
-  def need(name):
+  def need(name: str) -> int:
     if not isinstance(config.get(name), int):
       raise ValueError(f'{file}: {name} is {config.get(name)!r}, not a number')
     return config[name]
@@ -121,21 +116,17 @@ def _rope(
   }
   base = rope.get('rope_theta', config.get('rope_theta', 10_000.0))
   kind = rope.get('rope_type', rope.get('type', 'default'))
-  _refuse(f'{file}: in rope_scaling,', rope, _ROPE_ONLY)
+  _reject(f'{file}: in rope_scaling,', rope, _ROPE_ONLY)
   if kind == 'default':
     return _stretch(float(base))
-  if kind not in rope_lib.SCALINGS:
+  if kind not in transformer.ROPE_SCALINGS:
     raise ValueError(
       f'{file}: rope_scaling has rope_type {kind!r}; known: default, '
-      f'{", ".join(filter(None, rope_lib.SCALINGS))}'
+      f'{", ".join(filter(None, transformer.ROPE_SCALINGS))}'
     )
   length = rope.get('original_max_position_embeddings') or max_positions
   factor = rope.get('factor') or max_positions / length
-  slow, fast = {
-    'linear': (None, None),
-    'llama3': (rope.get('low_freq_factor'), rope.get('high_freq_factor')),
-    'yarn': (rope.get('beta_slow'), rope.get('beta_fast')),
-  }[kind]
+  slow, fast = (rope.get(name) for name in _ROPE_TURNS[kind])
   magnitude = rope.get('attention_factor') if kind == 'yarn' else 1.0
   return _stretch(float(base), kind, factor, length, slow, fast, magnitude)
 
@@ -149,7 +140,7 @@ def _stretch(
   fast: float | None = None,
   magnitude: float | None = 1.0,
 ) -> dict[str, Any]:
-  """The decoder's rope fields; None is what the method's paper has."""
+  """The decoder's rope fields; None stands for the paper's default."""
   if magnitude is None:  # yarn, section 3.4
     magnitude = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
   return dict(
@@ -164,17 +155,7 @@ def _stretch(
 
 
 def gguf_fields(file: Any) -> tuple[str, dict[str, Any]]:
-  """The decoder's fields, from a GGUF file's metadata.
-
-  Args:
-    file: a `gguf_file.GgufFile`.
-
-  Returns:
-    As `fields`.
-
-  Raises:
-    ValueError: as `fields`.
-  """
+  """As `fields`, from the metadata of a `gguf_file.GgufFile`."""
   family = file.require('general.architecture')
   if family not in FAMILIES:
     raise ValueError(
@@ -182,10 +163,10 @@ def gguf_fields(file: Any) -> tuple[str, dict[str, Any]]:
       f'{", ".join(FAMILIES)}'
     )
 
-  def need(name):
+  def need(name: str) -> Any:
     return file.require(f'{family}.{name}')
 
-  def get(name, default):
+  def get(name: str, default: Any) -> Any:
     return file.get(f'{family}.{name}', default)
 
   d_model, heads = need('embedding_length'), need('attention.head_count')
@@ -196,7 +177,7 @@ def gguf_fields(file: Any) -> tuple[str, dict[str, Any]]:
     'attention.sliding_window': 0,
     'expert_count': 0,
   }
-  _refuse(file.path, {name: get(name, None) for name in only}, only)
+  _reject(file.path, {name: get(name, None) for name in only}, only)
   kind = get('rope.scaling.type', 'none')
   if kind not in ('none', 'linear', 'yarn'):
     raise ValueError(
@@ -222,14 +203,14 @@ def gguf_fields(file: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _decimal(x: float) -> float:
-  """The decimal number that a float32 stands for."""
+  """The shortest decimal number of a float32."""
   return float(f'{x:.7g}')
 
 
-def _refuse(
+def _reject(
   where: Any, given: Mapping[str, Any], only: Mapping[str, Any]
 ) -> None:
-  """Raises where a field has a value that the decoder does not have."""
+  """Raises where a field has a value that the decoder does not support."""
   for name, value in only.items():
     if given.get(name) not in (None, value):
       known = 'absent' if value is None else value
@@ -251,14 +232,14 @@ def special_tokens(folder: pathlib.Path) -> dict[str, str | None]:
 
 
 def chat_template(folder: pathlib.Path) -> str:
-  """The Jinja text: its own file, or in tokenizer_config.json; '' for none."""
-  own, file = folder / 'chat_template.jinja', folder / 'tokenizer_config.json'
-  if own.is_file():
-    return own.read_text()
-  found = read_json(file).get('chat_template') if file.is_file() else None
-  if isinstance(found, list):  # named templates
-    found = {t['name']: t['template'] for t in found}.get('default')
-  return found or ''
+  """Jinja, from its own file or from tokenizer_config.json; '' for none."""
+  jinja, file = folder / 'chat_template.jinja', folder / 'tokenizer_config.json'
+  if jinja.is_file():
+    return jinja.read_text()
+  template = read_json(file).get('chat_template') if file.is_file() else None
+  if isinstance(template, list):  # named templates
+    template = {t['name']: t['template'] for t in template}.get('default')
+  return template or ''
 
 
 def write(
@@ -273,16 +254,10 @@ def write(
 ) -> None:
   """Writes config.json, generation_config.json and tokenizer_config.json.
 
-  Args:
-    folder: an existing folder.
-    family: a key of FAMILIES.
-    model: the decoder.
-    tokens: role, as in ROLES -> special token.
-    ids: bos_token_id, eos_token_id, pad_token_id, those that there are.
-    template: the chat template; '' for none.
-    max_positions: the longest context, in tokens.
-    dtype: of the weights: F32, BF16 or F16.
+  `tokens` maps roles, as in ROLES, to the special tokens that exist, `ids` all
+  tokens to ids. `max_positions` is in tokens; `dtype` is F32, BF16 or F16.
   """
+  special_ids = {f'{role}_id': ids[token] for role, token in tokens.items()}
   config = {
     'architectures': [FAMILIES[family][0]],
     'model_type': family,
@@ -301,7 +276,7 @@ def write(
     'max_position_embeddings': max_positions,
     'tie_word_embeddings': model.tie_embeddings,
     'torch_dtype': _TORCH[dtype],
-    **ids,
+    **special_ids,
   }
   tokenizer = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -313,7 +288,7 @@ def write(
     tokenizer['chat_template'] = template
   for name, content in {
     'config.json': config,
-    'generation_config.json': {'do_sample': False, **ids},
+    'generation_config.json': {'do_sample': False, **special_ids},
     'tokenizer_config.json': tokenizer,
   }.items():
     text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -321,21 +296,16 @@ def write(
 
 
 def _rope_scaling(model: transformer.TransformerConfig) -> dict | None:
-  """What `_rope` reads."""
+  """The inverse of `_rope`."""
   kind = model.rope_scaling
   if not kind:
     return None
-  found = {'rope_type': kind, 'factor': model.rope_factor}
+  content = {'rope_type': kind, 'factor': model.rope_factor}
   if kind == 'linear':
-    return found
-  found['original_max_position_embeddings'] = model.rope_length
-  if kind == 'llama3':
-    return found | {
-      'low_freq_factor': model.rope_slow,
-      'high_freq_factor': model.rope_fast,
-    }
-  return found | {
-    'beta_slow': model.rope_slow,
-    'beta_fast': model.rope_fast,
-    'attention_factor': model.rope_magnitude,
-  }
+    return content
+  content['original_max_position_embeddings'] = model.rope_length
+  turns = (model.rope_slow, model.rope_fast)
+  content |= zip(_ROPE_TURNS[kind], turns, strict=True)
+  if kind == 'yarn':
+    content['attention_factor'] = model.rope_magnitude
+  return content

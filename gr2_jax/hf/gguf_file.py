@@ -1,7 +1,7 @@
-"""A GGUF file: metadata, tensors dequantised in part, and the tokenizer.
+"""A GGUF file: metadata, tensors dequantized in part, and the tokenizer.
 
-The file holds a byte-level BPE tokenizer as lists and a name for how it cuts
-text (`tokenizer.ggml.pre`); the cutting itself is a table here.
+The file holds a byte-level BPE tokenizer as lists, and only the name of its
+pre-tokenizer (`tokenizer.ggml.pre`); a table here defines those.
 """
 
 import json
@@ -19,15 +19,15 @@ _GPT2 = _BYTES | {'use_regex': True}
 
 
 def _split(digits: str) -> list[dict[str, Any]]:
-  """A pattern cuts, then bytes become characters."""
+  """Splits text by a pattern, then maps bytes to characters."""
   pattern = '|'.join((_CONTRACTIONS, _WORDS, digits, _REST))
-  cut = {
+  split = {
     'type': 'Split',
     'pattern': {'Regex': pattern},
     'behavior': 'Isolated',
     'invert': False,
   }
-  return [cut, _BYTES | {'use_regex': False}]
+  return [split, _BYTES | {'use_regex': False}]
 
 
 # `tokenizer.ggml.pre` -> the tokenizer's parts that depend on it.
@@ -38,19 +38,14 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
   'llama-bpe': {'pre': _split(r'\p{N}{1,3}'), 'ignore_merges': True},
 }
 
-# Of `tokenizer.ggml.token_type`.
+# Values of `tokenizer.ggml.token_type`.
 _CONTROL, _USER_DEFINED = 3, 4
 
 
 class GgufFile:
   """Metadata and tensors of one file; tensors are read on demand.
 
-  Args:
-    path: the file.
-
-  Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is cut off, or no GGUF file.
+  Raises ValueError where the file is truncated, or no GGUF file.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -70,28 +65,24 @@ class GgufFile:
     }
 
   def get(self, key: str, default: Any = None) -> Any:
-    """A metadata value as Python values, or `default`."""
+    """Metadata as Python values, or `default`."""
     field = self._reader.get_field(key)
     return default if field is None else field.contents()
 
   def require(self, key: str) -> Any:
-    """A metadata value that must be there.
-
-    Raises:
-      ValueError: it is not.
-    """
+    """Metadata as Python values; raises ValueError where it is missing."""
     value = self.get(key)
     if value is None:
       raise ValueError(f'{self.path}: has no metadata {key}')
     return value
 
   def file(self, name: str) -> pathlib.Path:
-    """Which file holds a tensor: this one."""
+    """The file that holds a tensor: this one."""
     del name
     return self.path
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A block of a tensor, float32; only its rows are dequantised."""
+    """A block of a tensor, float32; only its rows are dequantized."""
     tensor = self._tensors[name]
     if len(self.shapes[name]) == 1:
       rows, rest = slice(None), index
@@ -101,18 +92,17 @@ class GgufFile:
     return block[rest].astype(np.float32, copy=False)
 
   def token(self, role: str) -> str | None:
-    """The special token of a role: bos, eos, padding; None: there is none."""
+    """The special token of a role (bos, eos, padding), or None."""
     ident = self.get(f'tokenizer.ggml.{role}_token_id')
     return None if ident is None else self._tokens()[ident]
 
   def tokenizer_json(self) -> str:
-    """The tokenizer in the serialisation of the `tokenizers` package.
+    """The tokenizer in the serialization of the `tokenizers` package.
 
-    Text is cut and merged as the original tokenizer does; control tokens are
-    special, user-defined ones are added tokens. Nothing is put around a text.
-
-    Raises:
-      ValueError: it is no byte-level BPE, or cuts text in an unknown way.
+    Text is split and merged as by the original tokenizer. Control tokens are
+    special, user-defined ones are added tokens. No token is put around a text.
+    Raises ValueError where the model is no byte-level BPE, or its pre-tokenizer
+    is unknown.
     """
     kind = self.require('tokenizer.ggml.model')
     if kind != 'gpt2':
@@ -127,16 +117,11 @@ class GgufFile:
         f'{", ".join(PRE_TOKENIZERS)}'
       )
     parts, tokens = PRE_TOKENIZERS[pre], self._tokens()
+    plain = dict(
+      single_word=False, lstrip=False, rstrip=False, normalized=False
+    )
     added = [
-      {
-        'id': i,
-        'content': tokens[i],
-        'single_word': False,
-        'lstrip': False,
-        'rstrip': False,
-        'normalized': False,
-        'special': kind == _CONTROL,
-      }
+      {'id': i, 'content': tokens[i], **plain, 'special': kind == _CONTROL}
       for i, kind in enumerate(self.require('tokenizer.ggml.token_type'))
       if kind in (_CONTROL, _USER_DEFINED)
     ]

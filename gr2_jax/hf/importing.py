@@ -3,6 +3,9 @@
 The host holds one shard of one parameter at a time.
 """
 
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,55 +26,51 @@ def import_params(
   new_rows: np.ndarray | None = None,
   new_output_rows: np.ndarray | None = None,
 ) -> Any:
-  """Reads parameters straight into sharded arrays.
+  """Reads parameters, unboxed and float32, straight into sharded arrays.
 
-  The host holds one shard of one parameter at a time. The read-out vector is
-  the one that `export` wrote beside the model, or zeros.
+  The read-out vector is the one that `export` wrote beside the model, or zeros.
 
   Args:
     backbone: of `open_backbone`.
     model: the decoder; agrees with `backbone.fields` but for rope scaling, and
       has at least `backbone.vocab_size` tokens.
     shardings: a Sharding for every leaf of the unboxed parameters.
-    new_rows: float [n, D], what the last n rows of the embedding start as; n
-      may be larger than the rows added, where a checkpoint has spare ones.
+    new_rows: float [n, D], initial values of the last n rows of the embedding;
+      n exceeds the number of added rows where a checkpoint has spare ones.
     new_output_rows: the same for an untied output embedding; None: `new_rows`.
-
-  Returns:
-    Parameters as of `transformer.init_params`, unboxed, float32.
 
   Raises:
     ValueError: a leaf is missing, superfluous or of another shape, a field of
       `model` differs from the checkpoint's, or rows do not fit. The message
       names leaf, file and both shapes.
   """
-  wanted = abstract_params(model)
   if new_rows is None:
     new_rows = np.zeros((0, model.d_model), np.float32)
   if new_output_rows is None:
     new_output_rows = new_rows
   rows = {'embedding': new_rows, 'unembedding': new_output_rows}
-  _check(backbone, model, wanted, rows)
+  _check(backbone, model, rows)
 
   def load(path, leaf, placement):
     name = leaf_name(path)
     if name == 'readout':
-      readout = _readout(backbone.source, model)
-      return _place(leaf.shape, placement, lambda index: readout[index])
-    if name in rows:
-      return _place(
-        leaf.shape,
-        placement,
-        lambda index: _with_rows(backbone, name, leaf.shape, rows[name], index),
+      read = _readout(backbone.source, model).__getitem__
+    elif name in rows:
+      read = functools.partial(
+        _read_rows, backbone, name, leaf.shape[0] - len(rows[name]), rows[name]
       )
-    return _place(
-      leaf.shape, placement, lambda index: backbone.read(name, index)
-    )
+    else:
+      read = functools.partial(backbone.read, name)
+    return _place(leaf.shape, placement, read)
 
-  return jax.tree_util.tree_map_with_path(load, wanted, shardings)
+  return jax.tree_util.tree_map_with_path(
+    load, abstract_params(model), shardings
+  )
 
 
-def _place(shape, placement, read) -> jax.Array:
+def _place(
+  shape: tuple[int, ...], placement: jax.sharding.Sharding, read: Callable
+) -> jax.Array:
   """A global array, read block by block; equal blocks are read once."""
   devices: dict[tuple, list] = {}
   indices = placement.addressable_devices_indices_map(shape)
@@ -86,40 +85,50 @@ def _place(shape, placement, read) -> jax.Array:
   return jax.make_array_from_single_device_arrays(shape, placement, shards)
 
 
-def _with_rows(backbone, name, shape, new, index) -> np.ndarray:
-  """A block of an embedding whose last rows are `new`."""
+def _read_rows(
+  backbone: Backbone,
+  name: str,
+  old: int,
+  new: np.ndarray,
+  index: tuple[slice, slice],
+) -> np.ndarray:
+  """A block of an embedding: `old` rows of the checkpoint, then `new`."""
   rows, columns = index
-  old = shape[0] - len(new)
   out = np.empty([s.stop - s.start for s in index], np.float32)
   split = min(max(old, rows.start), rows.stop)
-  here = split - rows.start
-  if here:
-    out[:here] = backbone.read(name, (slice(rows.start, split), columns))
-  out[here:] = new[max(split - old, 0) : rows.stop - old, columns]
+  number = split - rows.start
+  if number:
+    out[:number] = backbone.read(name, (slice(rows.start, split), columns))
+  out[number:] = new[max(split - old, 0) : rows.stop - old, columns]
   return out
 
 
-def _readout(source, model) -> np.ndarray:
+def _readout(
+  source: pathlib.Path, model: transformer.TransformerConfig
+) -> np.ndarray:
   file = source / READOUT
   if not file.is_file():
     return np.zeros(model.d_model, np.float32)
   import safetensors.numpy
 
-  found = safetensors.numpy.load_file(file)['readout']
-  if found.shape != (model.d_model,):
+  readout = safetensors.numpy.load_file(file)['readout']
+  if readout.shape != (model.d_model,):
     raise ValueError(
-      f'{file}: leaf readout has shape {found.shape}, but the config asks for '
-      f'{(model.d_model,)}'
+      f'{file}: leaf readout has shape {readout.shape}, but the config '
+      f'requires {(model.d_model,)}'
     )
-  return found
+  return readout
 
 
-def _check(backbone, model, wanted, rows) -> None:
+def _check(
+  backbone: Backbone,
+  model: transformer.TransformerConfig,
+  rows: Mapping[str, np.ndarray],
+) -> None:
   """Compares the checkpoint with the decoder, before anything is read."""
   shapes, used = backbone.tensors.shapes, set()
   lengths = leaves.sizes(model)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-    name = leaf_name(path)
+  for name, leaf in named_leaves(abstract_params(model)).items():
     if name == 'readout':
       continue
     if name not in backbone.leaves:
@@ -132,17 +141,17 @@ def _check(backbone, model, wanted, rows) -> None:
     if name in rows:
       shape = _check_rows(backbone, name, leaf.shape, rows[name])
     for layer in range(model.num_layers if '{}' in tensor else 1):
-      one = tensor.format(layer)
-      used.add(one)
-      if one not in shapes:
+      key = tensor.format(layer)
+      used.add(key)
+      if key not in shapes:
         raise ValueError(
-          f'{backbone.source}: leaf {name} {leaf.shape}: tensor {one} {shape} '
+          f'{backbone.source}: leaf {name} {leaf.shape}: tensor {key} {shape} '
           'is not in the checkpoint'
         )
-      if shapes[one] != shape:
+      if shapes[key] != shape:
         raise ValueError(
-          f'{backbone.tensors.file(one)}: leaf {name} {leaf.shape}: tensor '
-          f'{one} has shape {shapes[one]}, but the config asks for {shape}'
+          f'{backbone.tensors.file(key)}: leaf {name} {leaf.shape}: tensor '
+          f'{key} has shape {shapes[key]}, but the config requires {shape}'
         )
   if model.tie_embeddings:
     used.add(backbone.leaves['unembedding'][0])  # a second copy, in some files
@@ -161,7 +170,9 @@ def _check(backbone, model, wanted, rows) -> None:
       )
 
 
-def _check_rows(backbone, name, shape, new) -> tuple[int, int]:
+def _check_rows(
+  backbone: Backbone, name: str, shape: tuple[int, int], new: np.ndarray
+) -> tuple[int, int]:
   """The shape that an embedding has in the checkpoint."""
   V, D = shape
   if new.ndim != 2 or new.shape[1] != D or len(new) > V:
@@ -170,20 +181,25 @@ def _check_rows(backbone, name, shape, new) -> tuple[int, int]:
     raise ValueError(
       f'{backbone.source}: leaf {name} has shape ({backbone.vocab_size}, '
       f'{backbone.fields["d_model"]}) there and {len(new)} new rows, but the '
-      f'vocabulary asks for {shape}'
+      f'vocabulary requires {shape}'
     )
   return backbone.vocab_size, D
 
 
 def abstract_params(model: transformer.TransformerConfig) -> Any:
   """Shapes of the parameters, unboxed."""
-  return sharding.unbox(
-    jax.eval_shape(
-      lambda key: transformer.init_params(model, key), jax.random.key(0)
-    )
-  )
+  init = functools.partial(transformer.init_params, model)
+  return sharding.unbox(jax.eval_shape(init, jax.random.key(0)))
 
 
 def leaf_name(path: tuple) -> str:
   """A leaf's keys, joined by dots."""
   return '.'.join(entry.key for entry in path)
+
+
+def named_leaves(params: Any) -> dict[str, Any]:
+  """Name -> leaf."""
+  return {
+    leaf_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }

@@ -1,7 +1,7 @@
 """Safetensors: slices of tensors out of one file or several, and back.
 
-Reading touches only the slice that is asked for. Writing holds one tensor at a
-time: the header says where each begins, and they follow one another.
+Reading touches only the requested slice. Writing holds one tensor at a time:
+the header has the place of each, and they follow one another.
 """
 
 import json
@@ -27,13 +27,10 @@ DTYPES = {
 class SafetensorsFolder:
   """The tensors of a checkpoint: `model.safetensors`, or an index and parts.
 
-  Args:
-    folder: where the files lie.
-
   Raises:
-    FileNotFoundError: there is neither file, or a part of the index is absent.
-    ValueError: a file is cut off or damaged, the index is wrong, or a tensor's
-      type is not F32, F16 or BF16.
+    FileNotFoundError: both are missing, or a part of the index is.
+    ValueError: a file is truncated or damaged, the index is wrong, or a
+      tensor's type is not F32, F16 or BF16.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -50,11 +47,11 @@ class SafetensorsFolder:
         raise ValueError(
           f'{file}: not a whole safetensors file ({e}); fetch it again'
         ) from e
-      held = set(handle.keys())
-      for name in sorted(held) if names is None else names:
-        if name not in held:
+      present = set(handle.keys())
+      for name in sorted(present) if names is None else names:
+        if name not in present:
           raise ValueError(
-            f'{file}: has no tensor {name}, which {INDEX} says it has'
+            f'{file}: has no tensor {name}, which {INDEX} assigns to it'
           )
         self._files[name] = file
         self._slices[name] = handle.get_slice(name)
@@ -63,11 +60,11 @@ class SafetensorsFolder:
         if dtype not in DTYPES:
           raise ValueError(
             f'{file}: tensor {name} has type {dtype}; known: '
-            f'{", ".join(DTYPES)} (quantised checkpoints are not read)'
+            f'{", ".join(DTYPES)} (quantized checkpoints are not supported)'
           )
 
   def file(self, name: str) -> pathlib.Path:
-    """Which file holds a tensor."""
+    """The file that holds a tensor."""
     return self._files[name]
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -105,13 +102,11 @@ def write(
   dtype: str,
   max_shard_bytes: int,
 ) -> None:
-  """Writes `model.safetensors`, or parts with an index where it is too large.
+  """Writes `model.safetensors`, or several files, and an index.
 
-  Args:
-    folder: an existing folder.
-    tensors: in file order; values are asked for one tensor at a time.
-    dtype: a key of DTYPES.
-    max_shard_bytes: no file holds more than this, or than one tensor.
+  A single file has an index too: without one, vLLM loads every .safetensors of
+  the folder, and would reject a file that is not the model's. `dtype` is a key
+  of DTYPES. No file holds more than `max_shard_bytes`, or than one tensor.
   """
   width = DTYPES[dtype].itemsize
   parts: list[list[Source]] = [[]]
@@ -123,17 +118,16 @@ def write(
       room = max_shard_bytes
     parts[-1].append(tensor)
     room -= size
-  if len(parts) == 1:
-    write_file(folder / SINGLE, tensors, dtype)
-    return
-  stem = SINGLE.removesuffix('.safetensors')
-  names = {}
+  stem, names, metadata = SINGLE.removesuffix('.safetensors'), {}, {}
+  if len(parts) > 1:
+    total = sum(math.prod(shape) for _, shape, _ in tensors) * width
+    metadata['total_size'] = total
   for i, part in enumerate(parts, 1):
-    file = f'{stem}-{i:05}-of-{len(parts):05}.safetensors'
+    several = f'{stem}-{i:05}-of-{len(parts):05}.safetensors'
+    file = several if len(parts) > 1 else SINGLE
     write_file(folder / file, part, dtype)
     names.update({name: file for name, _, _ in part})
-  total = sum(math.prod(shape) for _, shape, _ in tensors) * width
-  index = {'metadata': {'total_size': total}, 'weight_map': names}
+  index = {'metadata': metadata, 'weight_map': names}
   (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 

@@ -1,25 +1,20 @@
 """A SentencePiece unigram model in the form of Hugging Face's `tokenizers`."""
 
-# How sentencepiece_model.proto numbers the types of pieces.
+# Types of pieces in sentencepiece_model.proto.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
-_SPACE = '▁'  # What SentencePiece writes for a space.
+_SPACE = '▁'  # Stands for a space.
 
 
 def tokenizer_json(model: bytes) -> str:
-  """Serialises a model of `vocabulary.train`, ids and text unchanged.
+  """JSON for `tokenizers.Tokenizer.from_str`, from a SentencePiece model.
 
-  Its symbols become added tokens, so that a server shows them and reads them
-  in a prompt; control pieces are special ones, which it may leave out. Unlike
-  SentencePiece, the result reads a control piece that is spelt out as that
-  token, and the text behind a symbol as a text of its own, which begins with a
-  space: what `Vocabulary.encode` gives for it.
-
-  Args:
-    model: a serialised SentencePiece unigram model that falls back to bytes.
-
-  Returns:
-    JSON, as `tokenizers.Tokenizer.from_str` reads it.
+  `model` is a serialized unigram model of `vocabulary.train` that falls back to
+  bytes; ids and text stay the same. Its symbols become added tokens, so that a
+  server shows them and accepts them in a prompt; control pieces become special
+  tokens, which it may leave out. Unlike SentencePiece, the result reads a
+  control piece that is spelled out as that token, and the text behind a symbol
+  as a separate text that begins with a space, as `Vocabulary.encode` does.
 
   Raises:
     ModuleNotFoundError: the extra `hf` is not installed.
@@ -36,12 +31,12 @@ def tokenizer_json(model: bytes) -> str:
   proto = sentencepiece_model_pb2.ModelProto.FromString(model)
   pieces = proto.pieces
   unknown = next(i for i, p in enumerate(pieces) if p.type == _UNKNOWN)
-  found = tokenizers.Tokenizer(
+  tokenizer = tokenizers.Tokenizer(
     tokenizers.models.Unigram(
       [(p.piece, p.score) for p in pieces], unknown, byte_fallback=True
     )
   )
-  found.add_tokens(
+  tokenizer.add_tokens(
     [
       tokenizers.AddedToken(
         p.piece, normalized=False, special=p.type != _USER_DEFINED
@@ -50,17 +45,17 @@ def tokenizer_json(model: bytes) -> str:
       if p.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
   )
-  found.normalizer = normalizers.Sequence(
+  tokenizer.normalizer = normalizers.Sequence(
     [
       normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),
       normalizers.Replace(tokenizers.Regex(' +'), ' '),
       normalizers.Strip(),
     ]
   )
-  found.pre_tokenizer = pre_tokenizers.Metaspace(
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
     _SPACE, prepend_scheme='always', split=False
   )
-  found.decoder = decoders.Sequence(
+  tokenizer.decoder = decoders.Sequence(
     [
       decoders.Replace(_SPACE, ' '),
       decoders.ByteFallback(),
@@ -68,4 +63,4 @@ def tokenizer_json(model: bytes) -> str:
       decoders.Strip(' ', 1, 0),
     ]
   )
-  return found.to_str()
+  return tokenizer.to_str()

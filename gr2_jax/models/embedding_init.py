@@ -9,7 +9,7 @@ import numpy as np
 
 KINDS = ('noise', 'mean', 'text')
 
-# Rows that start alike must differ for the output to tell them apart.
+# Rows that start alike must differ for the output to distinguish them.
 _JITTER = 0.1
 
 
@@ -19,7 +19,7 @@ def new_rows(
   kind: str,
   seed: int = 0,
 ) -> np.ndarray:
-  """How rows of added symbols start.
+  """Initial rows of added symbols: float32 [N, D].
 
     noise:  s e
     mean:   mean over all rows + s e / 10
@@ -27,18 +27,9 @@ def new_rows(
 
   with e standard normal and s the standard deviation of all entries.
 
-  Args:
-    embedding_VxD: the model's own rows, float.
-    texts: of each new symbol, ids of words that tell what it stands for; one
-      without any starts as in `mean`.
-    kind: of KINDS.
-    seed: of the noise.
-
-  Returns:
-    float32 [N, D].
-
-  Raises:
-    ValueError: no such kind.
+  `embedding_VxD` are the model's own rows. `texts` hold for each new symbol the
+  ids of words that describe it; a symbol without any starts as in `mean`.
+  Raises ValueError where the kind is not of KINDS.
   """
   if kind not in KINDS:
     raise ValueError(f'model.new_rows={kind!r}: must be one of {KINDS}')

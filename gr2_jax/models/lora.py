@@ -1,13 +1,13 @@
-"""Low-rank adapters: what trains, and how it joins what does not.
+"""Low-rank adapters, and how they join the frozen parameters.
 
-LoRA (Hu et al., arXiv 2106.09685). The decoder knows nothing of this. A
-training step joins the frozen parameters with the trainable ones and calls the
-loss as ever:
+LoRA (Hu et al., arXiv 2106.09685). The decoder is independent of it: a training
+step joins the frozen parameters with the trainable ones and calls the usual
+loss:
 
   W = W_frozen + (alpha / rank) down @ up
 
-Beside the adapters the embedding rows of the added symbols and the read-out
-train, whole. What a stage leaves behind is joined: a plain policy.
+The embedding rows of the added symbols and the read-out train too, as a whole.
+A stage leaves joined parameters: a plain policy.
 
 Axes: L layers, I inputs of a projection, O its outputs, R rank, V vocabulary,
 D model width.
@@ -37,19 +37,12 @@ INPUT_AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-  """Which parameters train.
+  """The parameters that train."""
 
-  Attributes:
-    rank: R; 0 trains everything and has no adapter.
-    targets: names of the projections that get one, of INPUT_AXES.
-    first_row: embedding rows from here on train whole.
-    alpha: the adapters' product is scaled by alpha / rank.
-  """
-
-  rank: int = 0
-  targets: tuple[str, ...] = tuple(INPUT_AXES)
-  first_row: int = 0
-  alpha: float = 16.0
+  rank: int = 0  # R; 0 trains everything and has no adapter.
+  targets: tuple[str, ...] = tuple(INPUT_AXES)  # Projections with an adapter.
+  first_row: int = 0  # Embedding rows from here on train whole.
+  alpha: float = 16.0  # The adapters' product is scaled by alpha / rank.
 
   def __post_init__(self):
     unknown = [name for name in self.targets if name not in INPUT_AXES]
@@ -64,13 +57,10 @@ class Adapters:
   def start(self, params: Any, key: jax.Array) -> Any:
     """Trainable parameters whose join with `params` is `params`.
 
-    Args:
-      params: the whole policy, unboxed.
-      key: of the `down` matrices; `up` starts at zero.
-
-    Returns:
-      `params` themselves where rank is 0; else a tree with `down` [L, I, R],
-      `up` [L, R, O] of each target, `rows` of each embedding and `readout`.
+    `params` are the whole policy, unboxed. `key` is for the `down` matrices;
+    `up` starts at zero. Returns `params` themselves where rank is 0; else a
+    tree with `down` [L, I, R] and `up` [L, R, O] of each target, `rows` of each
+    embedding and `readout`.
     """
     if not self.rank:
       return params
@@ -83,28 +73,17 @@ class Adapters:
       )
       down[path] = noise / math.sqrt(I)
       up[path] = jnp.zeros((L, self.rank, O), jnp.float32)
-    rows = {
-      name: params[name][self.first_row :]
-      for name in ('embedding', 'unembedding')
-      if name in params
-    }
-    return {
-      'down': down,
-      'up': up,
-      'rows': rows,
-      # A copy: a training state gives its buffers away, `params` stay.
-      'readout': jnp.copy(params['readout']),
-    }
+    tables = [n for n in ('embedding', 'unembedding') if n in params]
+    rows = {name: params[name][self.first_row :] for name in tables}
+    # A copy: a training state donates its buffers, `params` stay.
+    readout = jnp.copy(params['readout'])
+    return {'down': down, 'up': up, 'rows': rows, 'readout': readout}
 
   def join(self, trainable: Any, frozen: Any) -> Any:
-    """The whole policy.
+    """The whole policy, unboxed and shaped like `frozen`.
 
-    Args:
-      trainable: of `start`, trained.
-      frozen: the parameters given to `start`; not read where rank is 0.
-
-    Returns:
-      Unboxed parameters, shaped like `frozen`.
+    `frozen` are the parameters that were given to `start`; they are not read
+    where rank is 0.
     """
     if not self.rank:
       return trainable
@@ -122,13 +101,13 @@ class Adapters:
     return joined
 
   def joiner(self) -> Callable[[Any, Any], Any]:
-    """`join`, compiled where there is anything to join."""
+    """`join`, compiled where the rank is not 0."""
     return jax.jit(self.join) if self.rank else self.join
 
   def wrap(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """`(params, *batch)` -> `(trainable, frozen, *batch)`, the same loss."""
 
-    def loss_of_trainable(trainable, frozen, *batch):
+    def loss_of_trainable(trainable: Any, frozen: Any, *batch: Any) -> Any:
       return loss_fn(self.join(trainable, frozen), *batch)
 
     return loss_of_trainable

@@ -2,11 +2,11 @@
 
 RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied
 or separate output embedding, layers stacked by `nn.scan`. One attention serves
-four callers, since keys come from two places that are never concatenated in
-memory per rollout:
+four callers. Keys come from two places, which are never concatenated in memory
+for each rollout:
 
 * the *prefix*, encoded once per prompt and shared by its group of rollouts
-  (or once per user, where a prompt goes on behind memory tokens: `memory`);
+  (or once per user, where memory tokens precede the rest of a prompt);
 * the rollout's *own* tokens, fresh or in a cache that is written at `index`.
 
 | caller | tokens | prefix | cache |
@@ -16,12 +16,18 @@ memory per rollout:
 | update, scoring, packed rows | [P, G, Tc] | [P, Tp] | none |
 | decoding | [P, G, 1] | [P, Tp] | [P, G, Tc] |
 
+Memory tokens: a prompt may hold learned tokens behind a user's history. They
+read the history, and later tokens read only them and each other, as with gist
+tokens (Mu et al., arXiv 2304.08467). Their keys and values replace the history;
+they depend on the user alone and may be cached.
+
 Axes: P prompts, G group, T time, S own keys, R prefix keys, M memory tokens,
 V vocabulary, D model width, N query heads, K key-value heads, H head width,
-F feed-forward width, L layers.
+F feed-forward width, L layers. `params` are unboxed.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax
@@ -29,12 +35,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gr2_jax.models import memory as memory_lib
-from gr2_jax.models import rope
+from gr2_jax.ops import masking
 
 # Scale of what a layer adds to the residual stream at first. It does not drown
 # the embedding, so that every layer tells tokens apart from the first step.
 _BRANCH_SCALE = 0.1
+ROPE_SCALINGS = ('', 'linear', 'llama3', 'yarn')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,7 @@ class TransformerConfig:
   dtype: str = 'float32'  # activations; parameters and log-probabilities: f32
   remat: bool = False  # recompute a layer's activations in the backward pass
   memory_base: int = 0  # id of memory token 0; the others follow
-  num_memory: int = 0  # memory tokens in the vocabulary, see `memory`; 0: none
+  num_memory: int = 0  # memory tokens in the vocabulary
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -74,15 +80,15 @@ class TransformerConfig:
       raise ValueError(
         f'model.head_dim={self.head_dim} is odd: rotary positions turn pairs.'
       )
-    if self.rope_scaling not in rope.SCALINGS:
+    if self.rope_scaling not in ROPE_SCALINGS:
       raise ValueError(
         f'model.rope_scaling={self.rope_scaling!r} is unknown; known: '
-        f'{", ".join(map(repr, rope.SCALINGS))}.'
+        f'{", ".join(map(repr, ROPE_SCALINGS))}.'
       )
     if self.rope_scaling in ('llama3', 'yarn') and self.rope_length < 1:
       raise ValueError(
         f'model.rope_length={self.rope_length}: rope_scaling='
-        f'{self.rope_scaling!r} needs the positions the model had before.'
+        f'{self.rope_scaling!r} needs the positions before stretching.'
       )
     if self.rope_scaling and not self.rope_slow < self.rope_fast:
       raise ValueError(
@@ -109,12 +115,97 @@ class KeyValues:
 
 @flax.struct.dataclass
 class Prefix:
-  """What a group of rollouts shares: the encoded prompt."""
+  """The encoded prompt, which a group of rollouts shares."""
 
   kv: KeyValues  # [L, P, K, R, H]: as decoding reads it, not transposed again
-  mask: jax.Array  # bool [P, R], True where a prompt token stands to be read
+  mask: jax.Array  # bool [P, R], True where a token may be read
   length: jax.Array  # int32 [P], prompt tokens = position of the next token
   last: jax.Array  # int32 [P], the last one's place among those just encoded
+
+
+def rope_frequencies(config: 'TransformerConfig') -> jax.Array:
+  """Angle in radians from one position to the next, per pair: float32 [H/2].
+
+  Rotary positions (Su et al., arXiv 2104.09864). Unscaled, pair i turns by
+  `base ** (-i / (H/2))`. A stretched context divides that by `rope_factor`: for
+  all pairs ('linear', arXiv 2306.15595), or for slow pairs only, blended by the
+  number of turns within `rope_length` ('llama3', arXiv 2407.21783) or by pair
+  index between the pairs of `rope_fast` and `rope_slow` turns ('yarn', arXiv
+  2309.00071, NTK by parts).
+  """
+  c, half = config, config.head_dim // 2
+  frequency = c.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if not c.rope_scaling:
+    return frequency
+  stretched = frequency / c.rope_factor
+  if c.rope_scaling == 'linear':
+    return stretched
+  if c.rope_scaling == 'llama3':
+    turns = frequency * (c.rope_length / (2 * math.pi))
+    keep = (turns - c.rope_slow) / (c.rope_fast - c.rope_slow)
+  else:
+
+    def pair(turns: float) -> float:
+      wavelength = c.rope_length / (turns * 2 * math.pi)
+      return half * math.log(wavelength) / math.log(c.rope_base)
+
+    low = max(math.floor(pair(c.rope_fast)), 0)
+    high = min(math.ceil(pair(c.rope_slow)), c.head_dim - 1)
+    keep = (high - jnp.arange(half, dtype=jnp.float32)) / max(high - low, 1e-3)
+  keep = jnp.clip(keep, 0.0, 1.0)
+  return keep * frequency + (1.0 - keep) * stretched
+
+
+def rope_turns(
+  positions: jax.Array, frequency: jax.Array, magnitude: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+  """Sine and cosine of each pair's angle at int positions [..., T].
+
+  `magnitude` is a factor on both. Returns two float32 [..., T, 1, H/2], the
+  same for every head and layer.
+  """
+  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  return jnp.sin(angle) * magnitude, jnp.cos(angle) * magnitude
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+  """Rotary position embedding of [..., T, heads, H], half-split pairs.
+
+  `sin` and `cos` come from `rope_turns`. Computed in float32; the result has
+  the dtype of `x`.
+  """
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+  return rotated.astype(x.dtype)
+
+
+def find_memory(
+  prompt_PxT: jax.Array, length_P: jax.Array, base: int, size: int
+) -> jax.Array:
+  """The places of the memory tokens: bool [P, T], False in the padding.
+
+  Their ids are `base` to `base + size - 1`; prompts are right-padded.
+  """
+  ours = (prompt_PxT >= base) & (prompt_PxT < base + size)
+  return ours & masking.length_mask(length_P, prompt_PxT.shape[-1])
+
+
+def readable_keys(memory_PxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The causal mask, in which memory tokens hide the history from later tokens.
+
+  With seen[t] = a memory token stands at t or before, and behind[t] = seen[t]
+  and t is none itself, a query t reads a key s where s <= t and (seen[s] or not
+  behind[t]). A completion stands behind the whole prompt: it reads s where
+  seen[s], or anywhere in a prompt without memory tokens.
+
+  Returns the keys that each query of the prompt reads, bool [P, T, T], and the
+  keys that a completion reads, bool [P, T].
+  """
+  seen = jnp.cumsum(memory_PxT, axis=-1) > 0
+  behind = seen & ~memory_PxT
+  time = jnp.arange(memory_PxT.shape[-1])
+  within = seen[:, None, :] | ~behind[:, :, None]
+  return within & (time[:, None] >= time), seen | ~seen[:, -1:]
 
 
 def attend(
@@ -131,7 +222,7 @@ def attend(
     own: keys and values [P, G, S, K, H].
     mask_PxGxTxS: bool, True where a query may read an own key.
     prefix: keys and values [P, K, R, H] shared by the group, or None.
-    prefix_mask_PxR: bool, True where a prefix key stands.
+    prefix_mask_PxR: bool, True where a prefix key may be read.
 
   Returns:
     [P, G, T, N, H] in the dtype of the values; softmax in float32.
@@ -166,22 +257,27 @@ def attend(
   return out.transpose(0, 2, 4, 1, 3, 5).reshape(P, G, T, N, H)
 
 
-def _param(self, name, shape, axes, init):
+def _param(
+  self: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str, ...],
+  init: nn.initializers.Initializer,
+) -> Any:
   return self.param(name, nn.with_logical_partitioning(init, axes), shape)
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square normalisation over the last axis, in float32."""
+  """Root-mean-square normalization over the last axis, in float32."""
 
   eps: float
   axis: str = 'embed'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalises [..., D]; the result has the dtype of `x`."""
-    scale = _param(
-      self, 'scale', (x.shape[-1],), (self.axis,), nn.initializers.ones
-    )
+    """Normalizes [..., D]; the result has the dtype of `x`."""
+    ones = nn.initializers.ones
+    scale = _param(self, 'scale', (x.shape[-1],), (self.axis,), ones)
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
     return (y * scale).astype(x.dtype)
@@ -193,21 +289,25 @@ class Attention(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, turn, mask, prefix, prefix_mask, cache, index):
-    """See `Transformer`; prefix, cache: one layer's; turn: `rope.turns`."""
+  def __call__(
+    self,
+    x: jax.Array,
+    turn: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    prefix: KeyValues | None,
+    prefix_mask: jax.Array | None,
+    cache: KeyValues | None,
+    index: jax.Array | int,
+  ) -> tuple[jax.Array, KeyValues]:
+    """See `Transformer`; prefix, cache: one layer's; turn: `rope_turns`."""
     c = self.config
     init = nn.initializers.variance_scaling(
       1.0, 'fan_in', 'normal', in_axis=0, out_axis=(1, 2)
     )
 
-    def project(name, heads, axis):
-      w = _param(
-        self,
-        name,
-        (c.d_model, heads, c.head_dim),
-        ('embed', axis, 'head_dim'),
-        init,
-      )
+    def project(name: str, heads: int, axis: str) -> jax.Array:
+      shape = (c.d_model, heads, c.head_dim)
+      w = _param(self, name, shape, ('embed', axis, 'head_dim'), init)
       return jnp.einsum('pgtd,dnh->pgtnh', x, w.astype(x.dtype))
 
     q = project('query', c.num_heads, 'heads')
@@ -216,34 +316,38 @@ class Attention(nn.Module):
     if c.qk_norm:
       q = RMSNorm(c.norm_eps, 'head_dim', name='query_norm')(q)
       k = RMSNorm(c.norm_eps, 'head_dim', name='key_norm')(k)
-    q, k = rope.rotate(q, *turn), rope.rotate(k, *turn)
+    q, k = rotate(q, *turn), rotate(k, *turn)
     if cache is not None:
       write = jax.lax.dynamic_update_slice_in_dim
       k = write(cache.k, k.astype(cache.k.dtype), index, axis=2)
       v = write(cache.v, v.astype(cache.v.dtype), index, axis=2)
     shared = None if prefix is None else (prefix.k, prefix.v)
     out = attend(q, (k, v), mask, shared, prefix_mask)
-    w = _param(
-      self,
-      'out',
-      (c.num_heads, c.head_dim, c.d_model),
-      ('heads', 'head_dim', 'embed'),
-      nn.initializers.variance_scaling(
-        _BRANCH_SCALE**2, 'fan_in', 'normal', in_axis=(0, 1), out_axis=2
-      ),
+    out_init = nn.initializers.variance_scaling(
+      _BRANCH_SCALE**2, 'fan_in', 'normal', in_axis=(0, 1), out_axis=2
     )
-    return jnp.einsum('pgtnh,nhd->pgtd', out, w.astype(x.dtype)), KeyValues(
-      k=k, v=v
-    )
+    shape = (c.num_heads, c.head_dim, c.d_model)
+    w = _param(self, 'out', shape, ('heads', 'head_dim', 'embed'), out_init)
+    out = jnp.einsum('pgtnh,nhd->pgtd', out, w.astype(x.dtype))
+    return out, KeyValues(k=k, v=v)
 
 
 class Block(nn.Module):
-  """One pre-norm decoder layer, in the form `nn.scan` wants."""
+  """One pre-norm decoder layer, with the signature that `nn.scan` requires."""
 
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, prefix, cache, turn, mask, prefix_mask, index):
+  def __call__(
+    self,
+    x: jax.Array,
+    prefix: KeyValues | None,
+    cache: KeyValues | None,
+    turn: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    prefix_mask: jax.Array | None,
+    index: jax.Array | int,
+  ) -> tuple[jax.Array, KeyValues]:
     """Scanned over `prefix` and `cache`; the rest is the same everywhere."""
     c = self.config
     y = RMSNorm(c.norm_eps, name='attention_norm')(x)
@@ -256,24 +360,18 @@ class Block(nn.Module):
     up, down = ('embed', 'mlp'), ('mlp', 'embed')
     gate = _param(self, 'gate', (c.d_model, c.d_ff), up, init)
     value = _param(self, 'up', (c.d_model, c.d_ff), up, init)
-    out = _param(
-      self,
-      'down',
-      (c.d_ff, c.d_model),
-      down,
-      nn.initializers.variance_scaling(
-        _BRANCH_SCALE**2, 'fan_in', 'truncated_normal'
-      ),
+    init = nn.initializers.variance_scaling(
+      _BRANCH_SCALE**2, 'fan_in', 'truncated_normal'
     )
+    out = _param(self, 'down', (c.d_ff, c.d_model), down, init)
     gate, value, out = (w.astype(x.dtype) for w in (gate, value, out))
     x = x + (nn.silu(y @ gate) * (y @ value)) @ out
-    return nn.with_logical_constraint(
-      x, ('batch', 'group', 'time', 'embed')
-    ), kv
+    axes = ('batch', 'group', 'time', 'embed')
+    return nn.with_logical_constraint(x, axes), kv
 
 
 class Transformer(nn.Module):
-  """The decoder: token ids in, normalised hidden states and keys/values out.
+  """The decoder: token ids in, normalized hidden states and keys/values out.
 
   Logits are not computed here: callers multiply the hidden states that a loss
   reads with `output_embedding(params)`.
@@ -296,32 +394,22 @@ class Transformer(nn.Module):
     Args:
       tokens_PxGxT: int32 token ids.
       positions_PxGxT: int32 rotary positions.
-      mask_PxGxTxS: bool, which own keys (S = T, or the cache's length) each
-        query reads.
+      mask_PxGxTxS: bool, the own keys that each query reads (S = T, or the
+        cache's length).
       prefix: the group's encoded prompt; every query reads all of it.
       cache: own keys and values so far; this call writes at `index`.
-      index: int32 scalar, where in the cache the first of these tokens goes.
+      index: int32 scalar, the place of the first of these tokens in the cache.
 
     Returns:
       Hidden states float [P, G, T, D] after the last norm, and the own keys
       and values [L, P, G, S, K, H] (the updated cache where one was given).
     """
     c = self.config
-    embedding = _param(
-      self,
-      'embedding',
-      (c.vocab_size, c.d_model),
-      ('vocab', 'embed'),
-      nn.initializers.normal(c.d_model**-0.5),
-    )
+    shape, axes = (c.vocab_size, c.d_model), ('vocab', 'embed')
+    init = nn.initializers.normal(c.d_model**-0.5)
+    embedding = _param(self, 'embedding', shape, axes, init)
     if not c.tie_embeddings:
-      _param(
-        self,
-        'unembedding',
-        (c.vocab_size, c.d_model),
-        ('vocab', 'embed'),
-        nn.initializers.normal(c.d_model**-0.5),
-      )
+      _param(self, 'unembedding', shape, axes, init)
     x = embedding.astype(c.dtype)[tokens_PxGxT]
     block = nn.remat(Block, prevent_cse=False) if c.remat else Block
     x, kv = nn.scan(
@@ -335,7 +423,7 @@ class Transformer(nn.Module):
       x,
       None if prefix is None else prefix.kv,
       cache,
-      rope.turns(positions_PxGxT, rope.frequencies(c), c.rope_magnitude),
+      rope_turns(positions_PxGxT, rope_frequencies(c), c.rope_magnitude),
       mask_PxGxTxS,
       None if prefix is None else prefix.mask,
       index,
@@ -354,7 +442,7 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Any:
 
 
 def output_embedding(params: Any) -> jax.Array:
-  """The rows that hidden states are multiplied with: float [V, D]."""
+  """The rows by which hidden states are multiplied: float [V, D]."""
   return params.get('unembedding', params['embedding'])
 
 
@@ -367,17 +455,17 @@ def encode_prompt(
 ) -> tuple[jax.Array, Prefix]:
   """Encodes right-padded prompts once for all their rollouts.
 
-  What stands behind memory tokens, completions included, reads nothing that
-  stands before them (`memory.readable`). So a prompt may be encoded in two
-  pieces as well: up to its memory tokens by `encode_memory`, and the rest here.
+  Tokens behind memory tokens, completions included, read nothing before them
+  (`readable_keys`). So a prompt may also be encoded in two pieces: up to its
+  memory tokens by `encode_memory`, and the rest here.
 
   Args:
     config: the decoder's.
-    params: unboxed parameters.
+    params: unboxed.
     prompt_PxTp: int32 ids, padding after `length_P`.
     length_P: int32, at least 1.
-    memory: of `encode_memory`, where `prompt_PxTp` is the rest of a prompt
-      that stands behind it. All of it is read, and positions go on from there.
+    memory: from `encode_memory`, where `prompt_PxTp` is the rest of a prompt
+      behind it. All of it is read, and positions continue from there.
 
   Returns:
     Hidden states float [P, Tp, D] of `prompt_PxTp`, and the shared prefix:
@@ -391,12 +479,11 @@ def encode_prompt(
   if memory is not None:
     positions += memory.length[:, None, None]
   elif config.num_memory:
-    reads, after = memory_lib.readable(
-      memory_lib.find(
-        prompt_PxTp, length_P, config.memory_base, config.num_memory
-      )
+    memory_PxTp = find_memory(
+      prompt_PxTp, length_P, config.memory_base, config.num_memory
     )
-    mask, kept = reads[:, None], kept & after
+    within, after = readable_keys(memory_PxTp)
+    mask, kept = within[:, None], kept & after
   hidden, kv = Transformer(config).apply(
     {'params': params}, prompt_PxTp[:, None], positions, mask, memory
   )
@@ -420,25 +507,14 @@ def encode_memory(
   length_P: jax.Array,
   num_memory: int,
 ) -> Prefix:
-  """What is kept of prompts that end in their memory tokens.
+  """Encodes prompts that end in their memory tokens, and keeps only these.
 
-  The keys and values of M tokens in every layer (Mu et al., arXiv 2304.08467):
-  they depend on what stands before them alone, and may be cached for whatever
-  rest a prompt goes on with, see `encode_prompt`.
-
-  Args:
-    config: the decoder's.
-    params: unboxed parameters.
-    prompt_PxT: int32 ids, padding after `length_P`; the last M before the
-      padding are all the memory tokens that there are.
-    length_P: int32, at least M.
-    num_memory: M, static.
-
-  Returns:
-    A prefix of R = M keys; its length counts the whole of `prompt_PxT`.
-
-  Raises:
-    ValueError: the vocabulary does not have so many memory tokens.
+  The result is the keys and values of M tokens in every layer. They depend only
+  on the prompt up to there, and may be cached for any rest of a prompt, see
+  `encode_prompt`. The last M ids before the padding are all the memory tokens
+  of `prompt_PxT`. Returns a prefix of R = M keys, whose length counts the whole
+  of `prompt_PxT`. Raises ValueError where the vocabulary has fewer memory
+  tokens.
   """
   if not 1 <= num_memory <= config.num_memory:
     raise ValueError(
@@ -466,24 +542,15 @@ def completion_hidden(
   completion_PxGxTc: jax.Array,
   segments_PxGxTc: jax.Array | None = None,
 ) -> jax.Array:
-  """Hidden states that predict each completion token.
+  """Hidden states that predict each completion token: float [P, G, Tc, D].
 
   The first is the prompt's last one, shared by the group; the others come from
   the completion shifted by one. Exact: equal to running prompt + completion
   as one sequence, at the cost of encoding the prompt once per group.
 
-  Args:
-    config: the decoder's.
-    params: unboxed parameters.
-    prompt_hidden_PxTpxD: from `encode_prompt`.
-    prefix: likewise.
-    completion_PxGxTc: int32 ids.
-    segments_PxGxTc: int32, where a row is packed: equal numbers, next to each
-      other, are one document. Each follows the prompt, at the positions it
-      would have alone, and reads no other.
-
-  Returns:
-    float [P, G, Tc, D]: entry t predicts completion token t.
+  `segments_PxGxTc` is for packed rows: adjacent equal numbers are one document.
+  Each document follows the prompt, at the positions it would have alone, and
+  reads no other.
   """
   P, G, T = completion_PxGxTc.shape
   last = jnp.take_along_axis(
@@ -496,10 +563,11 @@ def completion_hidden(
   since = jnp.broadcast_to(time, (P, G, T - 1))
   mask = jnp.broadcast_to(time[:, None] >= time, (P, G, T - 1, T - 1))
   if segments_PxGxTc is not None:
-    own, following = segments_PxGxTc[..., :-1], segments_PxGxTc[..., 1:]
-    mask &= own[..., :, None] == own[..., None, :]
-    # A document's first token: what stands left of it is another's.
-    opens = jnp.pad(own[..., 1:] != own[..., :-1], [(0, 0), (0, 0), (1, 0)])
+    segment, following = segments_PxGxTc[..., :-1], segments_PxGxTc[..., 1:]
+    mask &= segment[..., :, None] == segment[..., None, :]
+    # The first token of a document, after the last one of another.
+    opens = segment[..., 1:] != segment[..., :-1]
+    opens = jnp.pad(opens, [(0, 0), (0, 0), (1, 0)])
     since -= jax.lax.cummax(jnp.where(opens, time, 0), axis=2)
   rest, _ = Transformer(config).apply(
     {'params': params},
@@ -509,23 +577,17 @@ def completion_hidden(
     prefix,
   )
   if segments_PxGxTc is not None:
-    rest = jnp.where((own == following)[..., None], rest, first)
+    rest = jnp.where((segment == following)[..., None], rest, first)
   return jnp.concatenate([first, rest], axis=2)
 
 
 def slot_scores(
   params: Any, prompt_hidden_PxTpxD: jax.Array, slots_PxK: jax.Array
 ) -> jax.Array:
-  """The listwise read-out: one score per candidate, at its slot token.
+  """The listwise read-out: one float32 score per candidate, at its slot token.
 
-  Args:
-    params: unboxed parameters.
-    prompt_hidden_PxTpxD: from `encode_prompt`.
-    slots_PxK: int32, where in the encoded prompt (in its rest, where that was
-      encoded behind a memory) each candidate's slot token stands.
-
-  Returns:
-    float32 [P, K].
+  `slots_PxK` is the place of each candidate's slot token in the encoded prompt
+  (in its rest, where that was encoded behind a memory).
   """
   at_slots = jnp.take_along_axis(
     prompt_hidden_PxTpxD, slots_PxK[..., None], axis=1
