@@ -21,7 +21,9 @@ encode = jax.jit(transformer.encode_prompt, static_argnums=0)
 remember = jax.jit(transformer.encode_memory, static_argnums=(0, 4))
 complete = jax.jit(transformer.completion_hidden, static_argnums=0)
 find_readable = jax.jit(
-  lambda ids, length: transformer.readable_keys(transformer.find_memory(ids, length, BASE, SIZE))
+  lambda ids, length: transformer.readable_keys(
+    transformer.find_memory(ids, length, BASE, SIZE)
+  )
 )
 
 

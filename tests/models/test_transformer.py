@@ -155,7 +155,9 @@ def test_rotated_products_depend_on_the_distance_alone():
 
   def product(i, j):
     a, b = (
-      transformer.rotate(x, *transformer.rope_turns(np.array([t]), 100.0 ** (-np.arange(4) / 4)))
+      transformer.rotate(
+        x, *transformer.rope_turns(np.array([t]), 100.0 ** (-np.arange(4) / 4))
+      )
       for x, t in ((q, i), (k, j))
     )
     return float(jnp.sum(a * b))
