@@ -1,6 +1,6 @@
-"""Stage `backbone`: the vocabulary, and the model that training starts from.
+"""Stage `backbone`: the vocabulary and the initial model.
 
-It has no section of its own: `prompt` and `model` say it all.
+It reads the sections `prompt` and `model`, and has none of its own.
 """
 
 from ml_collections import ConfigDict

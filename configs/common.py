@@ -1,16 +1,16 @@
-"""Puts the sections of all config files together into one config.
+"""Composes the sections of all config files into one config.
 
-Every stage's file has `section(test)` for its own section and `get_config(arg)`,
-which is `compose(<stage>, arg)`. `arg` is what follows the colon in
+Each file has `section(test)`, its own section, and `get_config(arg)`, which is
+`compose(<stage>, arg)`. `arg` follows the colon of
 `--config=configs/rl.py:test,dataset=files,model=small`:
 
-  test          small everything: each stage under a minute on two CPU cores
-  dataset=NAME  where the logs come from: movielens (default), world, files
+  test          small sizes: each stage takes under a minute on two CPU cores
+  dataset=NAME  source of the logs: movielens (default), world, files
   model=NAME    the language model: tiny (default), small, base, from scratch;
                 smollm2_135m, pretrained; qwen3_0p6b .. qwen3_32b, pretrained
                 where --config.model.source names a folder of the weights
-  context=long  prompts tell all of fifty items and of every candidate: what
-                the compressor is for (default: short)
+  context=long  prompts describe fifty items and all candidates in full, the
+                input of the compressor (default: short)
   seeds=N       seeds 0..N-1 for every seeded stage (default 1)
 """
 
@@ -46,8 +46,8 @@ SECTIONS = {
   'study_tokenizer': 'study_tokenizer',
 }
 
-# Evidence columns of a candidate's line; `:raw` is not centred in the slate.
-# Chosen on the validation slates of each source.
+# Evidence columns of a candidate, chosen on the validation slates of each
+# source. `:raw` is not centered within the slate.
 EVIDENCE = {
   'movielens': (
     'incoming_rank',
@@ -123,7 +123,7 @@ MODELS = {
 }
 
 # Qwen3 dense (arXiv 2505.09388): preset -> width, layers, query heads,
-# feed-forward width, whether input and output share their embedding.
+# feed-forward width, whether input and output share one embedding.
 QWEN3 = {
   'qwen3_0p6b': (1024, 28, 16, 3072, True),
   'qwen3_1p7b': (2048, 28, 16, 6144, True),
@@ -148,8 +148,8 @@ MODELS |= {
   for name, (width, layers, heads, d_ff, tied) in QWEN3.items()
 }
 
-# What a pretrained model is trained with, in place of the sections' defaults:
-# it reads titles, and its parameters are worth keeping.
+# Defaults for a pretrained model: it reads titles, and smaller learning rates
+# preserve its parameters.
 PRETRAINED = {
   'prompt.fields': ('sid', 'title', 'categories', 'evidence'),
   'prompt.history_fields': ('sid', 'title'),
@@ -160,7 +160,7 @@ PRETRAINED = {
   'opd.learning_rate': 1e-5,
   'rl.learning_rate': 1e-5,
 }
-# Fewer and larger steps: it has circuits that copy and compare already.
+# Fewer, larger steps: such a model can already copy and compare.
 PRETRAINED_SIZES = {
   'midtrain.steps': 150,
   'midtrain.batch_size': 32,
@@ -172,10 +172,10 @@ PRETRAINED_SIZES = {
 }
 RECIPES = dict.fromkeys(('smollm2_135m', *QWEN3), PRETRAINED)
 
-# Contexts that are worth compressing: what of each item is known, in words
-# too. Policies learn from contexts of which parts are left out, and so can
-# read what is left of any; and mostly from what a short prompt has, which costs
-# a quarter of a whole one and teaches to write a ranking sooner.
+# Contexts worth compressing: all known fields of each item, words included.
+# Policies train on contexts with parts left out, so that they can read any
+# shorter form, and mostly on the content of a short prompt: it costs a quarter
+# of a full one, and the policy learns sooner to write a ranking.
 BRIEF = 'last:4+history:sid+candidates:sid,evidence'
 LONG = {
   'prompt.history_fields': ('sid', 'title', 'categories', 'grade', 'age'),
@@ -210,7 +210,7 @@ SYSTEM = (
 
 
 class ConfigError(Exception):
-  """A config argument that means nothing; the message names the nearest."""
+  """An invalid config argument; the message names the nearest valid one."""
 
 
 def compose(stage: str, arg: str = '') -> ConfigDict:
@@ -218,11 +218,11 @@ def compose(stage: str, arg: str = '') -> ConfigDict:
 
   Args:
     stage: a key of SECTIONS.
-    arg: comma list of `key=value` and bare flags; see this file's docstring.
+    arg: comma-separated presets, see this file's docstring.
 
   Returns:
-    A ConfigDict with `stage`, `seed`, `seeds`, `mesh`, `prompt`, `model` and
-    one section a stage.
+    `stage`, `seed`, `seeds`, and the sections `mesh`, `prompt`, `model` and
+    those of all stages.
 
   Raises:
     ConfigError: an unknown key or value.
@@ -232,7 +232,7 @@ def compose(stage: str, arg: str = '') -> ConfigDict:
   config = ConfigDict()
   config.stage = stage  # the target
   config.seeds = tuple(range(given.get('seeds', 1)))  # of the seeded stages
-  config.seed = 0  # the runner sets it to each of `seeds` in turn
+  config.seed = 0  # set to each of `seeds` in turn by the runner
   config.mesh = mesh()
   dataset = given.get('dataset', 'movielens')
   config.prompt = prompt(dataset)
@@ -254,70 +254,67 @@ def compose(stage: str, arg: str = '') -> ConfigDict:
 
 
 def mesh() -> ConfigDict:
-  """How many devices each mesh axis has."""
+  """Number of devices on each mesh axis."""
   config = ConfigDict()
-  config.data = -1  # devices that split the batch; -1: all that are left
+  config.data = -1  # devices that split the batch; -1: all remaining ones
   config.fsdp = 1  # devices that split batch and parameters
   config.tensor = 1  # devices that split heads, feed-forward, vocabulary
   return config
 
 
 def prompt(dataset: str = 'movielens') -> ConfigDict:
-  """What the policy reads about a slate."""
+  """Content of a prompt."""
   config = ConfigDict()
-  config.layout = ('history', 'candidates')  # blocks of a prompt, in order
+  config.layout = ('history', 'candidates')  # order of the blocks
   config.history = 4  # most recent items shown
-  config.fields = (
-    'sid',
-    'evidence',
-  )  # of a line: sid title categories evidence
-  config.history_fields = (
-    'sid',
-  )  # of a history's item: sid title categories grade age
-  config.system = SYSTEM  # who a chat model is told to be; else unused
-  config.knowledge = False  # a chat model is told what tends to hold (KP)
-  config.evidence = EVIDENCE[dataset]  # columns of a candidate's line
-  config.bins = 8  # tokens of each column
-  config.order = 'shuffled'  # of candidates: shuffled, incoming, mixed
-  config.num_slots = 20  # slot tokens: the longest slate there may be
-  config.num_memory = 0  # memory tokens: the most that a context may use
-  config.budget = 0  # tokens of a prompt; oldest history goes first; 0: all
-  config.text_tokens = 500  # pieces of text in the vocabulary
-  config.title_tokens = 8  # of a title or category path, at most
-  config.reasoning_tokens = 16  # of a reasoning span, at most
+  # Of a candidate: sid, title, categories, evidence.
+  config.fields = ('sid', 'evidence')
+  # Of an item of the history: sid, title, categories, grade, age.
+  config.history_fields = ('sid',)
+  config.system = SYSTEM  # system message of a chat model; others ignore it
+  config.knowledge = False  # whether a chat model gets general rules (KP)
+  config.evidence = EVIDENCE[dataset]  # columns of a candidate
+  config.bins = 8  # tokens per evidence column
+  config.order = 'shuffled'  # order of candidates: shuffled, incoming, mixed
+  config.num_slots = 20  # slot tokens, and so the longest possible slate
+  config.num_memory = 0  # memory tokens available to contexts
+  config.budget = 0  # tokens of a prompt, dropping old history; 0: no limit
+  config.text_tokens = 500  # text pieces in the vocabulary
+  config.title_tokens = 8  # longest title or category path
+  config.reasoning_tokens = 16  # longest reasoning span
   return config
 
 
 def training(
   steps: int, batch_size: int, learning_rate: float, eval_every: int
 ) -> ConfigDict:
-  """What every stage that trains the language model has."""
+  """Fields of every stage that trains the language model."""
   config = ConfigDict()
   config.steps = steps  # updates
-  config.batch_size = batch_size  # slates an update
-  config.learning_rate = learning_rate  # peak, of AdamW
-  config.warmup = 50  # updates to the peak; then cosine decay to a tenth
+  config.batch_size = batch_size  # slates per update
+  config.learning_rate = learning_rate  # peak learning rate of AdamW
+  config.warmup = 50  # updates to the peak; then cosine decay to a tenth of it
   config.weight_decay = 0.01  # of AdamW
-  config.max_grad_norm = 1.0  # gradients are clipped to it
-  config.eval_every = eval_every  # updates between validation and checkpoint
-  config.patience = 0  # stop after so many validations without a new best
-  # Stop after so many validations in which the reward rose and ranking fell.
+  config.max_grad_norm = 1.0  # gradient clipping
+  config.eval_every = eval_every  # updates between validations, checkpoints
+  config.patience = 0  # validations without a new best before a stop; 0: off
+  # Validations with rising reward and falling ranking before a stop; 0: off.
   config.reward_divergence_patience = 0
-  config.resume = ''  # checkpoints folder of another run to go on from
-  config.init_from = ''  # artifact to take the parameters of
+  config.resume = ''  # checkpoints folder of another run to resume from
+  config.init_from = ''  # artifact whose parameters training starts from
   return config
 
 
 def held_out(test: bool) -> ConfigDict:
-  """What every stage validates on that reads slates."""
+  """Validation data of every stage that reads slates."""
   config = ConfigDict()
-  config.eval_slates = 64 if test else 1024  # validation slates, a fixed draw
-  config.eval_batch_size = 64 if test else 256  # of them at a time
+  config.eval_slates = 64 if test else 1024  # validation slates, fixed sample
+  config.eval_batch_size = 64 if test else 256  # slates at a time
   return config
 
 
 def validation(test: bool) -> ConfigDict:
-  """How a ranking stage validates while it trains."""
+  """Validation of a stage that learns to rank."""
   config = held_out(test)
   config.thinking = True  # reason before the ranking
   return config
@@ -330,7 +327,7 @@ def rollouts(
   learning_rate: float,
   eval_every: int,
 ) -> ConfigDict:
-  """What every stage has that learns from its own rollouts by rewards."""
+  """Fields of every stage that learns from rewards of its own rollouts."""
   batch = 8 if test else batch_size
   config = training(
     steps=6 if test else steps,
@@ -339,93 +336,86 @@ def rollouts(
     eval_every=3 if test else eval_every,
   )
   config.update(held_out(test))
-  config.group_size = 4 if test else 8  # rollouts of one slate
+  config.group_size = 4 if test else 8  # rollouts per slate
   config.temperature = 1.0  # of the sampler and of the learner
-  config.constrained = True  # the grammar's mask while training, as in serving
-  # Groups whose rewards are all equal are replaced by fresh ones:
+  config.constrained = True  # apply the grammar in training, as in serving
+  # Replacement of groups whose rewards are all equal:
   config.refill_size = batch if test else batch // 4  # slates at a time
-  config.refills = 4  # at most so many times a step; 0: never
+  config.refills = 4  # most replacements per step; 0: none
   config.advantage = 'dapo'  # dapo, grpo, dr_grpo, rloo
-  config.average = 'token'  # of token losses: token, sequence, fixed
-  config.epochs = 1  # times each rollout is trained on
-  config.minibatches = 1  # updates an epoch
-  config.clip_low = 0.2  # how far a probability ratio may fall
-  config.clip_high = 0.28  # how far it may rise
-  config.importance_cap = 0.0  # truncated importance weights, 0: none
+  config.average = 'token'  # averaging of token losses: token, sequence, fixed
+  config.epochs = 1  # passes over the rollouts of a step
+  config.minibatches = 1  # updates per epoch
+  config.clip_low = 0.2  # probability ratios are clipped at 1 - clip_low
+  config.clip_high = 0.28  # and at 1 + clip_high
+  config.importance_cap = 0.0  # cap of importance weights; 0: no weights
   return config
 
 
 def on_policy(
   test: bool, steps: int, learning_rate: float, eval_every: int
 ) -> ConfigDict:
-  """What every stage has whose policy learns from its own rankings."""
+  """Fields of every stage whose policy learns from its own rankings."""
   config = rollouts(test, 32, steps, learning_rate, eval_every)
   config.thinking = True  # reason before the ranking
-  config.context = 'full'  # of the prompts: see gr2_jax/prompts/context.py
+  config.context = 'full'  # form of the context, see gr2_jax/prompts/context.py
   config.reward = 'auc+ndcg'  # auc, ndcg, auc+ndcg, promotion, rr, recall
   config.k = 5  # cut-off of ndcg and recall
-  config.gate = 'v2'  # none, v1, v2: what a copied or invalid answer earns
-  config.format_weight = 0.2  # a: reward of a valid answer
-  config.order_cost = 0.0  # of answers that depend on the presentation
-  config.overlong_buffer = 0  # last tokens of the budget that cost, 0: none
-  config.overlong_weight = 1.0  # what the whole buffer costs
-  config.judge_weight = 0.0  # of the quality of the reasoning, 0: no judge
-  config.credit = 'answer'  # advantage of the whole answer, or by placement
-  config.choose = 'n@5'  # validation metric that chooses the step, or last
+  config.gate = 'v2'  # reward of copied and invalid answers: none, v1, v2
+  config.format_weight = 0.2  # a: reward for a valid answer
+  config.order_cost = 0.0  # cost of answers that depend on the shown order
+  config.overlong_buffer = 0  # last tokens of the budget that cost; 0: none
+  config.overlong_weight = 1.0  # cost of the whole buffer
+  config.judge_weight = 0.0  # weight of verified reasoning; 0: no judge
+  config.credit = 'answer'  # advantage per answer or per placement
+  config.selection_metric = 'n@5'  # selects the step by validation; or last
   return config
 
 
 def endpoint() -> ConfigDict:
-  """How a model over HTTP is asked, of every stage that asks one."""
+  """Fields of every stage that calls a model over HTTP."""
   config = ConfigDict()
-  config.endpoint = ''  # base URL, OpenAI-compatible: http://localhost:8000/v1
-  config.model = ''  # its name there
-  config.key_variable = ''  # environment variable that holds the key; '': none
-  config.answer_tokens = 1024  # of an answer, at most
-  config.request = ''  # JSON object of more request fields; null: leave out
-  config.concurrency = 8  # requests under way at once
-  config.timeout = 120.0  # seconds without a byte until a request is lost
-  config.retries = 6  # of a request that failed, after growing waits
-  config.token_limit = 1_000_000  # read and written, all runs; 0: no limit
-  config.prompt_price = 0.0  # of a million tokens read, any currency
-  config.answer_price = 0.0  # of a million tokens written
+  config.endpoint = ''  # OpenAI-compatible URL, e.g. http://localhost:8000/v1
+  config.model = ''  # name of the model at the endpoint
+  config.key_variable = ''  # environment variable of the key; '': no key
+  config.answer_tokens = 1024  # longest answer
+  config.request = ''  # JSON object of further request fields; null removes one
+  config.concurrency = 8  # requests in flight
+  config.timeout = 120.0  # seconds without a byte before a request fails
+  config.retries = 6  # retries of a failed request, after growing waits
+  config.token_limit = 1_000_000  # tokens in and out, all runs; 0: no limit
+  config.prompt_price = 0.0  # price of a million prompt tokens
+  config.answer_price = 0.0  # price of a million answer tokens
   return config
 
 
 def model(preset: str = 'tiny') -> ConfigDict:
-  """Where the decoder comes from, its shape, and what of it is trained."""
+  """The decoder: source, trained parts, shape."""
   config = ConfigDict()
-  config.source = ''  # Hugging Face folder, .gguf, smollm2; empty: from scratch
-  config.new_rows = 'text'  # added symbols' embeddings start: noise, mean, text
-  config.lora_rank = 0  # of adapters on a frozen model; 0: train everything
-  config.lora_targets = (
-    'query',
-    'key',
-    'value',
-    'out',
-    'gate',
-    'up',
-    'down',
-  )  # weights that get an adapter
-  # The rest are the fields of TransformerConfig.
+  config.source = ''  # Hugging Face folder, .gguf, smollm2; '': from scratch
+  config.new_rows = 'text'  # init of added embeddings: noise, mean, text
+  config.lora_rank = 0  # rank of adapters on a frozen model; 0: train all
+  # Weights that get an adapter.
+  config.lora_targets = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
+  # The fields of TransformerConfig:
   config.rope_base = 10_000.0  # wavelength base of the rotary positions
-  config.rope_scaling = ''  # how contexts were stretched: linear llama3 yarn
-  config.rope_factor = 1.0  # by how much
-  config.rope_length = 0  # positions before stretching; llama3 and yarn
-  config.rope_slow = 1.0  # turns in them at which a pair stretches whole
-  config.rope_fast = 4.0  # turns in them at which a pair does not stretch
-  config.rope_magnitude = 1.0  # of rotated queries and keys; yarn
+  config.rope_scaling = ''  # context extension: linear, llama3, yarn; '': none
+  config.rope_factor = 1.0  # factor of the extension
+  config.rope_length = 0  # positions before the extension; llama3, yarn
+  config.rope_slow = 1.0  # turns within these at which a pair is fully scaled
+  config.rope_fast = 4.0  # turns within these at which a pair is not scaled
+  config.rope_magnitude = 1.0  # scale of rotated queries and keys; yarn
   config.qk_norm = True  # RMSNorm on queries and keys
-  config.tie_embeddings = True  # one matrix for input and output
-  config.norm_eps = 1e-6  # in every RMSNorm
-  config.dtype = 'float32'  # activations; parameters are float32
+  config.tie_embeddings = True  # one embedding for input and output
+  config.norm_eps = 1e-6  # epsilon of every RMSNorm
+  config.dtype = 'float32'  # of activations; parameters are float32
   config.remat = False  # recompute activations in the backward pass
   config.update(MODELS[preset])
   return config
 
 
 def _parse(arg: str) -> dict[str, object]:
-  """Reads the comma list."""
+  """Parses the comma-separated presets."""
   readers: dict[str, Callable[[str], object]] = {
     'dataset': lambda v: _known('dataset', v, DATASETS),
     'model': lambda v: _known('model', v, MODELS),
@@ -446,7 +436,7 @@ def _parse(arg: str) -> dict[str, object]:
 
 
 def _known(what: str, name: str, names: Iterable[str]) -> str:
-  """Returns `name`, or says which of `names` is the nearest."""
+  """Returns `name`, or raises a ConfigError with the nearest of `names`."""
   names = tuple(names)
   if name in names:
     return name

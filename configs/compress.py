@@ -6,7 +6,7 @@ from configs import common
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The whole config, of long contexts unless told; draws the frontier."""
+  """The whole config, with long contexts by default; ends with the study."""
   long = '' if 'context=' in arg else 'context=long'
   return common.compose('compress', ','.join(filter(None, (arg, long))))
 
@@ -16,36 +16,31 @@ def section(test: bool = False) -> ConfigDict:
   config = common.rollouts(
     test, batch_size=8, steps=80, learning_rate=1e-4, eval_every=20
   )
-  config.eval_slates = 64 if test else 256  # validation slates, a fixed draw
-  config.eval_batch_size = 8  # of them at a time; 8 stay in a CPU's cache
-  # The ranker that reads, from whose parameters it starts: sft opd rl.
-  config.start = 'sft'
-  config.keep = 0.2  # share of an average context's tokens that is left
-  config.keeps = (0.05, 0.1, 0.2)  # shares that are learned
-  # Tokens by which a candidate's line may be longer than the first one.
-  config.slack = 1
+  config.eval_slates = 64 if test else 256  # validation slates, fixed sample
+  config.eval_batch_size = 8  # slates at a time; 8 fit a CPU's cache
+  config.start = 'sft'  # ranker that reads, and initial parameters: sft opd rl
+  config.keep = 0.2  # share of an average context's tokens to keep
+  config.keeps = (0.05, 0.1, 0.2)  # shares to learn
+  config.slack = 1  # most tokens that a line may be longer than the first
   config.imitate = common.training(
     steps=6 if test else 150,
     batch_size=8 if test else 16,
     learning_rate=2e-3,
     eval_every=3 if test else 75,
-  )  # of compressions by rule, before RL
-  # Training slates on which is measured what of a line its ranker reads first.
-  config.rule_slates = 8 if test else 256
-  config.draws = 2 if test else 8  # of them a slate; the best is imitated
-  config.compression_weight = 0.2  # a of Eq. 10, of the tokens saved
-  config.judge = 'ranker'  # of Eq. 10: ranker, or remote: at an endpoint
-  # What its order is held against: the labels, or its own order of the whole.
+  )  # imitation of the rule, before RL
+  config.rule_slates = 8 if test else 256  # training slates that fit the rule
+  config.draws = 2 if test else 8  # compressions per slate; imitates the best
+  config.compression_weight = 0.2  # a of Eq. 10, weight of the tokens saved
+  config.judge = 'ranker'  # judge of Eq. 10: ranker, or remote (an endpoint)
+  # Reference of its order: order (its own of the full context), or labels.
   config.judge_by = 'order'
   config.judge_k = 5  # cut-off of the ranker's NDCG
-  config.judge_top = 3  # ranks in which it must find a positive
-  # How the judge `remote` is asked:
+  config.judge_top = 3  # a solvable slate has a positive in these ranks
+  # The judge `remote`:
   config.update(common.endpoint())
-  config.ellipsis_cost = 1.0  # share of the reward that a truncation mark costs
-  config.train_slates = (
-    64 if test else 0
-  )  # of the training split to write; 0: all
-  config.kl_weight = 0.0  # of a divergence from the imitation, 0: none
-  config.kl_kind = 'k3'  # on sampled tokens: k1 k2 k3; exact: reverse forward
-  config.choose = 'reward'  # validation number that chooses the step, or last
+  config.ellipsis_cost = 1.0  # share of the reward lost by a truncation mark
+  config.train_slates = 64 if test else 0  # training slates to write; 0: all
+  config.kl_weight = 0.0  # weight of the divergence from the imitation; 0: none
+  config.kl_kind = 'k3'  # sampled tokens: k1 k2 k3; exact: reverse forward
+  config.selection_metric = 'reward'  # validation metric that selects the step
   return config

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: the table on the test split, read once."""
+"""Stage `evaluate`: the results table on the test split."""
 
 from ml_collections import ConfigDict
 
@@ -15,6 +15,6 @@ def section(test: bool = False) -> ConfigDict:
   config = ConfigDict()
   config.batch_size = 64 if test else 256  # slates at a time
   config.thinking = True  # reason before the ranking
-  config.resamples = 200 if test else 2000  # of the bootstrap
-  config.presentation_seed = 1  # of the candidates' order in the prompts
+  config.resamples = 200 if test else 2000  # bootstrap samples
+  config.presentation_seed = 1  # seed of the candidates' order in prompts
   return config

@@ -12,11 +12,11 @@ def get_config(arg: str = '') -> ConfigDict:
 
 def section(test: bool = False) -> ConfigDict:
   """Section `export`."""
-  del test  # It takes as long as the weights are large.
+  del test  # The cost depends on the size of the model alone.
   config = ConfigDict()
-  config.dtype = 'F32'  # of the weights in the files: F32, BF16, F16
-  config.max_shard_bytes = 5_000_000_000  # the most that one file holds
-  config.start = 'rl'  # whose policy it is: rl internalize prune opd sft
-  # Reason before the ranking; None: as the policy was trained to answer.
+  config.dtype = 'F32'  # of the weights: F32, BF16, F16
+  config.max_shard_bytes = 5_000_000_000  # largest file
+  config.start = 'rl'  # stage of the policy: rl internalize prune opd sft
+  # Reason before the ranking; None: as in the policy's training.
   config.thinking = config_dict.placeholder(bool)
   return config

@@ -1,4 +1,4 @@
-"""Stage `opd`: on-policy distillation from a teacher that knows more."""
+"""Stage `opd`: on-policy distillation."""
 
 from ml_collections import ConfigDict
 
@@ -15,13 +15,13 @@ def section(test: bool = False) -> ConfigDict:
   config = common.on_policy(test, steps=300, learning_rate=1e-3, eval_every=100)
   config.group_size = 4
   config.refills = 0  # A group without variance still has a teacher.
-  config.start = 'sft'  # stage whose parameters it starts from: sft midtrain
-  config.policy = ''  # artifact of the teacher; empty: the start itself
-  # The teacher's: same, privileged, thinking, readout, whole.
+  config.start = 'sft'  # stage of the initial policy: sft midtrain
+  config.policy = ''  # artifact of the teacher; '': the initial policy itself
+  # What the teacher sees: same, privileged, thinking, readout, whole.
   config.view = 'readout'
   config.kl_weight = 1.0  # b of Eq. 4
   config.kl_kind = 'reverse'  # exact: reverse forward; sampled: k1 k2 k3
-  config.sharpness = 4.0  # factor on read-out scores that teach
-  # Of KL(teacher || policy) between the scores at their slots, for one pass.
+  config.sharpness = 4.0  # factor on the teacher's read-out scores
+  # Weight of KL(teacher || policy) of the read-outs.
   config.readout_weight = 0.0
   return config

@@ -1,4 +1,4 @@
-"""Stage `prune`: fewer layers, by their effect, and distillation after it."""
+"""Stage `prune`: removes the layers of least effect, then distills."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from configs import common
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The whole config; compares depths once the policies are distilled."""
+  """The whole config; ends with study `prune`."""
   return common.compose('prune', arg)
 
 
@@ -16,11 +16,11 @@ def section(test: bool = False) -> ConfigDict:
   config.thinking = False
   config.group_size = 4
   config.refills = 0  # A group without variance still has a teacher.
-  config.start = 'internalize'  # stage whose layers go: internalize rl opd sft
-  config.layers = 2  # that are left; of every preset two thirds
-  config.measured = 64 if test else 256  # validation slates that tell effects
+  config.start = 'internalize'  # stage to prune: internalize rl opd sft
+  config.layers = 2  # layers to keep; two thirds in every preset
+  config.measured = 64 if test else 256  # validation slates of the effects
   config.kl_weight = 1.0  # b of Eq. 4
   config.kl_kind = 'forward'  # exact: reverse forward; sampled: k1 k2 k3
-  # Of KL(teacher || policy) between the scores at their slots, for one pass.
+  # Weight of KL(teacher || policy) of the read-outs.
   config.readout_weight = 1.0
   return config

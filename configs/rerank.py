@@ -1,4 +1,4 @@
-"""Stage `rerank`: JSONL of slates in, JSONL of permutations out."""
+"""Stage `rerank`: ranks a JSONL file of slates."""
 
 from ml_collections import ConfigDict
 
@@ -13,10 +13,10 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `rerank`."""
   config = ConfigDict()
-  config.input = ''  # JSONL of slates; empty: the test slates
+  config.input = ''  # JSONL of slates; '': the test slates
   config.batch_size = 64 if test else 256  # slates at a time
   config.chunk = 256 if test else 2048  # slates between two writes
-  config.start = 'rl'  # whose policy it is: rl internalize prune opd sft
+  config.start = 'rl'  # stage of the policy: rl internalize prune opd sft
   config.thinking = True  # reason before the ranking
-  config.presentation_seed = 0  # of the order in which candidates are shown
+  config.presentation_seed = 0  # seed of the candidates' order in prompts
   return config

@@ -1,4 +1,4 @@
-"""Stage `sft`: the teacher's reasoning and a ranking."""
+"""Stage `sft`: imitation of the teacher's reasoning and of a ranking."""
 
 from ml_collections import ConfigDict
 
@@ -19,13 +19,13 @@ def section(test: bool = False) -> ConfigDict:
     eval_every=5 if test else 1000,
   )
   config.update(common.validation(test))
-  config.rank_by = 'readout'  # readout, or trace: the teacher's order
-  # Forms of the context, see gr2_jax/prompts/context.py: a batch of each in turn,
-  # of one named twice two; the last one is validated with.
+  config.rank_by = 'readout'  # ranking to imitate: readout, or the trace's
+  # Forms of the context (gr2_jax/prompts/context.py), one per batch in turn.
+  # Validation uses the last one.
   config.contexts = ('full',)
-  config.privileged = False  # learn to answer when told a positive, too
+  config.privileged = False  # also train on prompts that name a positive
   config.reasoning_weight = 0.2  # l_r of Eq. 3
   config.ranking_weight = 4.0  # l_o of Eq. 3
-  config.listwise_weight = 1.0  # softmax loss of the labels at the slots
-  config.sharpness = 4.0  # factor on read-out scores that teach the answer
+  config.listwise_weight = 1.0  # softmax loss of the read-out on the labels
+  config.sharpness = 4.0  # factor on the read-out scores of the ranking
   return config

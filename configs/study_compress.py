@@ -1,6 +1,6 @@
-"""Study `compress`: tokens kept against ranking, for every form of a context.
+"""Study `compress`: tokens and ranking quality of every form of the context.
 
-What `configs/compress.py` ends with.
+`configs/compress.py` ends with it.
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +9,7 @@ from configs import compress
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The whole config, of long contexts, with `study_compress` as the target."""
+  """The whole config, with long contexts and `study_compress` as the target."""
   config = compress.get_config(arg)
   config.stage = 'study_compress'
   return config
@@ -18,7 +18,7 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `study_compress`."""
   config = ConfigDict()
-  # Forms beside the whole context; see gr2_jax/prompts/context.py.
+  # Forms besides the full context, see gr2_jax/prompts/context.py.
   config.forms = (
     'last:20',
     'last:5',
@@ -33,9 +33,9 @@ def section(test: bool = False) -> ConfigDict:
     'random:0.1',
     'random:0.05',
   )
-  config.keeps = (0.05, 0.1, 0.2)  # shares that the compressor is asked for
-  # Forms for which a policy each is distilled from the whole context; text is
-  # what the compressor wrote at `compress.keep`.
+  config.keeps = (0.05, 0.1, 0.2)  # shares of tokens that the compressor keeps
+  # Forms whose policy is distilled from the full context. `text` is the
+  # compressor's at `compress.keep`.
   config.distilled = (
     'text',
     'memory:4+candidates:evidence',
@@ -43,12 +43,12 @@ def section(test: bool = False) -> ConfigDict:
     'memory:64+candidates:evidence',
   )
   config.opd = distillation(test)
-  # Forms that RL goes on with, from what is distilled where something is.
+  # Forms trained by RL, starting from the distilled policy if there is one.
   config.reinforced = ('full', 'text')
   config.rl = reinforcement(test)
-  config.test_slates = 64 if test else 1500  # of the test split, a fixed draw
-  config.margin = 0.01  # of N@5 and R@1, that a form may lose
-  config.resamples = 200 if test else 2000  # of the bootstrap
+  config.test_slates = 64 if test else 1500  # test slates, fixed sample
+  config.margin = 0.01  # tolerated loss of N@5 and R@1
+  config.resamples = 200 if test else 2000  # bootstrap samples
   if test:
     config.forms, config.keeps = config.forms[2:6:3], (0.1,)
     config.distilled = config.distilled[:3:2]
@@ -57,7 +57,7 @@ def section(test: bool = False) -> ConfigDict:
 
 
 def distillation(test: bool) -> ConfigDict:
-  """What of section `opd` such a policy is trained with."""
+  """Changes of section `opd`."""
   config = ConfigDict()
   config.view = 'whole'
   config.kl_kind = 'forward'
@@ -71,7 +71,7 @@ def distillation(test: bool) -> ConfigDict:
 
 
 def reinforcement(test: bool) -> ConfigDict:
-  """What of section `rl` such a policy is trained with."""
+  """Changes of section `rl`."""
   config = ConfigDict()
   config.thinking = False
   config.steps = 6 if test else 100

@@ -1,15 +1,15 @@
 """Study `hacking`: {reward} x {gate} x {order of presentation}.
 
-Policies are first taught to copy: their teacher believes in the incoming order
-and nothing else, and the labels of the read-out are left out. RL then either
-leaves the copy, or settles on it.
+SFT first trains policies to copy the incoming order: the teacher reads nothing
+else, and the read-out is not trained on labels. RL then either abandons the
+copy or converges to it.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
-# How a copying start is made, and trained from, in a minute a run.
+# Trains the copying policy, then RL, in about a minute per run.
 RECIPE = {
   'prompt.fields': ('evidence',),
   'prompt.history': 0,
@@ -19,7 +19,7 @@ RECIPE = {
   'sft.listwise_weight': 0.0,
   'sft.thinking': False,
   'rl.thinking': False,
-  'rl.choose': 'last',
+  'rl.selection_metric': 'last',
 }
 SIZES = {
   'sft.steps': 1600,
@@ -35,7 +35,7 @@ SIZES = {
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The whole config, with `study_hacking` as the target; `seeds=3` is meant."""
+  """The whole config; `study_hacking` is the target, best with `seeds=3`."""
   config = common.compose('study_hacking', arg)
   config.update_from_flattened_dict(RECIPE)
   if 'test' not in arg.split(','):
@@ -49,6 +49,6 @@ def section(test: bool = False) -> ConfigDict:
   config.rewards = ('auc+ndcg',) if test else ('auc+ndcg', 'promotion')
   config.gates = ('none', 'v2') if test else ('none', 'v1', 'v2')
   config.orders = ('incoming',) if test else ('incoming', 'shuffled', 'mixed')
-  config.test_slates = 64 if test else 1024  # of the test split, a fixed draw
-  config.resamples = 200 if test else 2000  # of the bootstrap
+  config.test_slates = 64 if test else 1024  # test slates, fixed sample
+  config.resamples = 200 if test else 2000  # bootstrap samples
   return config

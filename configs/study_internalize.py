@@ -1,6 +1,6 @@
-"""Study `internalize`: with reasoning, without it, and once it is internalised.
+"""Study `internalize`: with reasoning, without it, and after internalizing it.
 
-What `configs/internalize.py` ends with.
+`configs/internalize.py` ends with it.
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +16,6 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `study_internalize`."""
   config = ConfigDict()
-  config.test_slates = 64 if test else 2048  # of the test split, a fixed draw
-  config.resamples = 200 if test else 2000  # of the bootstrap
+  config.test_slates = 64 if test else 2048  # test slates, fixed sample
+  config.resamples = 200 if test else 2000  # bootstrap samples
   return config

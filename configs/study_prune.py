@@ -1,6 +1,6 @@
 """Study `prune`: how many layers a policy needs.
 
-What `configs/prune.py` ends with.
+`configs/prune.py` ends with it.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def get_config(arg: str = '') -> ConfigDict:
 def section(test: bool = False) -> ConfigDict:
   """Section `study_prune`."""
   config = ConfigDict()
-  config.layers = (2, 1)  # depths that are tried; two thirds and one
-  config.test_slates = 64 if test else 2048  # of the test split, a fixed draw
-  config.resamples = 200 if test else 2000  # of the bootstrap
+  config.layers = (2, 1)  # depths to compare; two thirds and one third
+  config.test_slates = 64 if test else 2048  # test slates, fixed sample
+  config.resamples = 200 if test else 2000  # bootstrap samples
   return config

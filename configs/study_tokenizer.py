@@ -1,4 +1,4 @@
-"""Study `tokenizer`: what each technique does to semantic IDs, and to ranking.
+"""Study `tokenizer`: effects of each technique on semantic IDs and ranking.
 
 `--config=configs/tokenizer.py:sweep,seeds=3` is the same study.
 """
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# Shorter runs than a tokenizer of its own: there are a hundred of them.
+# Shorter runs than stage `tokenizer`, because there are a hundred of them.
 SIZES = {
   'tokenizer.pretrain_steps': 250,
   'tokenizer.steps': 500,
@@ -15,7 +15,7 @@ SIZES = {
   'sft.eval_every': 1600,
 }
 
-# Everything off: codewords drawn at random and moved by gradients alone.
+# All techniques off: random codewords, moved by gradients alone.
 PLAIN = {
   'codebook': 'gradient',
   'estimator': 'straight_through',
@@ -26,7 +26,7 @@ PLAIN = {
   'contrastive_weight': 0.0,
 }
 
-# What a technique changes of it. The study tries each alone, all pairs, all
+# Changes of PLAIN by each technique. The study runs each alone, all pairs, all
 # together, and all but one.
 TECHNIQUES = {
   'kmeans': {'init_items': 20_000},
@@ -37,7 +37,7 @@ TECHNIQUES = {
   'contrastive': {'contrastive_weight': 0.1},
 }
 
-# Beside them, each on top of `kmeans` and `ema`, or alone.
+# Further rows, each on top of `kmeans` and `ema`, or alone.
 OTHERS = {
   'residual k-means': {'codebook': 'kmeans', 'init_items': 20_000},
   'EMA of gradients': {'codebook': 'ema_gradient', 'init_items': 20_000},
@@ -73,13 +73,12 @@ def section(test: bool = False) -> ConfigDict:
   """Section `study_tokenizer`."""
   config = ConfigDict()
   config.plain = ConfigDict(PLAIN)  # fields of `tokenizer`, all techniques off
-  config.techniques = (
-    ('ema', 'random') if test else tuple(TECHNIQUES)
-  )  # of those below: alone, in pairs, all, and all but one
-  config.changes = ConfigDict(TECHNIQUES)  # what each changes of `plain`
+  # Run alone, in pairs, all together, and all but one.
+  config.techniques = ('ema', 'random') if test else tuple(TECHNIQUES)
+  config.changes = ConfigDict(TECHNIQUES)  # changes of `plain` by technique
   config.others = ConfigDict({} if test else OTHERS)  # further rows
-  config.ranked = ('plain', 'kmeans+ema+random')  # rows that rank; the gain
-  # is of each over the first; () to skip
-  config.test_slates = 64 if test else 2048  # of the test split, a fixed draw
-  config.resamples = 200 if test else 2000  # of the bootstrap
+  # Rows with a trained ranker; gains are over the first. (): no ranking.
+  config.ranked = ('plain', 'kmeans+ema+random')
+  config.test_slates = 64 if test else 2048  # test slates, fixed sample
+  config.resamples = 200 if test else 2000  # bootstrap samples
   return config
