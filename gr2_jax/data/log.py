@@ -6,12 +6,25 @@ Axes: I items, U users, n rows, K candidates.
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import Any
 
 import numpy as np
 
 
 class DataError(ValueError):
   """Bad input; the message names file, line, field, finding and cure."""
+
+
+def parse_json(text: bytes | str, where: str) -> Any:
+  """Parses JSON from outside; a DataError names `where` it stands."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise DataError(
+      f'{where}: not valid JSON ({error}): the file may be cut off here; write '
+      'it again'
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)

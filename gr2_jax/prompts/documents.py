@@ -10,7 +10,6 @@ random number.
 """
 
 import collections
-import json
 import os
 import pathlib
 from typing import Any
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 from numpy.random import Generator
 
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.data.log import Catalog, DataError
+from gr2_jax.data.log import Catalog, DataError, parse_json
 from gr2_jax.prompts import packing, prompt
 
 # Words of personas that the catalog lacks, each of which the vocabulary learns.
@@ -180,14 +179,13 @@ def read_texts(path: os.PathLike[str] | str) -> tuple[list[str], list[str]]:
 
 
 def _text_field(line: str, place: str) -> str:
-  cure = 'a line is an object like {"text": "..."}'
-  try:
-    value = json.loads(line)
-  except json.JSONDecodeError as e:
-    raise DataError(f'{place}: not JSON ({e}); {cure}') from e
+  value = parse_json(line, place)
   text = value.get('text') if isinstance(value, dict) else None
   if not isinstance(text, str):
-    raise DataError(f'{place}: field text is {text!r}, no string; {cure}')
+    raise DataError(
+      f'{place}: field text is {text!r}, no string; a line is an object like '
+      '{"text": "..."}'
+    )
   return text.strip()
 
 

@@ -26,6 +26,7 @@ Axes: I items, L levels, K candidates, E evidence columns.
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -77,24 +78,26 @@ class Layout:
   codebook_size: int  # C of the semantic IDs
   num_memory: int = 0  # memory tokens
 
+  def families(self) -> dict[str, list[str]]:
+    """Symbols of every family but the control tokens, in the order of ids."""
+    return {
+      'by': [f'<by:{column}>' for column in self.evidence],
+      'slot': [f'<slot{k}>' for k in range(self.num_slots)],
+      'bin': [f'<{c}={b}>' for c in self.evidence for b in range(self.bins)],
+      'grade': [f'<grade{grade + 1}>' for grade in range(GRADES)],
+      'age': [f'<age{b}>' for b in range(self.bins)],
+      'ratio': [f'<keep={percent}>' for percent in RATIOS],
+      'memory': [f'<memory{m}>' for m in range(self.num_memory)],
+      'sid': [
+        f'<{chr(ord("a") + level)}{code}>'
+        for level in range(self.levels)
+        for code in range(self.codebook_size)
+      ],
+    }
+
   def symbols(self) -> list[str]:
-    """All symbols in the order of their ids."""
-    names = list(CONTROLS)
-    names += [f'<by:{column}>' for column in self.evidence]
-    names += [f'<slot{k}>' for k in range(self.num_slots)]
-    names += [
-      f'<{column}={b}>' for column in self.evidence for b in range(self.bins)
-    ]
-    names += [f'<grade{grade + 1}>' for grade in range(GRADES)]
-    names += [f'<age{b}>' for b in range(self.bins)]
-    names += [f'<keep={percent}>' for percent in RATIOS]
-    names += [f'<memory{m}>' for m in range(self.num_memory)]
-    names += [
-      f'<{chr(ord("a") + level)}{code}>'
-      for level in range(self.levels)
-      for code in range(self.codebook_size)
-    ]
-    return names
+    """All symbols, the control tokens first."""
+    return [*CONTROLS, *itertools.chain(*self.families().values())]
 
 
 class SentencePieces:
@@ -231,17 +234,22 @@ class Vocabulary:
           f'{path}: symbol {symbol!r} is {state}; the file was trained with '
           'another prompt or tokenizer config'
         )
-    self.first_symbol = self.by_base = first
+    self.first_symbol = first
     marks = self.pieces.id(PAD), *self.control.values()
     while self.first_symbol - 1 in marks:
       self.first_symbol -= 1
-    self.slot_base = self.by_base + len(layout.evidence)
-    self.bin_base = self.slot_base + layout.num_slots
-    self.grade_base = self.bin_base + len(layout.evidence) * layout.bins
-    self.age_base = self.grade_base + GRADES
-    self.ratio_base = self.age_base + layout.bins
-    self.memory_base = self.ratio_base + len(RATIOS)
-    self.sid_base = self.memory_base + layout.num_memory
+    sizes = map(len, layout.families().values())
+    (
+      self.by_base,
+      self.slot_base,
+      self.bin_base,
+      self.grade_base,
+      self.age_base,
+      self.ratio_base,
+      self.memory_base,
+      self.sid_base,
+      self._end,
+    ) = itertools.accumulate(sizes, initial=first)
 
   def __len__(self) -> int:
     return len(self.pieces)
@@ -266,10 +274,8 @@ class Vocabulary:
   @functools.cached_property
   def _symbols(self) -> frozenset[int]:
     """Ids that are not text; a normal form of some text may spell them."""
-    layout = self.layout
-    end = self.sid_base + layout.levels * layout.codebook_size
     marks = self.pad, self.bos, self.eos, *self.control.values()
-    return frozenset((*marks, *range(self.by_base, end)))
+    return frozenset((*marks, *range(self.by_base, self._end)))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids with their symbols, without padding."""

@@ -201,7 +201,10 @@ def read(
       empty = False
       where = f'{path}, line {number}'
       request = resolve(
-        slate(width).check(_json(line, where), where), number, index, unreadable
+        slate(width).check(log_lib.parse_json(line, where), where),
+        number,
+        index,
+        unreadable,
       )
       if unknown := request.unknown_candidates:
         reason = f' (not here: {unreadable})' if unreadable else ''
@@ -287,16 +290,6 @@ def _described(items: Sequence[Mapping[str, Any]]) -> log_lib.Catalog:
 def _plain(text: str) -> str:
   """The text without halves of surrogate pairs, which no tokenizer reads."""
   return text.encode('utf-8', 'replace').decode()
-
-
-def _json(text: bytes, where: str) -> object:
-  try:
-    return json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise log_lib.DataError(
-      f'{where}: not valid JSON ({error}): the file may be cut off here; write '
-      'it again'
-    ) from error
 
 
 def described(requests: Sequence[Request]) -> log_lib.Catalog:

@@ -159,7 +159,7 @@ def test_texts_of_both_forms_are_read_and_some_held_out(tmp_path):
   ('name', 'lines', 'message'),
   [
     ('a.txt', [b'fine', b'\xff\xfe'], r'a\.txt:2: not UTF-8'),
-    ('a.jsonl', [b'{"text": "x"}', b'', b'{'], r'a\.jsonl:3: not JSON'),
+    ('a.jsonl', [b'{"text": "x"}', b'', b'{'], r'a\.jsonl:3: not valid JSON'),
     ('a.jsonl', [b'{"txt": "x"}'], r'a\.jsonl:1: field text is None'),
     ('a.jsonl', [b'{"text": 3}'], r'a\.jsonl:1: field text is 3'),
     ('a.jsonl', [b'["text"]'], r'a\.jsonl:1: field text is None'),

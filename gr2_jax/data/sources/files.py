@@ -21,7 +21,6 @@ Axes: n rows, K candidates.
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -118,13 +117,7 @@ def _records(
       for line, text in enumerate(file, start=1):
         if not text.strip():
           continue
-        try:
-          row = json.loads(text)
-        except ValueError as error:
-          raise DataError(
-            f'{path}, line {line}: not valid JSON ({error}): the file may be '
-            'cut off here; write it again'
-          ) from error
+        row = log_lib.parse_json(text, f'{path}, line {line}')
         if not isinstance(row, dict):
           raise DataError(f'{path}, line {line}: not a JSON object')
         rows.append((line, row))
