@@ -21,7 +21,11 @@ Orders = Sequence[Sequence[int] | None]  # of n slates, None for a late answer
 
 def load(rows: Sequence[Mapping[str, Any]]) -> str:
   """The load table: a row for each mode and number of clients."""
-  return reporting.table(_rounded(rows), LOAD)
+  rounded = [
+    {k: f'{v:.2f}' if isinstance(v, float) else v for k, v in row.items()}
+    for row in rows
+  ]
+  return reporting.table(rounded, LOAD)
 
 
 def gains(
@@ -97,11 +101,3 @@ def ndcg(orders: Orders, grades_nxK: np.ndarray, count_n: np.ndarray) -> float:
   return float(
     ranking_lib.slate_metrics(ranking, grades_nxK, count_n)['n@5'].mean()
   )
-
-
-def _rounded(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Rounds to two digits after the point."""
-  return [
-    {k: f'{v:.2f}' if isinstance(v, float) else v for k, v in row.items()}
-    for row in rows
-  ]
