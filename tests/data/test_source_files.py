@@ -1,4 +1,4 @@
-"""A folder of logs: good ones load, and every bad one names file, line, field and cure."""
+"""Folders of logs: a good one loads; an error names file, line and field."""
 
 import json
 
