@@ -71,25 +71,26 @@ def plan(config: ConfigDict, name: str, seed: int | None = None) -> Artifact:
     seed: of a seeded stage; None takes the first of `config.seeds`.
   """
   stage = graph.STAGES[name]
+  values: dict[str, Any] = config.to_dict()
   if not stage.seeded:
     seed = None
   elif seed is None:
-    seed = config.seeds[0]
+    seed = values['seeds'][0]
   inputs = {}
   for need in stage.needs:
     base, per_seed, _ = need.partition('@')
-    base = _needed_stage(config, base)
+    base = _needed_stage(values, base)
     if base is None:
       continue
-    for s in config.seeds if per_seed else (seed,):
+    for s in values['seeds'] if per_seed else (seed,):
       inputs[f'{base}@{s}' if per_seed else base] = plan(config, base, s)
-  sections = graph.with_former_names(_sections(config, stage))
+  sections = graph.with_former_names({x: values[x] for x in stage.sections})
   sections.pop('mesh', None)
   content = {
     'stage': name,
     'seed': seed,
     'config': sections,
-    'files': _hash_files(config, stage),
+    'files': _hash_files(values, stage),
     'inputs': {key: a.fingerprint for key, a in inputs.items()},
   }
   digest = hashlib.sha256(dumps(content).encode()).hexdigest()
@@ -181,7 +182,8 @@ def _call(
 ) -> dict[str, Any]:
   """Writes config.json, then calls the stage's `run`."""
   try:
-    sections = _sections(config, graph.STAGES[artifact.stage])
+    values = config.to_dict()
+    sections = {x: values[x] for x in graph.STAGES[artifact.stage].sections}
     if processes.is_main_process():
       directory.mkdir(parents=True, exist_ok=True)
       _write_json(
@@ -289,7 +291,7 @@ def dumps(value: Any, indent: int | None = None) -> str:
   )
 
 
-def _needed_stage(config: ConfigDict, need: str) -> str | None:
+def _needed_stage(config: dict[str, Any], need: str) -> str | None:
   """The stage of a `Stage.needs` entry, read from the config where `{...}`."""
   if not need.startswith('{'):
     return need
@@ -304,12 +306,7 @@ def _needed_stage(config: ConfigDict, need: str) -> str | None:
   return value
 
 
-def _sections(config: ConfigDict, stage: graph.Stage) -> dict[str, Any]:
-  """The config sections that a stage reads, as plain Python."""
-  return {name: config.to_dict()[name] for name in stage.sections}
-
-
-def _hash_files(config: ConfigDict, stage: graph.Stage) -> dict[str, str]:
+def _hash_files(config: dict[str, Any], stage: graph.Stage) -> dict[str, str]:
   """Path -> content hash of every file that the stage's config names."""
   hashes = {}
   for field in stage.files:

@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -103,7 +104,7 @@ class Checkpointer:
           'none can resume from it'
         )
       items['data'] = ocp.args.JsonRestore()
-    saved = self._manager.restore(step, args=ocp.args.Composite(**items))
+    saved: Any = self._manager.restore(step, args=ocp.args.Composite(**items))
     if iterator is not None:
       iterator.set_state(saved.data)
     return saved.state, step, saved.meta
@@ -181,7 +182,8 @@ def _abstract(tree: Any) -> Any:
 def _check_matches(path: pathlib.Path, abstract: Any) -> None:
   """Raises a ValueError unless names and shapes of the leaves agree."""
   try:
-    saved = _shapes(ocp.StandardCheckpointHandler().metadata(path).tree)
+    handler: Any = ocp.StandardCheckpointHandler()
+    saved = _shapes(handler.metadata(path).tree)
   except (OSError, ValueError) as e:
     raise ValueError(f'{path}: not a readable checkpoint; delete it') from e
   expected = _shapes(abstract)
@@ -205,14 +207,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   """Leaf name (keys joined by dots) -> shape."""
   shapes = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.eval_shape(jax.random.key_data, leaf)
-    shapes['.'.join(_key(k) for k in path)] = tuple(leaf.shape)
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    shapes[name] = tuple(leaf.shape)
   return shapes
-
-
-def _key(entry: Any) -> str:
-  for attribute in ('key', 'name', 'idx'):
-    if hasattr(entry, attribute):
-      return str(getattr(entry, attribute))
-  return str(entry)

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import io
 import os
 import pathlib
 import platform
@@ -21,7 +22,8 @@ def set_up(dtype: str) -> None:
   Args:
     dtype: of the model's activations.
   """
-  sys.stdout.reconfigure(line_buffering=True)
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(line_buffering=True)
   keep_freed_memory()
   _quiet_libraries()
   _use_compile_cache()
@@ -59,7 +61,7 @@ def keep_freed_memory() -> bool:
 
 def _use_compile_cache() -> None:
   """Caches compiled programs for the user, in one folder per kind of CPU."""
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.values['jax_compilation_cache_dir'] is None:
     info = pathlib.Path('/proc/cpuinfo')
     cpu = info.read_text().partition('\n\n')[0] if info.exists() else ''
     lines = [x for x in cpu.splitlines() if x.startswith(('model', 'flags'))]

@@ -61,17 +61,13 @@ def _parse(argv: list[str]) -> list[str]:
   if config is not None:
     path, colon, presets = config.partition(':')
     located = f'{locate_config(path)}{colon}{presets}'
-    argv = [
-      word.removesuffix(config) + located
-      if word.removesuffix(config) in ('', '-config=', '--config=')
-      else word
-      for word in argv
-    ]
+    flag = (config, f'-config={config}', f'--config={config}')
+    argv = [w.replace(config, located) if w in flag else w for w in argv]
     config = located
   try:
     rest = flags.FLAGS(argv)
   except (AttributeError, KeyError):
-    _check_fields(argv, config)
+    _check_fields(argv, config or '')
     raise
   for field, advice in _RESERVED.items():
     if field in config_flags.get_override_values(flags.FLAGS['config']):
@@ -96,17 +92,18 @@ def locate_config(path: str) -> pathlib.Path:
   if file.is_file():
     sys.path.insert(0, str(file.resolve().parent.parent))
     return file
-  choices = [*file.parent.glob('*.py')]
+  choices = {*file.parent.glob('*.py')}
   if file.parent == pathlib.Path('configs'):
     package = pathlib.Path(gr2_jax.__file__).parent
-    # Inside an installed package, beside the package in a checkout.
-    for folder in (package / 'configs', package.parent / 'configs'):
-      if (folder / file.name).is_file():
-        module = types.ModuleType('configs')
-        module.__path__ = [str(folder)]
-        sys.modules['configs'] = module
-        return folder / file.name
-      choices += [file.parent / f.name for f in folder.glob('*.py')]
+    folder = package / 'configs'  # Installed.
+    if not folder.is_dir():
+      folder = package.parent / 'configs'  # A checkout.
+    if (folder / file.name).is_file():
+      module = types.ModuleType('configs')
+      module.__path__ = [str(folder)]
+      sys.modules['configs'] = module
+      return folder / file.name
+    choices |= {file.parent / f.name for f in folder.glob('*.py')}
   raise UsageError(f'no config file {file}{nearest(path, map(str, choices))}')
 
 
@@ -121,7 +118,7 @@ def _value_of_config(argv: list[str]) -> str | None:
 
 def _check_fields(argv: list[str], config_argument: str) -> None:
   """Raises a UsageError for the first `--config.field` that does not exist."""
-  config = flags.FLAGS['config'].parser.parse(config_argument)
+  config: Any = flags.FLAGS['config'].parser.parse(config_argument)
   known = {name for name, _ in fields(config)}
   for word in argv[1:]:
     field = word.lstrip('-').partition('=')[0]

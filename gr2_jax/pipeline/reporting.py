@@ -52,7 +52,7 @@ class MetricsWriter:
 
   def write(self, step: int, metrics: Mapping[str, object]) -> None:
     """Writes one line of scalars; non-finite values become null."""
-    if self._file is None:
+    if self._file is None or self._tensorboard is None:
       return
     values = {name: float(np.asarray(v)) for name, v in metrics.items()}
     line = {'step': int(step)} | {
@@ -65,7 +65,7 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Flushes and closes both files."""
-    if self._file is not None:
+    if self._file is not None and self._tensorboard is not None:
       self._file.close()
       self._tensorboard.close()
 
