@@ -1,4 +1,4 @@
-"""Killed or told to end: the same command goes on, bit for bit."""
+"""After a kill or SIGTERM the same command resumes bit for bit."""
 
 import os
 import pathlib
@@ -37,9 +37,7 @@ def start(root):
   ('number', 'code'),
   [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, rendezvous.EXIT_RETRY)],
 )
-def test_a_run_ended_in_the_middle_goes_on_bit_for_bit(
-  world, tmp_path, number, code
-):
+def test_a_stopped_run_resumes_bit_for_bit(world, tmp_path, number, code):
   name = world['sft'].name
   for stage in tiny_world.NEEDS['sft']:
     (tmp_path / world[stage].name).symlink_to(world[stage])

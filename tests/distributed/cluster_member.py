@@ -1,4 +1,4 @@
-"""A process of a cluster: `gr2_jax.main`, up to stage `rl` and no further."""
+"""A process of a cluster: `gr2_jax.main` up to stage `rl`."""
 
 from absl import app
 
@@ -7,7 +7,7 @@ from gr2_jax.pipeline import artifacts, flags
 
 
 def run(config, root):
-  """Instead of `main.run`, which would go on to an evaluation."""
+  """Replaces `main.run`, which would also evaluate."""
   with artifacts.lock(root):
     artifacts.run_stage(config, 'rl', root, 0)
 

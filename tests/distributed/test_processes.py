@@ -1,4 +1,4 @@
-"""Several real processes: the same RL, killed, preempted, fewer."""
+"""RL on several real processes: killed, preempted, on fewer processes."""
 
 import os
 import pathlib
@@ -55,7 +55,7 @@ def _start(root, count, others=()):
 
 
 def _port():
-  """A free port whose neighbour for the roster is free as well."""
+  """A port that is free, and so is the roster's."""
   while True:
     with socket.create_server(('localhost', 0)) as server:
       port = server.getsockname()[1]
@@ -68,13 +68,13 @@ def _port():
 
 
 def _ends(processes):
-  """Exit codes and what was said."""
+  """Exit codes and outputs."""
   try:
-    said = [p.communicate(timeout=600)[0] for p in processes]
+    outputs = [p.communicate(timeout=600)[0] for p in processes]
   finally:
     for process in processes:
       process.kill()
-  return [p.returncode for p in processes], said
+  return [p.returncode for p in processes], outputs
 
 
 def _workdir(world, root):
@@ -120,7 +120,7 @@ def _assert_close(world, one, two):
 
 
 def _wait_for_step(processes, root, step):
-  """Until that checkpoint is on disk."""
+  """Waits until that checkpoint is on disk."""
   while not list(root.glob(f'rl-*/checkpoints/{step}')):
     for process in processes:
       assert process.poll() is None, process.communicate()[0]
@@ -131,8 +131,8 @@ def _wait_for_step(processes, root, step):
 def single(world, tmp_path_factory):
   """Twenty steps of one process that has all devices."""
   root = _workdir(world, tmp_path_factory.mktemp('single') / 'runs')
-  codes, said = _ends(_start(root, 1))
-  assert codes == [0], said
+  codes, outputs = _ends(_start(root, 1))
+  assert codes == [0], outputs
   return root
 
 
@@ -140,14 +140,14 @@ def single(world, tmp_path_factory):
 def two(world, tmp_path_factory):
   """Twenty steps of two processes."""
   root = _workdir(world, tmp_path_factory.mktemp('two') / 'runs')
-  codes, said = _ends(_start(root, 2))
-  assert codes == [0, 0], said
-  assert 'processes: 0' in said[0]
-  assert 'rl' not in said[1]  # One writes.
+  codes, outputs = _ends(_start(root, 2))
+  assert codes == [0, 0], outputs
+  assert 'processes: 0' in outputs[0]
+  assert 'rl' not in outputs[1]  # One writes.
   return root
 
 
-def test_two_processes_do_what_one_does(world, single, two):
+def test_two_processes_equal_one(world, single, two):
   assert len(_metrics(single)) > _STEPS
   _assert_close(world, single, two)
 
@@ -160,16 +160,16 @@ def test_a_kill_names_the_process_and_two_go_on_bit_for_bit(
   _wait_for_step(processes, root, 5)
   began = time.monotonic()
   processes[1].send_signal(signal.SIGKILL)
-  codes, said = _ends(processes)
+  codes, outputs = _ends(processes)
   assert time.monotonic() - began < 60
-  assert codes == [rendezvous.EXIT_RETRY, -signal.SIGKILL], said
-  assert f'process 1 (host {socket.gethostname()}' in said[0]
-  assert 'is gone' in said[0]
+  assert codes == [rendezvous.EXIT_RETRY, -signal.SIGKILL], outputs
+  assert f'process 1 (host {socket.gethostname()}' in outputs[0]
+  assert 'is gone' in outputs[0]
   assert not (_run(root) / 'results.json').exists()
 
-  codes, said = _ends(_start(root, 2))
-  assert codes == [0, 0], said
-  assert 'resumes in' in said[0]
+  codes, outputs = _ends(_start(root, 2))
+  assert codes == [0, 0], outputs
+  assert 'resumes in' in outputs[0]
   tiny.assert_trees_equal(_left(world, root), _left(world, two))
   assert _metrics(root) == _metrics(two)
   assert artifacts.read_results(_run(root)) == artifacts.read_results(_run(two))
@@ -182,22 +182,22 @@ def test_a_signal_saves_and_half_of_four_processes_go_on(
   processes = _start(root, 4)
   _wait_for_step(processes, root, 5)
   processes[2].send_signal(signal.SIGTERM)
-  codes, said = _ends(processes)
-  assert codes == [rendezvous.EXIT_RETRY] * 4, said
-  assert 'saved at step' in said[0]
+  codes, outputs = _ends(processes)
+  assert codes == [rendezvous.EXIT_RETRY] * 4, outputs
+  assert 'saved at step' in outputs[0]
   step = max(int(p.name) for p in (_run(root) / 'checkpoints').iterdir())
   assert 5 <= step < _STEPS
 
-  codes, said = _ends(_start(root, 2))
-  assert codes == [0, 0], said
+  codes, outputs = _ends(_start(root, 2))
+  assert codes == [0, 0], outputs
   _assert_close(world, single, root)
 
 
 def test_a_field_that_differs_is_named(world, tmp_path):
   root = _workdir(world, tmp_path / 'runs')
-  codes, said = _ends(_start(root, 2, others=['--config.rl.gate=none']))
+  codes, outputs = _ends(_start(root, 2, others=['--config.rl.gate=none']))
   assert codes == [rendezvous.FAILED] * 2
-  for text in said:
+  for text in outputs:
     assert 'process 1 (host' in text
     assert 'config.rl.gate is none, not v2' in text
 
@@ -222,7 +222,7 @@ def _values(**given):
     ({'cluster': 'auto'}, 'no cluster that JAX knows was found'),
   ],
 )
-def test_a_place_that_cannot_be_names_its_flag(given, message):
+def test_an_invalid_place_names_its_flag(given, message):
   with pytest.raises(ValueError, match=message):
     processes_lib.find_place(_values(**given))
 

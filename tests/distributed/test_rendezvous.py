@@ -1,4 +1,4 @@
-"""Processes that meet: real ones, which have no JAX."""
+"""The roster, with real processes that do not load JAX."""
 
 import json
 import os
@@ -18,15 +18,15 @@ import json, os, sys
 from gr2_jax.distributed import rendezvous
 address, count, index, settings, timeout = json.loads(sys.argv[1])
 try:
-  here = rendezvous.meet(address, count, index, settings, timeout)
+  roster = rendezvous.meet(address, count, index, settings, timeout)
 except rendezvous.RosterError as e:
   sys.exit(f'error: {e}')
-print('met', ' '.join(f'{m.index}:{m.pid}' for m in here.members), flush=True)
+print('met', ' '.join(f'{m.index}:{m.pid}' for m in roster.members), flush=True)
 for line in sys.stdin:
   if line.strip() == 'bye':
-    here.bye()
+    roster.bye()
     os._exit(0)
-  here.fail(line.strip())
+  roster.fail(line.strip())
   os._exit(1)
 """
 
@@ -57,7 +57,7 @@ def _ends(process):
   return process.returncode, process.stdout.read(), process.stderr.read()
 
 
-def test_all_know_all_and_part_in_peace():
+def test_all_processes_get_the_members_and_leave_normally():
   members = _all(3)
   met = [m.stdout.readline() for m in members]
   pids = [f'{i}:{m.pid}' for i, m in enumerate(members)]
@@ -87,7 +87,7 @@ def test_a_killed_process_is_named_to_all_others(victim):
   assert time.monotonic() - began < 60
 
 
-def test_who_fails_ends_all_with_its_message():
+def test_a_failure_ends_all_processes_with_its_message():
   members = _all(3)
   for member in members:
     member.stdout.readline()
@@ -101,7 +101,7 @@ def test_who_fails_ends_all_with_its_message():
   assert _ends(members[1])[0] == 1
 
 
-def test_who_did_not_come_is_named():
+def test_missing_processes_are_named():
   port = _port()
   members = [_start(port, 4, index, timeout=6) for index in (0, 2)]
   for member in members:
@@ -113,7 +113,7 @@ def test_who_did_not_come_is_named():
     assert f'process 2 (host {host}' in err
 
 
-def test_without_process_0_the_others_say_where_they_looked():
+def test_without_process_0_the_others_name_its_address():
   port = _port()
   code, _, err = _ends(_start(port, 2, 1, timeout=0.5))
   assert code == 1
@@ -127,7 +127,7 @@ def test_without_process_0_the_others_say_where_they_looked():
     ({}, 'lr is None, not 1'),
   ],
 )
-def test_another_command_is_refused_by_field(settings, message):
+def test_other_settings_are_refused_by_name(settings, message):
   port = _port()
   members = [
     _start(port, 2, 0, settings={'lr': '1'}),
@@ -148,10 +148,14 @@ def test_a_number_twice_is_refused():
   assert all('there is one of that number already' in e for _, _, e in ends)
 
 
-def test_strangers_are_not_let_in():
+def test_other_connections_are_ignored():
   port = _port()
   leader = _start(port, 2, 0)
-  for said in (b'GET / HTTP/1.1\r\n\r\n', b'{"hello": {"index": "1"}}\n', b''):
+  for message in (
+    b'GET / HTTP/1.1\r\n\r\n',
+    b'{"hello": {"index": "1"}}\n',
+    b'',
+  ):
     deadline = time.monotonic() + 30
     while True:
       try:
@@ -160,7 +164,7 @@ def test_strangers_are_not_let_in():
       except ConnectionRefusedError:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    stranger.sendall(said)
+    stranger.sendall(message)
     stranger.close()
   follower = _start(port, 2, 1)
   for member in (leader, follower):
