@@ -10,7 +10,7 @@ import numpy as np
 from gr2_jax.distributed import sharding
 from gr2_jax.models import lora, transformer
 from gr2_jax.policy import grammar, policy, sampling
-from gr2_jax.train import learner, policy_gradient
+from gr2_jax.train import distillation, learner, policy_gradient
 
 MODEL = transformer.TransformerConfig(
   vocab_size=40,
@@ -63,6 +63,23 @@ def sampler(thinking=True, constrained=True, temperature=0.7, group=3):
     temperature=temperature,
     thinking=thinking,
     constrained=constrained,
+  )
+
+
+def gradient_options(**changes):
+  """Options of the policy gradient: one update, DAPO's clip, no teacher."""
+  fields = dict(
+    batch_size=5, refill_size=5, refills=0, advantage='dapo', clip_low=0.2,
+    clip_high=0.28, average='token', epochs=1, minibatches=1,
+    importance_cap=0.0, kl_weight=0.0, kl_kind='k3',
+  )  # fmt: skip
+  return policy_gradient.PolicyGradientOptions(**fields | changes)
+
+
+def sampled_scores(logp):
+  """Scores of a teacher that has every token."""
+  return distillation.SampledScores(
+    logp.astype(np.float32), np.ones(logp.shape, bool)
   )
 
 
@@ -149,7 +166,7 @@ def policy_batch(config, size=5, seed=0):
   return policy_gradient.PolicyBatch(
     prompt=ids,
     prompt_length=lengths,
-    facts=counts(size),
+    constraint_inputs=counts(size),
     tokens=np.asarray(found.tokens),
     length=np.asarray(found.length),
     logp=np.asarray(found.logp),

@@ -157,7 +157,9 @@ def left(world, stage, workdir, own=None):
   """What a finished run has: chosen parameters and its last state, on host."""
   own = own or config()
   here, devices = spec(world, own), mesh(own)
-  optimizer = learner.make_optimizer(own[stage])
+  optimizer = learner.make_optimizer(
+    learner.OptimizerOptions.from_config(own[stage])
+  )
   with sharding.activate(devices):
     state, _ = learner.init_state(
       here.model, optimizer, jax.random.key(0), devices

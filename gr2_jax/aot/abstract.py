@@ -53,11 +53,20 @@ class Step:
     """Parts that the mesh splits a batch into."""
     return self.mesh.shape['data'] * self.mesh.shape['fsdp']
 
-  def state(
-    self, optimizer: optax.GradientTransformation | None = None
-  ) -> tuple[learner.TrainState, Any]:
+  @property
+  def updates(self) -> int:
+    """Updates of the parameters in a step."""
+    return self.stage.epochs * self.stage.minibatches
+
+  @property
+  def optimizer(self) -> optax.GradientTransformation:
+    """The optimizer of stage `rl`."""
+    options = learner.OptimizerOptions.from_config(self.stage)
+    return learner.make_optimizer(options, self.updates)
+
+  def state(self) -> tuple[learner.TrainState, Any]:
     """The abstract training state, and the frozen parameters beside it."""
-    optimizer = optimizer or learner.make_optimizer(self.stage)
+    optimizer = self.optimizer
     key = jax.random.key(0)
     if self.spec.adapters.rank:
       frozen = self.spec.abstract_params(self.mesh)
@@ -203,16 +212,23 @@ def lower(step: Step) -> list[Lowered]:
       f'rl.minibatches={stage.minibatches} does not divide the '
       f'{step.load.slates} slates of a step'
     )
-  updates = stage.epochs * stage.minibatches
-  optimizer = learner.make_optimizer(stage, updates)
-  state, frozen = step.state(optimizer)
+  state, frozen = step.state()
   params = step.spec.abstract_params(mesh)
   rows = step.rows()
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = _placed(key, sharding.replicated(mesh))
-  act = rollouts.make_act(step.spec, step.sampling, stage)
+  act = rollouts.make_rollout_step(
+    step.spec,
+    step.sampling,
+    rollouts.RewardOptions.from_config(stage, 'rl'),
+    stage.advantage,
+  )
   update = policy_gradient.make_update(
-    step.spec, step.spec.grammar, step.sampling, stage, optimizer
+    step.spec,
+    step.spec.grammar,
+    step.sampling,
+    policy_gradient.PolicyGradientOptions.from_config(stage, 'rl'),
+    step.optimizer,
   )
 
   def minibatch(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -240,7 +256,7 @@ def lower(step: Step) -> list[Lowered]:
       lowered[1],
       flops=costs.flops(traced_update.jaxpr.jaxpr) / mesh.size,
       resident=bytes_per_chip(params) if adapted else 0,
-      runs=updates,
+      runs=step.updates,
     ),
   ]
 

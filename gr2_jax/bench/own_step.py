@@ -1,7 +1,7 @@
 """A step of RL in this library, timed by phase.
 
-Also what any other side of the comparison must share with it: the size of a
-step, the clock, the reward, and the optimizer's numbers.
+Also what both sides of the comparison share: the size of a step, the clock, the
+reward, and the settings of the optimizer.
 
 Axes: P prompts, G group, T time.
 """
@@ -13,26 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from gr2_jax.models import transformer
 from gr2_jax.ops import advantages
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import sampling
-from gr2_jax.train import learner, policy_gradient
+from gr2_jax.train import distillation, learner, policy_gradient
 
 PHASES = ('rollout', 'reference', 'reward', 'update')
 CLIP = 0.2
 KL_WEIGHT = 0.04
-OPTIMIZER = ml_collections.ConfigDict(
-  dict(
-    steps=1000,
-    learning_rate=1e-5,
-    warmup=1,
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-  )
+OPTIMIZER = learner.OptimizerOptions(
+  steps=1000, learning_rate=1e-5, warmup=1, weight_decay=0.01, max_grad_norm=1.0
 )
 # `step(i, prompts)` takes int32 [P, Tp] and returns the seconds of each phase.
 Step = Callable[[int, np.ndarray], dict[str, float]]
@@ -42,7 +35,7 @@ Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """How much one step samples."""
+  """Sizes of a step."""
 
   prompt: int  # tokens
   completion: int  # tokens
@@ -54,7 +47,7 @@ class Size:
     """Reads `192+48`.
 
     Raises:
-      ValueError: the text is no sum of two counts.
+      ValueError: the text is not a sum of two counts.
     """
     prompt, plus, completion = text.partition('+')
     if not (plus and prompt.isdigit() and completion.isdigit()):
@@ -69,14 +62,14 @@ class Size:
 
 
 class Clock:
-  """Seconds of one phase after another."""
+  """Measures the seconds of consecutive phases."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.seconds: dict[str, float] = {}
     self._last = time.perf_counter()
 
   def end(self, phase: str, results: Any) -> None:
-    """Waits for `results`; the phase took the time since the last one."""
+    """Waits for the results of a phase, and records its seconds."""
     jax.block_until_ready(results)
     now = time.perf_counter()
     self.seconds[phase] = now - self._last
@@ -84,11 +77,7 @@ class Clock:
 
 
 def check_drawn(lengths: np.ndarray, size: Size) -> None:
-  """Both sides must draw the whole budget.
-
-  Raises:
-    RuntimeError: a completion is shorter.
-  """
+  """Raises RuntimeError if a completion is shorter than the budget."""
   if (lengths != size.completion).any():
     raise RuntimeError(
       f'a completion has {lengths.min()} tokens, not {size.completion}: the '
@@ -97,22 +86,19 @@ def check_drawn(lengths: np.ndarray, size: Size) -> None:
 
 
 def parity_reward(first: Any) -> Any:
-  """Next to nothing to compute: 1 where the first token's id is odd."""
+  """A reward that costs nothing: 1 where the first token's id is odd."""
   return first % 2
 
 
 def make_step(
   model: transformer.TransformerConfig, size: Size, params: Any
 ) -> tuple[Step, Score]:
-  """This library's step.
+  """This library's step, and the reference's score of completions.
 
   Args:
     model: the decoder's shape.
     size: of a step.
-    params: unboxed parameters, to start from; the reference keeps them.
-
-  Returns:
-    The step, and the reference's score of completions.
+    params: unboxed; the policy starts from them, the reference keeps them.
   """
   grammar = grammar_lib.Ranking(
     slot_base=0,
@@ -130,30 +116,41 @@ def make_step(
     model,
     grammar,
     sampler,
-    clip_low=CLIP,
-    clip_high=CLIP,
-    average='sequence',
-    kl_weight=KL_WEIGHT,
+    policy_gradient.PolicyGradientOptions(
+      batch_size=size.prompts,
+      refill_size=size.prompts,
+      refills=0,
+      advantage='grpo',
+      clip_low=CLIP,
+      clip_high=CLIP,
+      average='sequence',
+      epochs=1,
+      minibatches=1,
+      importance_cap=0.0,
+      kl_weight=KL_WEIGHT,
+      kl_kind='k3',
+    ),
+    distillation.SampledTokens(None, grammar, sampler, 'k3'),
   )
   update = learner.make_update(loss, optimizer)
-  state = learner.TrainState(  # A copy: the update takes its state away.
+  state = learner.TrainState(  # A copy: the update donates its state.
     jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params)
   )
   prompt_length = jnp.full(size.prompts, size.prompt, jnp.int32)
   count = jnp.ones(size.prompts, jnp.int32)
 
   @jax.jit
-  def roll_out(params, prompts, key):
+  def roll_out(params: Any, prompts: jax.Array, key: jax.Array):
     return sampling.sample(
       model, params, prompts, prompt_length, count, key, grammar, sampler
     )
 
-  def as_batch(prompts, tokens, **fields):
+  def as_batch(prompts: jax.Array, tokens: jax.Array, **fields: Any):
     group = tokens.shape[:2]
     return policy_gradient.PolicyBatch(
       prompt=prompts,
       prompt_length=prompt_length,
-      facts=count,
+      constraint_inputs=count,
       tokens=tokens,
       length=jnp.full(group, size.completion, jnp.int32),
       use=jnp.ones(size.prompts, bool),
@@ -161,12 +158,12 @@ def make_step(
     )
 
   @jax.jit
-  def score(params, prompts, tokens):
+  def score(params: Any, prompts: jax.Array, tokens: jax.Array) -> jax.Array:
     batch = as_batch(prompts, tokens, logp=None, advantage=None)
     return policy_gradient.score(model, params, batch, grammar, sampler).logp
 
   @jax.jit
-  def judge(tokens):
+  def compute_advantage(tokens: jax.Array) -> jax.Array:
     reward = parity_reward(tokens[..., 0]).astype(jnp.float32)
     return advantages.group_advantage(reward, kind='grpo')
 
@@ -178,21 +175,23 @@ def make_step(
     clock.end('rollout', rollouts)
     reference = score(params, prompts, rollouts.tokens)
     clock.end('reference', reference)
-    advantage = judge(rollouts.tokens)
+    advantage = compute_advantage(rollouts.tokens)
     clock.end('reward', advantage)
     batch = as_batch(
       prompts,
       rollouts.tokens,
       logp=rollouts.logp,
       advantage=advantage,
-      teacher_logp=reference,
+      teacher_scores=distillation.SampledScores(
+        reference, jnp.ones(reference.shape, bool)
+      ),
     )
     state, metrics = update(state, batch)
     clock.end('update', (state, metrics))
     check_drawn(np.asarray(rollouts.length), size)
     return clock.seconds
 
-  def reference_logp(prompts, tokens):
+  def reference_logp(prompts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(score(params, jnp.asarray(prompts), jnp.asarray(tokens)))
 
   return step, reference_logp

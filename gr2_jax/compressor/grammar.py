@@ -44,7 +44,7 @@ class ExtractionProgress:
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-  """A prompt's context in fewer tokens; facts: `Source`.
+  """A prompt's context in fewer tokens; constraint_inputs: `Source`.
 
   A compression keeps some tokens of the history, then `<candidates>`, then of
   every candidate's line some tokens and its slot, then <eos>: what it keeps
@@ -100,22 +100,24 @@ class Extraction:
       budget=budget_P,
     )
 
-  def menu(self, facts: Source) -> jax.Array:
+  def candidate_tokens(self, constraint_inputs: Source) -> jax.Array:
     """int32 [P, S + 1], the prompts' tokens and <eos>."""
-    return jnp.pad(facts.tokens, [(0, 0), (0, 1)], constant_values=self.eos)
+    return jnp.pad(
+      constraint_inputs.tokens, [(0, 0), (0, 1)], constant_values=self.eos
+    )
 
   def least(self, count: Any) -> Any:
     """Tokens of a compression that keeps nothing but the marks and <eos>."""
     return count + 2
 
   def start(
-    self, facts: Source, shape: tuple[int, ...], thinking: bool
+    self, constraint_inputs: Source, shape: tuple[int, ...], thinking: bool
   ) -> ExtractionProgress:
     """Progress before the first token."""
     del thinking
     zeros = jnp.zeros(shape, jnp.int32)
     return ExtractionProgress(
-      place=grammar.spread(facts.begin, shape),
+      place=grammar.spread(constraint_inputs.begin, shape),
       used=zeros,
       line=zeros,
       first=zeros - 1,
@@ -123,20 +125,23 @@ class Extraction:
     )
 
   def advance(
-    self, facts: Source, progress: ExtractionProgress, token: jax.Array
+    self,
+    constraint_inputs: Source,
+    progress: ExtractionProgress,
+    token: jax.Array,
   ) -> ExtractionProgress:
     """Progress after `token` [P, ...]."""
-    S = facts.tokens.shape[1]
+    S = constraint_inputs.tokens.shape[1]
     place = jnp.arange(S)
-    tokens = grammar.spread(facts.tokens, (*token.shape, S))
+    tokens = grammar.spread(constraint_inputs.tokens, (*token.shape, S))
     here = (tokens == token[..., None]) & (place >= progress.place[..., None])
     found = jnp.min(jnp.where(here, place, S), axis=-1)
     slot = token - self.slot_base
     closes = (slot >= 0) & (slot < self.num_slots)
     opened = token == self.candidates
-    in_line = _taken(facts.marks_left, progress.place) <= grammar.spread(
-      facts.count, token.shape
-    )
+    in_line = _taken(
+      constraint_inputs.marks_left, progress.place
+    ) <= grammar.spread(constraint_inputs.count, token.shape)
     ends_first = closes & (progress.first < 0)
     return ExtractionProgress(
       place=jnp.minimum(found + 1, S).astype(jnp.int32),
@@ -148,7 +153,7 @@ class Extraction:
 
   def allowed(
     self,
-    facts: Source,
+    constraint_inputs: Source,
     progress: ExtractionProgress,
     remaining: jax.Array,
     size: int,
@@ -156,11 +161,11 @@ class Extraction:
     """Which tokens can be kept next.
 
     Args:
-      facts: of the prompts.
+      constraint_inputs: of the prompts.
       progress: [P, ...].
       remaining: int32 [P, ...], tokens left in the sampler's budget, this one
         included.
-      size: N = S + 1, of the menu.
+      size: N = S + 1, of the candidate tokens.
 
     Returns:
       bool [P, ..., N], at least one True everywhere; of a token that the menu
@@ -168,14 +173,16 @@ class Extraction:
     """
     S, shape = size - 1, remaining.shape
     at, line, first = progress.place, progress.line, progress.first
-    mark = _taken(facts.mark, at)
-    marks = _taken(facts.marks_left, at)
-    budget = grammar.spread(facts.budget, shape) - progress.used
+    mark = _taken(constraint_inputs.mark, at)
+    marks = _taken(constraint_inputs.marks_left, at)
+    budget = grammar.spread(constraint_inputs.budget, shape) - progress.used
     # Tokens beside the marks and <eos> that there is room for.
     spare = jnp.minimum(remaining, budget) - marks - 1
-    in_line = marks <= grammar.spread(facts.count, shape)
+    in_line = marks <= grammar.spread(constraint_inputs.count, shape)
     share = (spare + line) // jnp.maximum(marks, 1)
-    shortest = jnp.minimum(share, grammar.spread(facts.shortest, shape))
+    shortest = jnp.minimum(
+      share, grammar.spread(constraint_inputs.shortest, shape)
+    )
     opens = first < 0
     wanted = jnp.where(opens, shortest, first)
     most = jnp.minimum(share, wanted + self.slack)
@@ -190,7 +197,9 @@ class Extraction:
     window = (window & ~full[..., None]) | (
       (place == mark[..., None]) & (short == 0)[..., None]
     )
-    window &= grammar.spread(facts.before, window.shape) < at[..., None]
+    window &= (
+      grammar.spread(constraint_inputs.before, window.shape) < at[..., None]
+    )
     ends = (marks == 0)[..., None]
     return jnp.concatenate([window & ~ends, ends], axis=-1)
 

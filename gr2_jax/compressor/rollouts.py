@@ -149,7 +149,7 @@ def requests(
     row = prompter.prompt(slate, shown, rng)
     keep = keeps[int(rng.integers(len(keeps)))]
     whole = context_tokens(prompter, row['prompt'])
-    ids = [*row['prompt'], *prompter.ask('<compress>', keep=keep)]
+    ids = [*row['prompt'], *prompter.ask('<compress>', ratio=keep)]
     return row | {
       'prompt': prompt.pad(ids, prompter.prompt_tokens + 1, 'prompt'),
       'prompt_length': np.int32(len(ids)),
@@ -161,7 +161,7 @@ def requests(
   return render
 
 
-def facts(
+def constraint_inputs(
   grammar: grammar_lib.Extraction, rows: dict[str, jax.Array]
 ) -> grammar_lib.Source:
   """What may be kept of prompts of `requests`."""
@@ -195,13 +195,13 @@ def imitation_loss(
 
   def loss_fn(params, ranker, rows):
     tokens, length = rows['tokens'], rows['length']
-    source = facts(grammar, rows)
+    source = constraint_inputs(grammar, rows)
     like = likeness(ranker, target(ranker, rows), rows['count'], tokens, length)
     best = jnp.argmax(like, axis=1)[:, None]
     batch = policy_gradient.PolicyBatch(
       prompt=rows['prompt'],
       prompt_length=rows['prompt_length'],
-      facts=source,
+      constraint_inputs=source,
       tokens=jnp.take_along_axis(tokens, best[..., None], axis=1),
       length=jnp.take_along_axis(length, best, axis=1),
       logp=None,
@@ -240,7 +240,7 @@ def make_draw(
   verify = make_verify(spec, stage)
 
   def draw(params, rows, key) -> judge.Drawn:
-    source = facts(grammar, rows)
+    source = constraint_inputs(grammar, rows)
     rollouts = sampling.sample(
       spec.model,
       params,
@@ -264,7 +264,7 @@ def make_verify(spec: policy.PolicySpec, stage) -> Callable[..., judge.Drawn]:
     stage: slack, ellipsis_cost.
 
   Returns:
-    `(rows, facts, rollouts) -> Drawn`; pure.
+    `(rows, constraint_inputs, rollouts) -> Drawn`; pure.
   """
   marks = symbols(spec.vocabulary)
 
@@ -354,7 +354,7 @@ def make_judged(
   return in_turn
 
 
-def make_act(
+def make_rollout_step(
   spec: policy.PolicySpec,
   grammar: grammar_lib.Extraction,
   config: sampling.SamplingOptions,
@@ -382,7 +382,7 @@ def make_act(
     batch = policy_gradient.PolicyBatch(
       prompt=rows['prompt'],
       prompt_length=rows['prompt_length'],
-      facts=drawn.source,
+      constraint_inputs=drawn.source,
       tokens=rollouts.tokens,
       length=rollouts.length,
       logp=rollouts.logp,

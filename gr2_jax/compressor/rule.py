@@ -31,6 +31,7 @@ def most_telling(
 
   Args:
     spec: the ranker's.
+    mesh: devices of the parameters.
     ranker: its parameters.
     stage: section `compress`: judge_by, eval_batch_size.
     order: in which candidates are shown, of `prompt.ORDERS`.

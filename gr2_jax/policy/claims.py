@@ -1,29 +1,29 @@
-"""What finished reasoning claims, and whether it is so: a judge for tables.
+"""Checks the claims of finished reasoning against the data.
 
 It reads spans of token ids on the host, against the slate, the catalog and the
-answer; no model is asked. Three parts, each in [0, 1]:
+answer; no model is involved. Three parts, each in [0, 1]:
 
 * citations. A citation is a chain of code tokens of rising level. Half of the
   part is the share of citations that are the semantic ID of an item of the
-  catalog, half the share that are that of an item in the prompt: of the history
-  as far as it is shown, or of the candidates.
-* categories. A claim is a name of a category in the text: the longest one where
-  several fit, on word borders, whatever the case. The last name of a stretch of
-  text that leads up to a run of slots, at most `BETWEEN` words before it, is
-  said of the run's first candidate, and holds if that has the category. Every
-  other name is said of the history, and holds if any of its items has the
-  category: the whole history that the slate keeps, since who wrote the trace
-  may know more of it than the prompt shows. The part is the share that holds.
+  catalog. The other half is the share whose item the prompt shows, in its
+  history or among the candidates.
+* categories. A claim is the name of a category in the text: the longest one
+  where several fit, on word borders, in any case. The last name of a stretch of
+  text is a claim about the first candidate of a run of slots that follows it
+  after at most `BETWEEN` words, and holds if the candidate has the category.
+  Every other name is a claim about the history, and holds if any of its items
+  has the category. The history is the whole one of the slate: the author of the
+  trace may know more of it than the prompt shows. The part is the share of
+  claims that hold.
 * conclusion. Whether the first slot of the span's last run of slots is the
-  answer's first pick. 0 without a slot, or a valid answer.
+  answer's first pick. 0 without a slot or a valid answer.
 
-A part without citations or claims does not apply: it is NaN and left out of the
-total, the mean of the rest. The conclusion always applies, and a span that is
-empty, or that never ends, has 0 everywhere: silence is no merit. How much was
-cited and claimed is counted beside, since few words are easily true.
-
-A name that is a common word ("other") is taken for a claim wherever it stands,
-and a denial ("no Horror") for a claim like any other.
+A part without citations or claims is NaN and left out of the total, which is
+the mean of the others. The conclusion always applies. An empty span, or one
+that never ends, has 0 everywhere. The numbers of citations and claims are
+returned too, since few words are easily true. A category with a common name
+("other") counts as a claim wherever the word appears, and so does a denial
+("no Horror").
 
 Worked example, items written A, B for their semantic IDs; A has the categories
 Comedy and Drama, B Horror:
@@ -50,7 +50,7 @@ from gr2_jax.data import log as log_lib
 from gr2_jax.ops import parsing
 from gr2_jax.prompts import prompt
 
-# Words, signs too, between a category and the slots that it is said of.
+# Words and signs between a category and the slots of its claim, at most.
 BETWEEN = 3
 PARTS = ('citations', 'categories', 'conclusion')
 
@@ -59,12 +59,7 @@ _TEXT, _SLOT, _CODE, _SYMBOL = range(4)
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """Finds what a span says, and looks it up in one data set.
-
-  Attributes:
-    prompter: what a prompt shows, and in which tokens.
-    catalog: the items' categories.
-  """
+  """Extracts the claims of a span and looks them up in one data set."""
 
   prompter: prompt.Prompter
   catalog: log_lib.Catalog
@@ -76,17 +71,14 @@ class Reader:
     presented: np.ndarray,
     first: int | None,
   ) -> dict[str, float]:
-    """Judges one span of reasoning.
+    """Marks of one span of reasoning, named as in `judge`.
 
     Args:
-      ids: int [T], without the token that ends it.
+      ids: int [T], without the token that ends the span.
       slate: one record of `slates.SlateSource`.
-      presented: int [K], incoming rank of each slot; of a stored trace, whose
-        slots are incoming ranks, `np.arange(K)`.
+      presented: int [K], incoming rank of each slot; `np.arange(K)` for a
+        stored trace.
       first: incoming rank of the answer's first pick; None without an answer.
-
-    Returns:
-      As `judge`, one number each.
     """
     ids = np.asarray(ids, int)
     if not len(ids):
@@ -94,8 +86,7 @@ class Reader:
     codes, claims, slots = self._read(ids)
     count = int(slate['count'])
 
-    def candidate(slot):
-      """Incoming rank, None where the slot names no candidate."""
+    def rank_of(slot: int) -> int | None:
       return int(presented[slot]) if slot < count else None
 
     exists = [sid in self._sids for sid in codes]
@@ -107,11 +98,12 @@ class Reader:
     for name, slot in claims:
       known = liked
       if slot is not None:
-        rank = candidate(slot)
-        item = None if rank is None else slate['candidates'][rank]
-        known = () if item is None else self._categories[item]
+        rank = rank_of(slot)
+        known = ()
+        if rank is not None:
+          known = self._categories[slate['candidates'][rank]]
       holds.append(name in known)
-    concluded = candidate(slots[-1]) if slots else None
+    concluded = rank_of(slots[-1]) if slots else None
     marks = {
       'exists': _share(exists),
       'shown': _share(in_prompt),
@@ -126,19 +118,20 @@ class Reader:
       'claimed': float(len(claims)),
     }
 
-  def _read(self, ids: np.ndarray):
-    """What a span says.
+  def _read(
+    self, ids: np.ndarray
+  ) -> tuple[list[tuple[int, ...]], list[tuple[str, int | None]], list[int]]:
+    """Citations, claims and slots of a span.
 
     Returns:
-      SIDs cited, incomplete chains among them, as tuples of tokens; claims, as
-      a category and the slot that it is said of, None for the history; and the
-      first slot of every run of slots.
+      Chains of codes, as tuples of tokens; claims, as a category and the slot
+      of the candidate, None for the history; and the first slot of each run.
     """
     words = self.prompter.vocabulary
     kind = self._kinds[ids]
     level = (ids - words.sid_base) // words.layout.codebook_size
     starts = kind[1:] != kind[:-1]
-    # A chain of codes ends where the level does not go on.
+    # A chain of codes ends where the next level does not follow.
     starts |= (kind[1:] == _CODE) & (level[1:] != level[:-1] + 1)
     edges = [0, *(np.flatnonzero(starts) + 1).tolist(), len(ids)]
     codes, claims, slots = [], [], []
@@ -159,18 +152,18 @@ class Reader:
   def _mentions(self, text: str) -> tuple[list[str], int]:
     """Categories that a text names in order, and the words after the last."""
     words = _words(text)
-    found, at, after = [], 0, 0
+    mentions, at, after = [], 0, 0
     while at < len(words):
       for name in self._names.get(words[at], ()):
         if words[at : at + len(name)] == name:
-          found.append(' '.join(name))
+          mentions.append(' '.join(name))
           at, after = at + len(name), 0
           break
       else:
         at, after = at + 1, after + 1
-    return found, after
+    return mentions, after
 
-  def _shown(self, slate) -> set[int]:
+  def _shown(self, slate: dict[str, np.ndarray]) -> set[int]:
     """Items that the prompt shows."""
     items = set(slate['candidates'][: int(slate['count'])].tolist())
     items |= set(self.prompter.shown(slate).tolist())
@@ -191,10 +184,10 @@ class Reader:
   @functools.cached_property
   def _sids(self) -> dict[tuple[int, ...], set[int]]:
     """Tokens of a semantic ID -> the items that have it."""
-    found: dict[tuple[int, ...], set[int]] = {}
+    items: dict[tuple[int, ...], set[int]] = {}
     for item, sid in enumerate(self.prompter.items['sid']):
-      found.setdefault(sid, set()).add(item)
-    return found
+      items.setdefault(sid, set()).add(item)
+    return items
 
   @functools.cached_property
   def _categories(self) -> tuple[frozenset[str], ...]:
@@ -206,12 +199,12 @@ class Reader:
 
   @functools.cached_property
   def _names(self) -> dict[str, list[list[str]]]:
-    """First word -> the names of categories that begin so, longest first."""
-    found: dict[str, list[list[str]]] = {}
+    """First word -> category names that begin with it, longest first."""
+    names: dict[str, list[list[str]]] = {}
     for name in sorted({n for path in self._categories for n in path if n}):
       words = name.split(' ')
-      found.setdefault(words[0], []).append(words)
-    return {word: sorted(n, key=len, reverse=True) for word, n in found.items()}
+      names.setdefault(words[0], []).append(words)
+    return {word: sorted(n, key=len, reverse=True) for word, n in names.items()}
 
 
 def judge(
@@ -225,22 +218,22 @@ def judge(
   generated: np.ndarray,
   verdict: np.ndarray,
 ) -> dict[str, np.ndarray]:
-  """Judges the reasoning of answers, as `ranker.Ranked` has them.
+  """Judges the reasoning of answers, given as fields of `ranking.Ranked`.
 
   Args:
-    prompter: what a prompt shows, and in which tokens.
+    prompter: of the answers' prompts.
     catalog: the items' categories.
     slates: random access to the answers' slates, in their order.
-    tokens: int [n, T], completions; ids beyond the length are not read.
+    tokens: int [n, T].
     length: int [n].
-    presented: int [n, K], incoming rank of each slot.
-    generated: int [n, K], the answer, in incoming ranks.
-    verdict: int [n], of `parsing.VERDICTS`.
+    presented: int [n, K].
+    generated: int [n, K].
+    verdict: int [n].
 
   Returns:
-    float64 [n] each: exists and shown, shares of the citations; citations,
-    their mean; categories; conclusion; total; and the counts cited, claimed.
-    NaN where a part does not apply.
+    float64 [n] each: `exists` and `shown`, shares of the citations;
+    `citations`, their mean; `categories`; `conclusion`; `total`; and the counts
+    `cited` and `claimed`. NaN where a part does not apply.
   """
   reader, words = Reader(prompter, catalog), prompter.vocabulary
   end, eos = words.control['</think>'], words.eos
@@ -251,14 +244,15 @@ def judge(
     closed = len(stop) and ids[stop[0]] == end
     span = ids[: stop[0] if closed else 0]
     first = generated[i, 0] if verdict[i] == parsing.VALID else None
-    found = reader.span(span, slates[i], presented[i], first)
-    for name, value in found.items():
+    for name, value in reader.span(
+      span, slates[i], presented[i], first
+    ).items():
       marks[name][i] = value
   return marks
 
 
 def summary(marks: dict[str, np.ndarray]) -> dict[str, float | None]:
-  """Means over the answers to which a mark applies; None without any."""
+  """Mean of each mark over the answers that have it; None if none has."""
   return {
     name: None if np.isnan(values).all() else float(np.nanmean(values))
     for name, values in marks.items()

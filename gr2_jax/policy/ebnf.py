@@ -1,8 +1,8 @@
 """The grammar of a ranking as text, for servers that decode under one.
 
-The dialect is xgrammar's EBNF (from 0.1.33 on), which vLLM takes. It names
-tokens by their ids: a server's grammar of characters would also let `<slot3>`
-be spelt by pieces of text, which is no answer.
+The dialect is xgrammar's EBNF (from 0.1.33 on), which vLLM accepts. It names
+tokens by their ids: a grammar of characters would also allow `<slot3>` to be
+spelled by several pieces of text, which is no answer.
 
 Axes: K candidates.
 """
@@ -13,30 +13,26 @@ from collections.abc import Iterator
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import sampling
 
-# Candidates of the longest slate whose permutations are written out: there is a
-# rule for every set of slots that may be left, so 2^K of them, and K 2^(K-1)
-# alternatives. Slots are single digits in the names of rules.
+# Candidates of the longest slate whose permutations are written out. There is a
+# rule for every set of remaining slots: 2^K rules, and K 2^(K-1) alternatives.
+# Slots are single digits in the names of rules.
 MOST = 10
 
 
 def ranking(
   grammar: grammar_lib.Ranking, count: int, sampler: sampling.SamplingOptions
 ) -> str:
-  """The rankings of a slate that a constrained sampler can write.
+  """EBNF of the rankings of a slate that a constrained sampler can write.
 
-  Rule `root` is the completion without the <eos> that a server adds itself. Of
-  up to MOST candidates it lets through what `grammar.Ranking.allowed` does; of
-  more, any of the slate's slots at each of `count` places, so repeats too. With
-  reasoning it starts with any tokens but </think>, <eos> and padding, so few of
-  them that the ranking has room.
+  Rule `root` is the completion without the <eos> that a server adds itself. Up
+  to MOST candidates it allows what `grammar.Ranking.allowed` does; beyond, any
+  of the slate's slots at each of `count` places, repeats included. Reasoning is
+  any tokens but </think>, <eos> and padding, few enough to leave room.
 
   Args:
     grammar: token ids.
     count: candidates in the slate, at least 1.
     sampler: whether completions reason first, and their budget.
-
-  Returns:
-    EBNF.
   """
   slots = {k: f'Token({grammar.slot_base + k})' for k in range(count)}
   reasoning = ''
@@ -62,12 +58,12 @@ def ranking(
 
 
 def _name(left: tuple[int, ...]) -> str:
-  """The rule of the slots that are left."""
+  """The name of the rule of the remaining slots."""
   return 'left-' + ''.join(map(str, left))
 
 
 def _first(slots: dict[int, str], left: tuple[int, ...]) -> Iterator[str]:
-  """Each slot that is left, then the others."""
+  """Alternatives: each remaining slot, then the rule of the others."""
   for slot in left:
     others = tuple(k for k in left if k != slot)
     yield f'{slots[slot]} {_name(others)}' if others else slots[slot]

@@ -1,34 +1,33 @@
-"""What a completion may be: a grammar is a mask on the next token.
+"""Grammars: masks on the next token of a completion.
 
 `Ranking` is the answer of a re-ranker, `[reasoning </think>] slot * count
 <eos>`; `compressor.grammar.Extraction` is a context in fewer tokens. A grammar
-is static; what it depends on besides is arrays:
+is static. Two things vary, and are arrays:
 
-  facts     of every prompt: a slate's count, or what may be extracted
-  progress  of every rollout: where it stands before its next token
+  constraint_inputs  of each prompt: a slate's count, or what may be extracted
+  progress           of each rollout, before its next token
 
-The same `allowed` serves the decode loop and the scoring of finished
-completions, so a constrained sampler and its learner agree token for token. A
-grammar of few tokens has a menu of them for every prompt: logits are made for
-these alone.
+The decode loop and the scoring of finished completions share `allowed`, so a
+constrained sampler and its learner agree token for token. A grammar of few
+tokens lists them as `candidate_tokens`: logits are computed for these alone.
 
 Axes: P prompts, G group, T completion time, K candidates, V vocabulary,
-S prompt tokens, N tokens to choose from: V, or those of a menu.
+S prompt tokens, N tokens to choose from: V, or the candidate tokens.
 """
 
 import dataclasses
 from typing import Any, Protocol
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from gr2_jax.ops import parsing
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class RankingProgress:
-  """Where in a ranking each rollout stands."""
+  """Progress of each rollout in its ranking."""
 
   answering: jax.Array  # bool [...], past the reasoning
   emitted: jax.Array  # bool [..., K], candidates already listed
@@ -37,7 +36,7 @@ class RankingProgress:
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-  """The token ids that an answer is made of; facts: int32 [P], the counts."""
+  """The token ids of an answer; constraint_inputs: int32 [P], the counts."""
 
   slot_base: int  # id of slot token 0; the others follow
   num_slots: int  # slot tokens in the vocabulary
@@ -46,15 +45,15 @@ class Ranking:
   eos: int
   pad: int
 
-  def menu(self, facts: jax.Array) -> None:
-    """None: any token of the vocabulary may come."""
-    del facts
+  def candidate_tokens(self, constraint_inputs: Any) -> None:
+    """None: the whole vocabulary."""
+    del constraint_inputs
 
   def start(
-    self, facts: jax.Array | None, shape: tuple[int, ...], thinking: bool
+    self, constraint_inputs: Any, shape: tuple[int, ...], thinking: bool
   ) -> RankingProgress:
     """Progress before the first token."""
-    del facts
+    del constraint_inputs
     return RankingProgress(
       answering=jnp.full(shape, not thinking),
       emitted=jnp.zeros((*shape, self.num_candidates), bool),
@@ -62,10 +61,10 @@ class Ranking:
     )
 
   def advance(
-    self, facts: jax.Array | None, progress: RankingProgress, token: jax.Array
+    self, constraint_inputs: Any, progress: RankingProgress, token: jax.Array
   ) -> RankingProgress:
     """Progress after `token` [...]; slots named in reasoning do not count."""
-    del facts
+    del constraint_inputs
     slot = jax.nn.one_hot(
       token - self.slot_base, self.num_candidates, dtype=bool
     )
@@ -77,19 +76,19 @@ class Ranking:
 
   def allowed(
     self,
-    facts: jax.Array,
+    constraint_inputs: jax.Array,
     progress: RankingProgress,
     remaining: jax.Array,
     size: int,
   ) -> jax.Array:
-    """The permutation mask: which tokens keep the completion on its way.
+    """The permutation mask.
 
-    While reasoning everything but <eos> and padding is allowed, until just
-    enough room is left to close it and to list every candidate; in the answer
-    each candidate once, then <eos>.
+    Reasoning may use every token but <eos> and padding, until there is just
+    room left to close it and to list every candidate. The answer lists each
+    candidate once, then <eos>.
 
     Args:
-      facts: int32 [P], candidates in the slate.
+      constraint_inputs: int32 [P], candidates in the slate.
       progress: [P, ...].
       remaining: int32 [P, ...], tokens left in the budget, this one included.
       size: V.
@@ -99,7 +98,7 @@ class Ranking:
     """
     ids = jnp.arange(size)
     K, base = self.num_candidates, self.slot_base
-    count = spread(facts, remaining.shape)
+    count = spread(constraint_inputs, remaining.shape)
     allowed = parsing.answer_mask(progress.emitted, count)
     answer = jnp.zeros((*allowed.shape[:-1], size), bool)
     answer = answer.at[..., base : base + K].set(allowed[..., :K])
@@ -112,41 +111,51 @@ class Ranking:
 
 
 class Grammar(Protocol):
-  """A mask on the next token; static, so it may be an argument of a jit."""
+  """A mask on the next token; hashable, so it may be static in a jit."""
 
+  slot_base: int
+  num_candidates: int
   eos: int
   pad: int
 
-  def menu(self, facts: Any) -> jax.Array | None:
+  def candidate_tokens(self, constraint_inputs: Any) -> jax.Array | None:
     """Token ids int32 [P, N] that may come; None: the whole vocabulary."""
 
-  def start(self, facts: Any, shape: tuple[int, ...], thinking: bool) -> Any:
+  def start(
+    self, constraint_inputs: Any, shape: tuple[int, ...], thinking: bool
+  ) -> Any:
     """Progress [P, ...] before the first token."""
 
-  def advance(self, facts: Any, progress: Any, token: jax.Array) -> Any:
+  def advance(
+    self, constraint_inputs: Any, progress: Any, token: jax.Array
+  ) -> Any:
     """Progress after `token` [P, ...]."""
 
   def allowed(
-    self, facts: Any, progress: Any, remaining: jax.Array, size: int
+    self,
+    constraint_inputs: Any,
+    progress: Any,
+    remaining: jax.Array,
+    size: int,
   ) -> jax.Array:
-    """Tokens that may come next: bool [P, ..., N], one True at least."""
+    """Tokens that may come next: bool [P, ..., N], at least one True."""
 
 
 def replay(
-  grammar: Grammar, facts: Any, tokens: jax.Array, thinking: bool
+  grammar: Grammar, constraint_inputs: Any, tokens: jax.Array, thinking: bool
 ) -> Any:
   """Progress before every token of finished completions [P, ..., T]."""
 
   def step(progress, token):
-    return grammar.advance(facts, progress, token), progress
+    return grammar.advance(constraint_inputs, progress, token), progress
 
-  first = grammar.start(facts, tokens.shape[:-1], thinking)
+  first = grammar.start(constraint_inputs, tokens.shape[:-1], thinking)
   _, progress = jax.lax.scan(step, first, jnp.moveaxis(tokens, -1, 0))
   axis = tokens.ndim - 1
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), progress)
 
 
 def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """[P, *rest] -> `shape`, (P, .., *rest), the same for all in between."""
+  """Broadcasts [P, *rest] to `shape`, (P, .., *rest), over the axes between."""
   middle = (1,) * (len(shape) - x.ndim)
   return jnp.broadcast_to(x.reshape(x.shape[0], *middle, *x.shape[1:]), shape)

@@ -256,7 +256,9 @@ def rank(
     for n, batch in examples.in_order(slates, render, batch_size, seed, first):
       batch.pop('grades')  # The policy must not see the labels.
       fields = answer(policy.params, sharding.shard_batch(batch, mesh))
-      parts.append({k: v[:n] for k, v in processes.fetch(fields).items()})
+      parts.append(
+        {k: v[:n] for k, v in processes.gather_to_host(fields).items()}
+      )
       bar.update(n)
   return Ranked(**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 

@@ -1,11 +1,11 @@
-"""Retrieval: which item comes next, by its semantic ID.
+"""Retrieval: the next item of a history, by its semantic ID.
 
-A beam search writes a tuple of codes behind a history and never leaves the
+A beam search writes a tuple of codes after a history and never leaves the
 catalog's trie. An item's score is the log-probability of its tuple,
 
   score(i) = sum_l log p(code_l(i) | history, code_1(i) .. code_{l-1}(i)),
 
-over the whole vocabulary: what the trie forbids is struck out, not shared out.
+over the whole vocabulary: probability outside the trie is not redistributed.
 
 Axes: P histories, G beams, L levels, C codebook size, I items, H items of a
 history, T tokens.
@@ -15,10 +15,10 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
@@ -28,9 +28,9 @@ from gr2_jax.semantic_ids import ids as ids_lib
 from gr2_jax.semantic_ids import trie as trie_lib
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Found:
-  """What a search found, best first; items that share a tuple are one."""
+  """Results of a search, best first; items that share a tuple are one."""
 
   items: jax.Array  # int32 [P, G]; -1 where there are fewer
   score: jax.Array  # float32 [P, G]; -inf there
@@ -49,22 +49,19 @@ def search(
 ) -> Found:
   """Beam search over a catalog. Exact where no level has more than G prefixes.
 
-  The history is encoded once; the beams are its group, and read their own few
-  codes anew at every level. Pure: jit with `model`, `sid_base` and `beams`
+  The history is encoded once; the beams are its group, and their few codes are
+  read again at every level. Pure: jit with `model`, `sid_base` and `beams`
   static.
 
   Args:
     model: the decoder's shape.
     params: unboxed parameters.
     trie: of the catalog.
-    prompt_PxT: int32 ids, right-padded, that a semantic ID follows.
+    prompt_PxT: int32 ids, right-padded, to be followed by a semantic ID.
     length_P: int32.
-    excluded_PxHxL: int32, tuples that may not be found; -1 for none.
+    excluded_PxHxL: int32, tuples that must not be returned; -1 for none.
     sid_base: id of the first level's first code.
-    beams: G.
-
-  Returns:
-    The best items found, at most G of each history.
+    beams: G, the most items returned for a history.
   """
   L, C = excluded_PxHxL.shape[-1], trie.codebook_size
   P = len(prompt_PxT)
@@ -103,28 +100,20 @@ def search(
 def _completes(
   codes_PxGxl: jax.Array, tuples_PxHxL: jax.Array, codebook_size: int
 ) -> jax.Array:
-  """Which last codes would make a beam one of the tuples: bool [P, G, C]."""
-  own, theirs = codes_PxGxl[:, :, None], tuples_PxHxL[:, None, :, :-1]
-  same = (own == theirs).all(-1)
+  """Last codes that would make a beam one of the tuples: bool [P, G, C]."""
+  same = (codes_PxGxl[:, :, None] == tuples_PxHxL[:, None, :, :-1]).all(-1)
   last = jax.nn.one_hot(tuples_PxHxL[..., -1], codebook_size)
   return jnp.einsum('pgh,phc->pgc', same.astype(last.dtype), last) > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-  """Histories, and what came next.
+  """Histories and the item that followed each."""
 
-  Attributes:
-    prompt: int32 [n, T], right-padded.
-    length: int32 [n].
-    seen: int32 [n, H], items of the whole history; -1 for none.
-    target: int32 [n].
-  """
-
-  prompt: np.ndarray
-  length: np.ndarray
-  seen: np.ndarray
-  target: np.ndarray
+  prompt: np.ndarray  # int32 [n, T], right-padded
+  length: np.ndarray  # int32 [n]
+  seen: np.ndarray  # int32 [n, H], items of the whole history; -1 for none
+  target: np.ndarray  # int32 [n]
 
   def __len__(self) -> int:
     return len(self.target)
@@ -135,23 +124,20 @@ def questions(
   opening: list[int],
   sid_tokens: tuple[tuple[int, ...], ...],
   items: int,
-  most: int,
+  limit: int,
 ) -> Questions:
-  """Asks for the last item of held-out histories, from those before it.
+  """Held-out histories, each with its last item as the target.
 
-  The last item of a slate's history precedes the slate: whatever the slate's
-  labels are, it is no part of them. Where it repeats an item before it there
-  is no question, since items seen are not offered.
+  The last item of a slate's history precedes the slate, so it is no part of the
+  slate's labels. A history whose last item repeats an earlier one is skipped,
+  since seen items are not offered.
 
   Args:
     slates: of one split.
     opening: ids before the history.
     sid_tokens: ids of each item's semantic ID.
-    items: most recent ones that are shown, at most.
-    most: questions, a fixed draw.
-
-  Returns:
-    At most so many.
+    items: the most recent items shown, at most.
+    limit: questions at most, a fixed draw.
   """
   order = np.random.default_rng(0).permutation(len(slates))
   levels = len(sid_tokens[0])
@@ -159,7 +145,7 @@ def questions(
   for index in order.tolist():
     history = slates.history[index, : slates.history_length[index]]
     before = history[:-1]
-    if len(rows) == most:
+    if len(rows) == limit:
       break
     if not len(before) or history[-1] in before:
       continue
@@ -169,9 +155,9 @@ def questions(
     lengths.append(len(ids))
     size = len(opening) + items * levels
     rows.append(np.pad(np.array(ids, np.int32), (0, size - len(ids))))
-    own = np.full(slates.history.shape[1], -1, np.int32)
-    own[: len(before)] = before
-    seen.append(own)
+    row = np.full(slates.history.shape[1], -1, np.int32)
+    row[: len(before)] = before
+    seen.append(row)
     targets.append(history[-1])
   width = slates.history.shape[1]
   return Questions(
@@ -184,40 +170,42 @@ def questions(
   )
 
 
-def popular(slates: slates_lib.Slates, seen: np.ndarray, most: int):
-  """The baseline: items by how many users have them in a history.
+def popular(
+  slates: slates_lib.Slates, seen_nxH: np.ndarray, limit: int
+) -> np.ndarray:
+  """The baseline: items by the number of users with them in a history.
 
   Args:
     slates: of training.
-    seen: int32 [n, H] of `Questions`, items that are not offered.
-    most: items offered.
+    seen_nxH: items not to offer, of `Questions`.
+    limit: items offered.
 
   Returns:
-    int32 [n, most].
+    int32 [n, limit]; -1 where there are fewer.
   """
   real = np.arange(slates.history.shape[1]) < slates.history_length[:, None]
   user = np.broadcast_to(slates.user[:, None], real.shape)[real]
   pairs = np.unique(np.stack([user, slates.history[real]]), axis=1)
   items, users = np.unique(pairs[1], return_counts=True)
   order = items[np.argsort(-users, kind='stable')]
-  out = np.full((len(seen), most), -1, np.int32)
-  for row, own in zip(out, seen, strict=True):
-    offered = order[: most + len(own)]
-    offered = offered[~np.isin(offered, own)][:most]
+  out = np.full((len(seen_nxH), limit), -1, np.int32)
+  for row, seen in zip(out, seen_nxH, strict=True):
+    offered = order[: limit + len(seen)]
+    offered = offered[~np.isin(offered, seen)][:limit]
     row[: len(offered)] = offered
   return out
 
 
 def summary(items: np.ndarray, target: np.ndarray) -> dict[str, float]:
-  """How high the next item stands.
+  """How high the next item ranks.
 
   Args:
     items: int32 [n, G], best first; -1 for none.
     target: int32 [n].
 
   Returns:
-    `r@5` and `r@10`, the share of targets among the first so many, and `mrr`,
-    the mean of 1 / place, 0 where the target was not found.
+    `r@5` and `r@10`, the share of targets among the first 5 and 10; and `mrr`,
+    the mean of 1 / rank, 0 where the target is missing.
   """
   hit = items == target[:, None]
   place = 1 + np.arange(items.shape[1])
@@ -233,10 +221,10 @@ class Retriever:
 
   Args:
     spec: tokens and shapes.
-    mesh: where the parameters lie.
+    mesh: devices of the parameters.
     sids: the catalog's.
     asked: the questions.
-    batch_size: of them at a time.
+    batch_size: questions at a time.
     beams: G.
   """
 
@@ -271,13 +259,9 @@ class Retriever:
       for begin in range(0, len(self._asked), self._batch_size):
         index = np.arange(begin, begin + self._batch_size)
         index = np.minimum(index, len(self._asked) - 1)
+        arrays = self._asked.prompt, self._asked.length, self._excluded
         batch = sharding.shard_batch(
-          (
-            self._asked.prompt[index],
-            self._asked.length[index],
-            self._excluded[index],
-          ),
-          self._mesh,
+          tuple(x[index] for x in arrays), self._mesh
         )
         found = self._search(params, self._trie, *batch)
         parts.append(processes.gather_to_host(found.items))

@@ -1,7 +1,7 @@
 """Rollouts: prefill once per slate, then one decode loop for its whole group.
 
-What a completion may be is a grammar's matter (`grammars`). The prompt's last
-token says what is asked for.
+A grammar (`policy.grammar`) limits the completion; the prompt's last token
+selects reasoning or a direct answer.
 
 Axes: P prompts, G group, T completion time, K candidates, V vocabulary.
 """
@@ -9,9 +9,9 @@ Axes: P prompts, G group, T completion time, K candidates, V vocabulary.
 import dataclasses
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from gr2_jax.models import transformer
 from gr2_jax.ops import parsing
@@ -25,13 +25,13 @@ class SamplingOptions:
   group: int  # rollouts of one slate
   max_tokens: int  # completion length, reasoning and answer together
   temperature: float = 1.0  # 0 = greedy
-  thinking: bool = False  # the completion opens with a reasoning span
+  thinking: bool = False  # the completion begins with a reasoning span
   constrained: bool = False  # the grammar's mask: every answer is valid
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Rollouts:
-  """Sampled completions: these ids are what is scored and trained on."""
+  """Sampled completions; training scores these very ids."""
 
   tokens: jax.Array  # int32 [P, G, T], pad after the length
   length: jax.Array  # int32 [P, G], tokens with <eos>, at most T
@@ -44,7 +44,7 @@ def logits_of(hidden: jax.Array, rows: jax.Array) -> jax.Array:
 
   Args:
     hidden: the states.
-    rows: [V, D], the same for all, or [P, N, D], each prompt's own.
+    rows: [V, D], shared by all prompts, or [P, N, D].
 
   Returns:
     [P, ..., V] or [P, ..., N], in the dtype of the states.
@@ -58,15 +58,15 @@ def logits_of(hidden: jax.Array, rows: jax.Array) -> jax.Array:
 def distribution(
   logits: jax.Array, temperature: float, allowed: jax.Array | None
 ) -> jax.Array:
-  """Log-probabilities that are sampled from, and scored with.
+  """Log-probabilities, both for sampling and for scoring.
 
   Args:
     logits: [..., V].
     temperature: 0 (greedy) leaves the logits as they are.
-    allowed: bool [..., V], or None for all.
+    allowed: bool [..., V]; None allows all tokens.
 
   Returns:
-    float32 [..., V]; a forbidden token has a very negative one.
+    float32 [..., V], very negative for a forbidden token.
   """
   logits = logits.astype(jnp.float32) / (temperature or 1.0)
   if allowed is not None:
@@ -79,7 +79,7 @@ def entropy(logps: jax.Array) -> jax.Array:
   return -jnp.sum(jnp.exp(logps) * jnp.maximum(logps, -1e9), axis=-1)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class _Loop:
   t: jax.Array  # the next token
   token: jax.Array  # int32 [P, G], token t - 1
@@ -93,16 +93,16 @@ def sample(
   params: Any,
   prompt_PxTp: jax.Array,
   prompt_length_P: jax.Array,
-  facts: Any,
+  constraint_inputs: Any,
   key: jax.Array,
   grammar: grammar_lib.Grammar,
-  config: SamplingOptions,
+  options: SamplingOptions,
   encoded: tuple[jax.Array, transformer.Prefix] | None = None,
 ) -> Rollouts:
   """Samples a group of completions for every prompt.
 
-  The prompt is encoded once and never repeated over the group; the loop stops
-  when every rollout has ended. Pure: jit with `model`, `grammar` and `config`
+  Each prompt is encoded once and never repeated over the group; the loop stops
+  when every rollout has ended. Pure: jit with `model`, `grammar` and `options`
   static.
 
   Args:
@@ -110,17 +110,17 @@ def sample(
     params: unboxed parameters.
     prompt_PxTp: int32 ids, right-padded.
     prompt_length_P: int32.
-    facts: of the prompts, as the grammar has them: int32 [P], candidates in
+    constraint_inputs: of the grammar; for a ranking int32 [P], candidates in
       each slate.
     key: PRNG key.
-    grammar: what a completion may be.
-    config: group, budget, temperature, masks.
-    encoded: the prompts, of `transformer.encode_prompt`, where they are known.
+    grammar: the mask on the next token.
+    options: group, budget, temperature, masks.
+    encoded: of `transformer.encode_prompt`, where the prompts are encoded.
 
   Returns:
     Rollouts [P, G, T].
   """
-  P, G, T = prompt_PxTp.shape[0], config.group, config.max_tokens
+  P, G, T = prompt_PxTp.shape[0], options.group, options.max_tokens
   hidden, prefix = encoded or transformer.encode_prompt(
     model, params, prompt_PxTp, prompt_length_P
   )
@@ -128,51 +128,55 @@ def sample(
   embedding = transformer.output_embedding(params)
   shape = (model.num_layers, P, G, T, model.num_kv_heads, model.head_dim)
   empty = jnp.zeros(shape, model.dtype)
-  menu = grammar.menu(facts) if config.constrained else None
-  rows = embedding if menu is None else embedding[menu]
+  candidates = (
+    grammar.candidate_tokens(constraint_inputs) if options.constrained else None
+  )
+  rows = embedding if candidates is None else embedding[candidates]
   zeros = jnp.zeros((P, G, T), jnp.float32)
 
   def draw(t, hidden_PxGxD, progress, rollouts):
-    """Token t, what it changes, and the rollouts with it."""
+    """Token t, the progress after it, and the rollouts with it."""
     logits = logits_of(hidden_PxGxD, rows)
     allowed = None
-    if config.constrained:
+    if options.constrained:
       allowed = grammar.allowed(
-        facts, progress, jnp.broadcast_to(T - t, (P, G)), logits.shape[-1]
+        constraint_inputs,
+        progress,
+        jnp.broadcast_to(T - t, (P, G)),
+        logits.shape[-1],
       )
-    logps = distribution(logits, config.temperature, allowed)
-    if config.temperature:
+    logps = distribution(logits, options.temperature, allowed)
+    if options.temperature:
       choice = jax.random.categorical(jax.random.fold_in(key, t), logps)
     else:
       choice = jnp.argmax(logps, -1)
     logp = jnp.take_along_axis(logps, choice[..., None], -1)[..., 0]
     token = choice
-    if menu is not None:
-      token = jnp.take_along_axis(menu, choice, axis=1)
+    if candidates is not None:
+      token = jnp.take_along_axis(candidates, choice, axis=1)
     done = progress.done
     token = jnp.where(done, grammar.pad, token.astype(jnp.int32))
-
-    def keep(x):
-      return jnp.where(done, 0.0, x)
 
     rollouts = Rollouts(
       tokens=rollouts.tokens.at[:, :, t].set(token),
       length=rollouts.length + (~done).astype(jnp.int32),
-      logp=rollouts.logp.at[:, :, t].set(keep(logp)),
-      entropy=rollouts.entropy.at[:, :, t].set(keep(entropy(logps))),
+      logp=rollouts.logp.at[:, :, t].set(jnp.where(done, 0.0, logp)),
+      entropy=rollouts.entropy.at[:, :, t].set(
+        jnp.where(done, 0.0, entropy(logps))
+      ),
     )
-    return token, grammar.advance(facts, progress, token), rollouts
+    return token, grammar.advance(constraint_inputs, progress, token), rollouts
 
   def body(s: _Loop) -> _Loop:
-    """Reads token t - 1, draws token t: the last one is never read."""
+    """Reads token t - 1 and draws token t; the last token is never read."""
     read = s.t - 1
-    own = jnp.broadcast_to(jnp.arange(T) <= read, (P, G, 1, T))
+    mask = jnp.broadcast_to(jnp.arange(T) <= read, (P, G, 1, T))
     position = jnp.broadcast_to(prefix.length[:, None, None] + read, (P, G, 1))
     hidden, cache = transformer.Transformer(model).apply(
       {'params': params},
       s.token[..., None],
       position,
-      own,
+      mask,
       prefix,
       s.cache,
       read,
@@ -186,7 +190,7 @@ def sample(
   token, progress, rollouts = draw(
     jnp.int32(0),
     first,
-    grammar.start(facts, (P, G), config.thinking),
+    grammar.start(constraint_inputs, (P, G), options.thinking),
     Rollouts(
       tokens=jnp.full((P, G, T), grammar.pad, jnp.int32),
       length=jnp.zeros((P, G), jnp.int32),
@@ -205,24 +209,21 @@ def sample(
 
 def parse(
   grammar: grammar_lib.Ranking,
-  config: SamplingOptions,
+  options: SamplingOptions,
   tokens: jax.Array,
   length: jax.Array,
   count: jax.Array,
   incoming: jax.Array,
 ) -> parsing.Answer:
-  """Reads answers from sampled ids, as this grammar writes them.
+  """`parsing.parse_answer` of sampled ids, by a grammar's token ids.
 
   Args:
     grammar: token ids.
-    config: whether completions reason first.
+    options: whether completions reason first.
     tokens: int32 [..., T].
     length: int32 [...], with <eos>.
     count: int32 [...].
     incoming: int32 [..., K].
-
-  Returns:
-    Rankings [..., K] and verdicts [...], see `parsing.parse_answer`.
   """
   return parsing.parse_answer(
     tokens,
@@ -234,7 +235,7 @@ def parse(
     num_slots=grammar.num_slots,
     eos=grammar.eos,
     think_end=grammar.think_end,
-    thinking=config.thinking,
+    thinking=options.thinking,
   )
 
 
@@ -256,9 +257,9 @@ def generate(
     params: unboxed parameters.
     prompt_PxTp: int32 ids, right-padded.
     prompt_length_P: int32.
-    max_tokens: T, the budget of each completion.
+    max_tokens: T.
     eos: id that ends a completion; -1 for none.
-    pad: id that follows it.
+    pad: id that follows <eos>.
 
   Returns:
     Rollouts [P, 1, T].

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gr2_jax.distributed import sharding
-from gr2_jax.pipeline import artifacts, checkpoint, reporting
+from gr2_jax.pipeline import artifacts, checkpoint, loop
 from gr2_jax.semantic_ids import assignment, co_engagement, ids, rqvae
 from gr2_jax.semantic_ids import tokenizer as tokenizer_lib
 
@@ -83,7 +83,11 @@ def train(
   update = rqvae.make_update(stage, model)
   sample = _sample(stage, features_IxF)
 
-  def consider(step: int, state: rqvae.State, best: dict) -> dict:
+  def take_step(state: rqvae.State, step: int):
+    batch = rqvae.draw_batch(stage, features_IxF, neighbors, step - 1)
+    return update(state, sharding.shard_batch(batch, mesh))
+
+  def evaluate(state: rqvae.State, step: int) -> loop.Evaluation:
     """Measures a state; saves its parameters if it is the best so far."""
     tokenizer = tokenizer_lib.SidTokenizer(
       stage, model, tokenizer_lib.params_of(state), mesh
@@ -95,39 +99,36 @@ def train(
       ),
       'r2': tokenizer.reconstruction_r2(sample, codes),
     }
-    writer.write(step, {f'catalog/{k}': v for k, v in measures.items()})
     if not best or _merit(measures) > _merit(best):
-      best = measures | {'step': step}
+      best.update(measures | {'step': step})
       checkpoint.save_params(workdir / PARAMS, tokenizer.params)
-    return best
+    return loop.Evaluation(
+      state, {f'catalog/{name}': x for name, x in measures.items()}
+    )
 
-  with checkpoint.Checkpointer(workdir / 'checkpoints') as saver:
+  with checkpoint.Checkpointer(workdir / 'checkpoints') as checkpoints:
     # Resume from this workdir's last checkpoint, or start from scratch.
-    restored = saver.restore(_abstract(stage, width, mesh))
+    restored = checkpoints.restore(_abstract(stage, width, mesh))
     if restored:
-      state, first, best = restored
+      state, done, best = restored
     else:
       state = rqvae.init(stage, features_IxF, levels)
       state = jax.device_put(state, sharding.replicated(mesh))
-      first, best = 0, {}
-    with (
-      reporting.MetricsWriter(workdir, first if restored else -1) as writer,
-      reporting.progress(steps, 'tokenizer', first) as bar,
-    ):
-      if not steps:
-        best = consider(0, state, best)
-      for step in range(first, steps):
-        batch = rqvae.draw_batch(stage, features_IxF, neighbors, step)
-        state, metrics = update(state, sharding.shard_batch(batch, mesh))
-        done = step + 1
-        save = done % stage.checkpoint_every == 0 or done == steps
-        if save or done % stage.log_every == 0:
-          reporting.check_finite(done, metrics)
-          writer.write(done, metrics)
-        if save:
-          best = consider(done, state, best)
-          saver.save(done, state, meta=best)
-        bar.update()
+      done, best = 0, {}
+    loop.run(
+      'tokenizer',
+      workdir,
+      checkpoints,
+      state=state,
+      done=done,
+      steps=steps,
+      eval_every=stage.checkpoint_every,
+      take_step=take_step,
+      evaluate=evaluate,
+      meta=lambda: best,
+      log_every=stage.log_every,
+      evaluate_start=not steps,
+    )
   return load(stage, workdir / PARAMS, width, mesh), best['step']
 
 

@@ -17,6 +17,7 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from gr2_jax.baselines import click_model, gbdt
 from gr2_jax.data import files
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.ops import metrics
-from gr2_jax.pipeline import checkpoint, reporting
+from gr2_jax.pipeline import checkpoint, loop
 
 SPLITS = ('validation', 'test')
 
@@ -202,37 +203,42 @@ def _fit_click_model(
     rows = click_model.batch_rows(len(train), config.batch_size, seed, step)
     return click_model.make_batch(train, rows, scaler)
 
-  saver = checkpoint.Checkpointer(directory / 'checkpoints')
-  state = click_model.init(model, optimizer, batch_of(0), seed)
-  best, chosen = state.params, {'n@5': -1.0, 'step': 0}
-  first = 0
-  restored = saver.restore({'state': state, 'best': best})
-  if restored:
-    saved, first, chosen = restored
-    state, best = saved['state'], saved['best']
+  def take_step(both: dict[str, Any], step: int):
+    state, values = update(both['state'], batch_of(step - 1))
+    return both | {'state': state}, values
 
-  with (
-    saver,
-    reporting.MetricsWriter(directory, first) as writer,
-    reporting.progress(config.steps, f'click model {seed}', first) as bar,
-  ):
-    for step in range(first, config.steps):
-      if step - chosen['step'] >= config.patience * config.eval_every:
-        break
-      state, values = update(state, batch_of(step))
-      done = step + 1
-      bar.update()
-      if done % config.eval_every and done < config.steps:
-        continue
-      reporting.check_finite(done, values)
-      measured = _measure(score(state.params, held_out, scaler), held_out)
-      quality = float(measured['n@5'].mean())
-      if quality > chosen['n@5']:
-        best, chosen = state.params, {'n@5': quality, 'step': done}
-      writer.write(done, values | {'validation/n@5': quality})
-      saver.save(done, {'state': state, 'best': best}, meta=chosen)
+  def evaluate(both: dict[str, Any], step: int) -> loop.Evaluation:
+    params = both['state'].params
+    measured = _measure(score(params, held_out, scaler), held_out)
+    quality = float(measured['n@5'].mean())
+    if quality > chosen['n@5']:
+      both = both | {'best': params}
+      chosen.update({'n@5': quality, 'step': step})
+    return loop.Evaluation(both, {'validation/n@5': quality})
+
+  with checkpoint.Checkpointer(directory / 'checkpoints') as checkpoints:
+    state = click_model.init(model, optimizer, batch_of(0), seed)
+    both = {'state': state, 'best': state.params}
+    fresh = both, 0, {'n@5': -1.0, 'step': 0}
+    both, done, chosen = checkpoints.restore(both) or fresh
+    both = loop.run(
+      f'click model {seed}',
+      directory,
+      checkpoints,
+      state=both,
+      done=done,
+      steps=config.steps,
+      eval_every=config.eval_every,
+      take_step=take_step,
+      evaluate=evaluate,
+      meta=lambda: chosen,
+      stopped=lambda step: (
+        step - chosen['step'] >= config.patience * config.eval_every
+      ),
+      log_every=config.eval_every,
+    )
   scores = {
-    name: score(best, slates, scaler) for name, slates in splits.items()
+    name: score(both['best'], slates, scaler) for name, slates in splits.items()
   }
   return scores | {'steps': np.int32(chosen['step'])}
 

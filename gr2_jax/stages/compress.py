@@ -155,11 +155,12 @@ def _run(
   start = spec.load_params(imitation, mesh)
   chosen = on_policy.learn(
     'compress',
-    config,
-    workdir,
-    spec,
-    mesh,
-    grammar,
+    on_policy.OnPolicyOptions.from_config(stage, 'compress'),
+    spec=spec,
+    mesh=mesh,
+    grammar=grammar,
+    workdir=workdir,
+    seed=config.seed,
     slates=train,
     render=rollouts.requests(
       spec.prompter,
@@ -168,10 +169,14 @@ def _run(
       remote=judge is not None,
     ),
     sampler=sample,
-    act=rollouts.make_act(spec, grammar, sample, stage, ranks, judge),
+    rollout_step=rollouts.make_rollout_step(
+      spec, grammar, sample, stage, ranks, judge
+    ),
     validate=validate,
     start=imitation,
-    teacher=distillation.itself(spec, mesh, start) if stage.kl_weight else None,
+    teacher=distillation.self_teacher(spec, mesh, start)
+    if stage.kl_weight
+    else None,
   )
 
   # Write. What is written is judged where `_honesty` reads it.
@@ -236,7 +241,9 @@ def _imitate(
     config.seed,
   )
   iterator = examples.iterate(data)
-  optimizer = learner.make_optimizer(stage.imitate)
+  optimizer = learner.make_optimizer(
+    learner.OptimizerOptions.from_config(stage.imitate)
+  )
   sample = rollouts.sampler(
     grammar, budgets, temperature=1.0, constrained=stage.constrained
   )
@@ -251,7 +258,7 @@ def _imitate(
     return update(state, frozen, ranks, rows)
 
   found = loop.fit(
-    stage.imitate,
+    loop.LoopOptions.from_config(stage.imitate),
     spec=spec,
     mesh=mesh,
     workdir=workdir,
@@ -260,7 +267,7 @@ def _imitate(
     take_step=take_step,
     iterator=iterator,
     validate=validate,
-    choose='reward',
+    selection_metric='reward',
     inherited=inputs[stage.start],
     desc='imitate',
   )

@@ -32,4 +32,4 @@ def run(
       'internalize.thinking=True: the reasoning is what goes; a second pass '
       'with it is stage rl with rl.init_from'
     )
-  return rl.train('internalize', config, inputs, workdir)
+  return rl.reinforce('internalize', config, inputs, workdir)

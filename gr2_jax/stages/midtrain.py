@@ -146,9 +146,11 @@ def run(
 
   # Training.
   warm = warm_steps(stage, pretrained)
-  optimizer = embedding_warmup.make_optimizer(stage, spec.adapters, warm)
+  optimizer = embedding_warmup.make_optimizer(
+    learner.OptimizerOptions.from_config(stage), spec.adapters, warm
+  )
   result = loop.fit(
-    stage,
+    loop.LoopOptions.from_config(stage),
     spec=spec,
     mesh=mesh,
     workdir=workdir,
@@ -157,7 +159,7 @@ def run(
     take_step=loop.supervised_step(spec, mesh, loss_fn, optimizer, iterator),
     iterator=iterator,
     validate=validate,
-    choose='score',
+    selection_metric='score',
     inherited=inputs['backbone'] if pretrained else None,
     desc='midtrain',
   )
@@ -244,6 +246,7 @@ def retriever(
   Args:
     inputs: slates, tokenizer.
     spec: tokens and shapes.
+    mesh: devices of the parameters.
     stage: section `midtrain`.
 
   Returns:

@@ -12,7 +12,8 @@ from typing import Any
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import kl
 from gr2_jax.policy import policy
-from gr2_jax.train import distillation, on_policy
+from gr2_jax.stages import rl
+from gr2_jax.train import distillation
 
 
 def run(
@@ -42,10 +43,10 @@ def run(
     )
   else:
     start = spec.load_params(stage.init_from or inputs[stage.start], mesh)
-    teacher = distillation.itself(
+    teacher = distillation.self_teacher(
       spec, mesh, start, stage.view, stage.sharpness
     )
-  return on_policy.train('opd', config, inputs, workdir, spec, mesh, teacher)
+  return rl.train('opd', config, inputs, workdir, spec, mesh, teacher)
 
 
 def check(stage) -> None:

@@ -1,7 +1,7 @@
-"""Prune: fewer layers, and what they did taught to those that are left.
+"""Prune: a policy with fewer layers, distilled from the full one.
 
-Validation slates say which layers go (`pruning`); then the policy that is left
-learns by on-policy distillation (Eq. 4) from the whole one.
+Validation slates decide which layers are removed (`pruning`); then the smaller
+policy learns from the full one by on-policy distillation (Eq. 4).
 """
 
 import pathlib
@@ -10,21 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gr2_jax.distributed import sharding
-from gr2_jax.ops import kl
 from gr2_jax.pipeline import checkpoint
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples
-from gr2_jax.train import (
-  distillation,
-  on_policy,
-  policy_gradient,
-  pruning,
-  rollouts,
-)
+from gr2_jax.stages import rl
+from gr2_jax.train import distillation, on_policy, pruning, rollouts
+from gr2_jax.train.policy_gradient import PolicyBatch, Teacher
 
-# What is kept in the workdir, so that a run that goes on is the same run.
+# Kept in the workdir, so that a run that continues is the same run.
 CHOSEN = 'chosen'
 CUT = 'cut'
 
@@ -32,7 +28,7 @@ CUT = 'cut'
 def run(
   config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Leaves layers out, and distils; validation chooses.
+  """Removes layers and distills; validation chooses the step.
 
   Args:
     config: sections prompt, model, mesh, prune; seed.
@@ -40,96 +36,98 @@ def run(
     workdir: of this stage.
 
   Returns:
-    The chosen step, its validation numbers, and why training stopped; `kept`,
-    the layers, and `effects`, one list a layer that went: of every layer what
-    its removal would have cost, None of one that was gone already.
+    The best step, its validation metrics, and why training stopped; `kept`, the
+    layers; and `effects`, one list a removed layer: the effect of removing each
+    layer, None of one that was removed before.
 
   Raises:
-    ValueError: a number of layers, or another field, that cannot be.
+    ValueError: a number of layers, or another field, has no meaning.
   """
   stage = config.prune
-  on_policy.check('prune', stage)
+  on_policy.OnPolicyOptions.from_config(stage, 'prune')
   if not stage.kl_weight:
     raise ValueError(
-      'prune.kl_weight=0: must be above 0; without its teacher the policy that '
-      'is left wins nothing back'
+      'prune.kl_weight=0: must be above 0; without its teacher the pruned '
+      'policy recovers nothing'
     )
-  whole = policy.load(config, inputs, stage.context)
+  full = policy.load(config, inputs, stage.context)
   mesh = sharding.make_mesh(**config.mesh)
-  params = whole.load_params(inputs[stage.start], mesh)
-  teacher = distillation.itself(whole, mesh, params)
-  chosen = _chosen(config, whole, mesh, params, teacher, inputs, workdir)
+  params = full.load_params(inputs[stage.start], mesh)
+  teacher = distillation.self_teacher(full, mesh, params)
+  chosen = _chosen(config, full, mesh, teacher, inputs, workdir)
   if not (workdir / CUT).is_dir():
     checkpoint.save_params(
-      workdir / CUT, pruning.take(whole, mesh, params, chosen.kept)
+      workdir / CUT, pruning.take(full, mesh, params, chosen.kept)
     )
-  found = on_policy.train(
+  results = rl.train(
     'prune',
     config,
     inputs | {stage.start: workdir / CUT},
     workdir,
-    pruning.shallower(whole, stage.layers),
+    pruning.shallower(full, stage.layers),
     mesh,
     teacher,
   )
   effects = [
     [None if np.isnan(x) else float(x) for x in row] for row in chosen.effects
   ]
-  return found | {'kept': chosen.kept.tolist(), 'effects': effects}
+  return results | {'kept': chosen.kept.tolist(), 'effects': effects}
 
 
 def _chosen(
   config,
-  whole: policy.PolicySpec,
-  mesh: jax.sharding.Mesh,
-  params: Any,
-  teacher: distillation.Teacher,
+  full: policy.PolicySpec,
+  mesh: Mesh,
+  source: distillation.TeacherPolicy,
   inputs: dict[str, pathlib.Path],
   workdir: pathlib.Path,
 ) -> pruning.Chosen:
-  """Which layers stay; decided once."""
-  stage, total = config.prune, whole.model.num_layers
+  """The layers that stay; decided once."""
+  stage, total = config.prune, full.model.num_layers
   home = workdir / CHOSEN
   if home.is_dir():
     like = pruning.Chosen(
       jax.ShapeDtypeStruct((stage.layers,), jnp.int32),
       jax.ShapeDtypeStruct((total - stage.layers, total), jnp.float32),
     )
-    found = checkpoint.load_params(home, like._asdict())
-    return pruning.Chosen(**jax.tree.map(np.asarray, found))
-  sampler = whole.sampling(
+    saved = checkpoint.load_params(home, like._asdict())
+    return pruning.Chosen(**jax.tree.map(np.asarray, saved))
+  sampler = full.sampling(
     stage.group_size, stage.thinking, stage.temperature, stage.constrained
   )
-  act = rollouts.make_act(whole, sampler, stage)
-  look = distillation.make_look(
-    teacher,
-    whole.grammar,
+  gradient = on_policy.OnPolicyOptions.from_config(stage, 'prune').gradient
+  teacher = distillation.make_teacher(source, full.grammar, sampler, gradient)
+  rollout_step = rollouts.make_rollout_step(
+    full,
     sampler,
-    stage.kl_kind,
-    readout=stage.readout_weight > 0,
+    rollouts.RewardOptions.from_config(stage, 'prune'),
+    gradient.advantage,
   )
-  said = teacher.rows if stage.kl_kind in kl.EXACT else ()
-  measure = pruning.make_measure(whole, sampler, stage)
+  measure = pruning.make_measure(full, sampler, gradient, teacher)
   with sharding.activate(mesh):
-    looked_at = _rollouts(config, whole, mesh, params, inputs, act, look)
-    found = pruning.choose(
-      whole,
+    batches = _rollouts(config, source.policy, inputs, rollout_step, teacher)
+    chosen = pruning.choose(
+      full,
       mesh,
-      params,
+      source.policy.params,
       stage.layers,
-      lambda fewer: measure(fewer, looked_at, *said),
+      lambda pruned: measure(pruned, batches),
     )
-  checkpoint.save_params(home, found._asdict())
-  return found
+  checkpoint.save_params(home, chosen._asdict())
+  return chosen
 
 
 def _rollouts(
-  config, whole: policy.PolicySpec, mesh, params: Any, inputs, act, look
-) -> list[policy_gradient.PolicyBatch]:
-  """The whole policy's on validation slates, with what it says of them."""
+  config,
+  full: policy.Policy,
+  inputs: dict[str, pathlib.Path],
+  rollout_step: on_policy.RolloutStep,
+  teacher: Teacher,
+) -> list[PolicyBatch]:
+  """Rollouts of the full policy on validation slates, with its own scores."""
   stage = config.prune
   render = examples.generation_rows(
-    whole.prompter,
+    full.spec.prompter,
     '<think>' if stage.thinking else '<answer>',
     config.prompt.order,
   )
@@ -138,9 +136,9 @@ def _rollouts(
   size = stage.batch_size
   most = max(size, min(len(drawn), stage.measured) // size * size)
   chosen = ranking.Chosen(source, drawn[:most])
-  found = []
+  batches = []
   for i, (_, rows) in enumerate(examples.in_order(chosen, render, size, 0)):
-    rows = sharding.shard_batch(rows, mesh)
-    batch, _ = act(params, rows, jax.random.key(i))
-    found.append(look(batch)[0])
-  return found
+    rows = sharding.shard_batch(rows, full.mesh)
+    batch, _ = rollout_step(full.params, rows, jax.random.key(i))
+    batches.append(teacher.score(batch)[0])
+  return batches

@@ -78,7 +78,9 @@ def run(
   iterator = examples.iterate(
     grain.MapDataset.mix(pipelines, weights=list(forms.values()))
   )
-  optimizer = learner.make_optimizer(stage)
+  optimizer = learner.make_optimizer(
+    learner.OptimizerOptions.from_config(stage)
+  )
   loss_fn = learner.supervised_loss(
     spec.model,
     spec.grammar,
@@ -87,7 +89,7 @@ def run(
     sharpness=stage.sharpness,
   )
   return loop.fit(
-    stage,
+    loop.LoopOptions.from_config(stage),
     spec=spec,
     mesh=mesh,
     workdir=workdir,
@@ -105,7 +107,7 @@ def run(
       num_slates=stage.eval_slates,
       batch_size=stage.eval_batch_size,
     ),
-    choose='n@5',
+    selection_metric='n@5',
     inherited=inputs['midtrain'],
     desc='sft',
   )

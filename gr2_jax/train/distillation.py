@@ -1,17 +1,21 @@
-"""Teachers of rollouts: what they read, and what they say about each token.
+"""Teachers of rollouts: what they read, and how they score each token.
 
-On-policy distillation (Eq. 4) lets the student sample and asks the teacher for
-log-probabilities alone. RL asks its own start the same way, where it is held to
-it. A teacher may be any policy of this project made from the same slates and
-semantic IDs, of any size; what sets it above the student is its view:
+In on-policy distillation (Eq. 4) the student samples and the teacher only
+scores. RL scores the same way where the policy is held to its own start. A
+teacher may be any policy made from the same slates and semantic IDs, of any
+size. Its view sets it apart from the student:
 
 | view | the teacher |
 |---|---|
 | `same` | reads what the student reads: it is another, better policy |
-| `privileged` | is told a positive (`sft.privileged` teaches it to use that) |
+| `privileged` | is told a positive, as `sft.privileged` trains it |
 | `thinking` | reasons first, where the student answers at once |
 | `readout` | ranks by the scores at its slot tokens; reasons as it does |
 | `whole` | reads the whole context, where the student reads a form of it |
+
+Three classes implement `policy_gradient.Teacher`: `SampledTokens` compares the
+sampled tokens, `ExactVocabulary` whole distributions, and `ReadOut` answers
+with the teacher's read-out.
 
 Axes: P prompts, G group, T completion time, K candidates, V the student's
 vocabulary, D' the teacher's width.
@@ -22,68 +26,65 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gr2_jax.models import transformer
-from gr2_jax.ops import kl, masking
+from gr2_jax.ops import kl, masking, parsing
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import examples, vocabulary
 from gr2_jax.train import learner, policy_gradient
+from gr2_jax.train.policy_gradient import PolicyBatch
 
 VIEWS = ('same', 'privileged', 'thinking', 'readout', 'whole')
 
 
 @dataclasses.dataclass(frozen=True)
-class Teacher:
-  """A frozen policy, and how it looks at a student's rollouts.
+class TeacherPolicy:
+  """A frozen policy and its view of a student's rollouts.
 
   Attributes:
     policy: shapes, tokens and parameters.
-    view: of VIEWS.
+    view: one of VIEWS.
     table: int32 [V], the teacher's id of each of the student's tokens; -1 where
       it has none. Such a token is not compared, and the teacher reads padding
       in its place.
-    reads_its_own: whether its prompts are others than the student's.
+    own_prompts: whether its prompts differ from the student's.
     sharpness: factor on the scores of the view `readout`.
   """
 
   policy: policy.Policy
   view: str
   table: np.ndarray
-  reads_its_own: bool
+  own_prompts: bool
   sharpness: float = 1.0
 
   @functools.cached_property
-  def rows(self) -> tuple[jax.Array, jax.Array]:
-    """Its output embedding in the student's order, [V, D'], and who it knows.
-
-    Returns:
-      `rows` and `known` of `learner.TeacherStates`.
-    """
-    own = transformer.output_embedding(self.policy.params)
+  def vocabulary(self) -> tuple[jax.Array, jax.Array]:
+    """`embedding` and `known` of `learner.TeacherStates`: [V, D'] and [V]."""
+    embedding = transformer.output_embedding(self.policy.params)
     known = jnp.asarray(self.table >= 0)
-    if np.array_equal(self.table, np.arange(len(own))):
-      return own, known  # No copy of what may be gigabytes.
-    return own[np.maximum(self.table, 0)], known
+    if np.array_equal(self.table, np.arange(len(embedding))):
+      return embedding, known  # No copy of what may be gigabytes.
+    return embedding[np.maximum(self.table, 0)], known
 
 
-def itself(
+def self_teacher(
   spec: policy.PolicySpec,
   mesh: jax.sharding.Mesh,
   params: Any,
   view: str = 'same',
   sharpness: float = 1.0,
-) -> Teacher:
+) -> TeacherPolicy:
   """A student's own start as its teacher."""
   table = np.arange(spec.model.vocab_size, dtype=np.int32)
   if view == 'whole':
     spec = spec.with_context('full')
-  return Teacher(
+  return TeacherPolicy(
     policy.Policy(spec, params, mesh), view, table, view != 'same', sharpness
   )
 
@@ -92,138 +93,348 @@ def restore(
   artifact: os.PathLike[str] | str,
   spec: policy.PolicySpec,
   inputs: dict[str, pathlib.Path],
-  mesh,
+  mesh_config: Any,
   view: str,
   sharpness: float,
-) -> Teacher:
+) -> TeacherPolicy:
   """A finished artifact's policy as the teacher.
 
   Args:
-    artifact: of one of `policy.TRAINERS`.
+    artifact: folder of one of `policy.TRAINERS`.
     spec: the student's.
     inputs: the student's artifacts.
-    mesh: section `mesh`.
-    view: of VIEWS.
+    mesh_config: section `mesh`.
+    view: one of VIEWS.
     sharpness: of the view `readout`.
 
   Raises:
-    ArtifactError: it is not finished, or not made from the student's slates
-      and semantic IDs.
+    ArtifactError: the artifact is not finished, or not made from the student's
+      slates and semantic IDs.
   """
-  found = policy.restore(artifact, mesh, same_as=inputs)
-  table = vocabulary.translate(spec.vocabulary, found.spec.vocabulary)
-  return Teacher(found, view, table, True, sharpness)
+  teacher = policy.restore(artifact, mesh_config, same_as=inputs)
+  table = vocabulary.translate(spec.vocabulary, teacher.spec.vocabulary)
+  return TeacherPolicy(teacher, view, table, True, sharpness)
 
 
-def beside(
+def render_for_both(
   render: Callable[..., dict[str, np.ndarray]],
-  teacher: Teacher,
+  teacher: TeacherPolicy,
   control: str,
   order: str,
 ) -> Callable[..., dict[str, np.ndarray]]:
-  """Adds to a student's rows what its teacher reads.
+  """Adds the teacher's prompts to a student's rows.
 
-  Both draw from generators of one seed, and the presentation first: they see
-  the candidates in the same order, under the same slots.
+  Both renderings draw from generators of one seed, and the presentation first:
+  they show the candidates in the same order, under the same slots.
 
   Args:
     render: the student's, of `examples.generation_rows`.
-    teacher: whose prompts are added.
-    control: what the student is asked for, '<think>' or '<answer>'.
-    order: of `prompts.ORDERS`.
+    teacher: the reader of the added prompts.
+    control: the student's last prompt token, '<think>' or '<answer>'.
+    order: how candidates are presented, one of `prompt.ORDERS`.
 
   Returns:
     `(slate, rng) -> dict` with teacher_prompt [Tq], teacher_prompt_length and
     teacher_slots [K] beside the student's fields.
   """
-  thinks = teacher.view == 'thinking'
-  its_render = examples.generation_rows(
+  teacher_render = examples.generation_rows(
     teacher.policy.spec.prompter,
-    '<think>' if thinks else control,
+    '<think>' if teacher.view == 'thinking' else control,
     order,
     privileged=teacher.view == 'privileged',
   )
 
-  def render_both(slate, rng):
+  def render_both(slate: Any, rng: np.random.Generator):
     seed = rng.integers(2**63)
-    own = render(slate, np.random.default_rng(seed))
-    its = its_render(slate, np.random.default_rng(seed))
-    return own | {
-      'teacher_prompt': its['prompt'],
-      'teacher_prompt_length': its['prompt_length'],
-      'teacher_slots': its['slots'],
+    row = render(slate, np.random.default_rng(seed))
+    teacher_row = teacher_render(slate, np.random.default_rng(seed))
+    return row | {
+      'teacher_prompt': teacher_row['prompt'],
+      'teacher_prompt_length': teacher_row['prompt_length'],
+      'teacher_slots': teacher_row['slots'],
     }
 
   return render_both
 
 
-def make_look(
-  teacher: Teacher,
+def make_teacher(
+  source: TeacherPolicy,
   grammar: grammar_lib.Grammar,
   sampler: sampling.SamplingOptions,
-  divergence: str,
-  readout: bool = False,
-) -> Callable[
-  [policy_gradient.PolicyBatch],
-  tuple[policy_gradient.PolicyBatch, dict[str, Any]],
-]:
-  """Compiles how a batch gets what the divergence asks the teacher for.
+  options: policy_gradient.PolicyGradientOptions,
+) -> policy_gradient.Teacher:
+  """The teacher of the class that the view and the divergence require.
 
   Args:
-    teacher: whom to ask.
+    source: the frozen policy.
     grammar: the student's.
-    sampler: the student's: the same temperature and the same masks.
-    divergence: of `policy_gradient.DIVERGENCES`.
-    readout: whether it is asked for the scores at its slot tokens, too.
-
-  Returns:
-    `batch -> (batch, watches)`; the watch is `teacher_knows`, the share of the
-    written tokens that the teacher has.
+    sampler: the student's: same temperature, same masks.
+    options: `kl_kind`, and whether read-outs are compared too.
   """
-  spec, sampled = teacher.policy.spec, divergence in kl.KINDS
-  table, (rows, known) = jnp.asarray(teacher.table), teacher.rows
+  if source.view == 'readout':
+    cls = ReadOut
+  elif options.kl_kind in kl.KINDS:
+    cls = SampledTokens
+  else:
+    cls = ExactVocabulary
+  return cls(
+    source, grammar, sampler, options.kl_kind, options.readout_weight > 0
+  )
+
+
+class SampledScores(NamedTuple):
+  """Scores of `SampledTokens`."""
+
+  logp: jax.Array  # float32 [P, G, T], of the tokens
+  known: jax.Array  # bool [P, G, T], tokens that the teacher has
+
+
+class ReadOutScores(NamedTuple):
+  """Scores of `ReadOut`."""
+
+  slots: jax.Array  # float32 [P, K]
+  hidden: jax.Array | None  # float [P, G, T, D'], where there is reasoning
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledTokens:
+  """Compares log-probabilities of the sampled tokens, by `kl.sampled_kl`.
+
+  Attributes:
+    source: the frozen policy.
+    grammar: the student's.
+    sampler: the student's: same temperature, same masks.
+    kind: one of `kl.KINDS`.
+    readout: whether `score` adds the `teacher_readout` too.
+  """
+
+  source: TeacherPolicy
+  grammar: grammar_lib.Grammar
+  sampler: sampling.SamplingOptions
+  kind: Any
+  readout: bool = False
+
+  vocabulary = ()
+
+  @functools.cached_property
+  def score(self) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict]]:
+    """See `policy_gradient.Teacher`."""
+
+    def add(batch: PolicyBatch, prompt: '_Prompt'):
+      hidden, known, metrics = prompt.completions(batch)
+      logp = learner.score_tokens(
+        {'embedding': prompt.embedding},
+        hidden,
+        batch.tokens,
+        self.grammar,
+        temperature=self.sampler.temperature,
+        constraint=policy_gradient.constraint(
+          batch, self.grammar, self.sampler
+        ),
+        known=prompt.known,
+      ).logp
+      return batch.replace(teacher_scores=SampledScores(logp, known)), metrics
+
+    return _compile_score(self.source, self.readout, add)
+
+  def states(self, batch: PolicyBatch, *unused_vocabulary: Any) -> None:
+    """None: nothing is compared over the vocabulary."""
+
+  def divergence(
+    self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """See `policy_gradient.Teacher`."""
+    written &= batch.teacher_scores.known
+    divergence = kl.sampled_kl(
+      masking.keep(scores.logp, written),
+      masking.keep(batch.teacher_scores.logp, written),
+      kind=self.kind,
+    )
+    return divergence, written
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactVocabulary:
+  """Compares whole distributions, of each token over the vocabulary.
+
+  Its scores are the teacher's hidden states, float [P, G, T, D']: the student's
+  update turns them into logits a chunk at a time. The attributes are those of
+  `SampledTokens`, with a kind of `kl.EXACT`.
+  """
+
+  source: TeacherPolicy
+  grammar: grammar_lib.Grammar
+  sampler: sampling.SamplingOptions
+  kind: str
+  readout: bool = False
+
+  @property
+  def vocabulary(self) -> tuple[jax.Array, ...]:
+    """See `policy_gradient.Teacher`."""
+    return self.source.vocabulary
+
+  @functools.cached_property
+  def score(self) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict]]:
+    """See `policy_gradient.Teacher`."""
+
+    def add(batch: PolicyBatch, prompt: '_Prompt'):
+      hidden, _, metrics = prompt.completions(batch)
+      return batch.replace(teacher_scores=hidden), metrics
+
+    return _compile_score(self.source, self.readout, add)
+
+  def states(
+    self,
+    batch: PolicyBatch,
+    teacher_embedding: jax.Array,
+    teacher_known: jax.Array,
+  ) -> learner.TeacherStates:
+    """See `policy_gradient.Teacher`."""
+    return learner.TeacherStates(
+      batch.teacher_scores, teacher_embedding, teacher_known, self.kind
+    )
+
+  def divergence(
+    self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """See `policy_gradient.Teacher`."""
+    del batch
+    return scores.divergence, written
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadOut:
+  """Compares answers with the teacher's read-out, reasoning exactly.
+
+  In the answer both distributions are over the candidates that remain; the
+  teacher's is a softmax of its scores at the slot tokens. The attributes are
+  those of `ExactVocabulary`.
+  """
+
+  source: TeacherPolicy
+  grammar: grammar_lib.Grammar
+  sampler: sampling.SamplingOptions
+  kind: str
+  readout: bool = False
+
+  @property
+  def vocabulary(self) -> tuple[jax.Array, ...]:
+    """See `policy_gradient.Teacher`."""
+    return self.source.vocabulary
+
+  @functools.cached_property
+  def score(self) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict]]:
+    """See `policy_gradient.Teacher`."""
+
+    def add(batch: PolicyBatch, prompt: '_Prompt'):
+      slots = self.source.sharpness * prompt.slot_scores(batch)
+      hidden, metrics = None, {}
+      if self.sampler.thinking:
+        hidden, _, metrics = prompt.completions(batch)
+      scores = ReadOutScores(slots, hidden)
+      return batch.replace(teacher_scores=scores), metrics
+
+    return _compile_score(self.source, self.readout, add)
+
+  def states(
+    self,
+    batch: PolicyBatch,
+    teacher_embedding: jax.Array,
+    teacher_known: jax.Array,
+  ) -> learner.TeacherStates | None:
+    """See `policy_gradient.Teacher`; None without reasoning."""
+    hidden = batch.teacher_scores.hidden
+    if hidden is None:
+      return None
+    return learner.TeacherStates(
+      hidden, teacher_embedding, teacher_known, self.kind
+    )
+
+  def divergence(
+    self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """See `policy_gradient.Teacher`."""
+    count = batch.constraint_inputs
+    progress = grammar_lib.replay(
+      self.grammar, count, batch.tokens, self.sampler.thinking
+    )
+    remaining = parsing.answer_mask(progress.emitted, count[:, None, None])
+    remaining = remaining[..., :-1] & progress.answering[..., None]
+    counts = jnp.any(remaining, axis=-1)
+    slots = batch.teacher_scores.slots[:, None, None]
+    divergence = kl.divergence(
+      self.kind,
+      scores.slot_logp,
+      jnp.broadcast_to(slots, scores.slot_logp.shape),
+      remaining,
+    )
+    if batch.teacher_scores.hidden is not None:
+      divergence = jnp.where(progress.answering, divergence, scores.divergence)
+      counts |= ~progress.answering
+    return divergence, written & counts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+  """A teacher's prompts, encoded; traced."""
+
+  source: TeacherPolicy
+  params: Any
+  embedding: jax.Array
+  known: jax.Array
+  hidden: jax.Array  # [P, Tq, D']
+  prefix: transformer.Prefix
+
+  def slot_scores(self, batch: PolicyBatch) -> jax.Array:
+    """The read-out of the slot tokens: float32 [P, K]."""
+    slots = batch.teacher_slots
+    slots = batch.slots if slots is None else slots
+    return transformer.slot_scores(self.params, self.hidden, slots)
+
+  def completions(
+    self, batch: PolicyBatch
+  ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """Hidden states [P, G, T, D'], known tokens [P, G, T], and metrics."""
+    spec = self.source.policy.spec
+    table = jnp.asarray(self.source.table)
+    tokens = jnp.where(self.known, table, spec.grammar.pad)[batch.tokens]
+    hidden = transformer.completion_hidden(
+      spec.model, self.params, self.hidden, self.prefix, tokens
+    )
+    known = self.known[batch.tokens]
+    written = masking.length_mask(batch.length, tokens.shape[-1])
+    return hidden, known, {'teacher_knows': masking.masked_mean(known, written)}
+
+
+def _compile_score(
+  source: TeacherPolicy,
+  readout: bool,
+  add: Callable[[PolicyBatch, _Prompt], tuple[PolicyBatch, dict[str, Any]]],
+) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict[str, Any]]]:
+  """Compiles `batch -> (batch, metrics)`: encodes prompts, then calls `add`.
+
+  The metric `teacher_knows` is the share of written tokens that it has.
+  """
+  spec = source.policy.spec
 
   @jax.jit
-  def look(params, rows, known, batch: policy_gradient.PolicyBatch):
+  def score_with_teacher(params, embedding, known, batch: PolicyBatch):
     prompt, length = batch.teacher_prompt, batch.teacher_prompt_length
     if prompt is None:
       prompt, length = batch.prompt, batch.prompt_length
-    if teacher.view == 'thinking':
-      prompt, length = _think(spec, params, prompt, length, batch.facts)
-    hidden, prefix = transformer.encode_prompt(
-      spec.model, params, prompt, length
-    )
-    if readout or teacher.view == 'readout':
-      slots = batch.teacher_slots
-      slots = batch.slots if slots is None else slots
-      scores = transformer.slot_scores(params, hidden, slots)
-      if readout:
-        batch = batch.replace(teacher_readout=scores)
-    if teacher.view == 'readout':
-      batch = batch.replace(teacher_scores=teacher.sharpness * scores)
-      if not sampler.thinking:
-        return batch, {}
-    tokens = jnp.where(known, table, spec.grammar.pad)[batch.tokens]
-    hidden = transformer.completion_hidden(
-      spec.model, params, hidden, prefix, tokens
-    )
-    knows = known[batch.tokens]
-    written = masking.length_mask(batch.length, tokens.shape[-1])
-    watches = {'teacher_knows': masking.masked_mean(knows, written)}
-    if not sampled:
-      return batch.replace(teacher_hidden=hidden), watches
-    scores = learner.score_tokens(
-      {'embedding': rows},
-      hidden,
-      batch.tokens,
-      grammar,
-      temperature=sampler.temperature,
-      constraint=policy_gradient.constraint(batch, grammar, sampler),
-      known=known,
-    )
-    return batch.replace(teacher_logp=scores.logp, teacher_knows=knows), watches
+    if source.view == 'thinking':
+      prompt, length = _think(
+        spec, params, prompt, length, batch.constraint_inputs
+      )
+    encoded = transformer.encode_prompt(spec.model, params, prompt, length)
+    prompts = _Prompt(source, params, embedding, known, *encoded)
+    if readout:
+      batch = batch.replace(teacher_readout=prompts.slot_scores(batch))
+    return add(batch, prompts)
 
-  return lambda batch: look(teacher.policy.params, rows, known, batch)
+  return lambda batch: score_with_teacher(
+    source.policy.params, *source.vocabulary, batch
+  )
 
 
 def _think(
@@ -233,12 +444,12 @@ def _think(
   length_P: jax.Array,
   count_P: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Prompts with the teacher's own reasoning, </think> included, behind them.
+  """Prompts followed by the teacher's own reasoning, </think> included.
 
   Returns:
-    int32 [P, T + what a span may take] and the lengths.
+    int32 [P, T + the longest reasoning] and the lengths.
   """
-  config = spec.sampling(1, True, 0.0, True)
+  grammar, options = spec.grammar, spec.sampling(1, True, 0.0, True)
   thought = sampling.sample(
     spec.model,
     params,
@@ -246,12 +457,12 @@ def _think(
     length_P,
     count_P,
     jax.random.key(0),
-    spec.grammar,
-    config,
-  ).tokens[:, 0, : config.max_tokens - 2]
+    grammar,
+    options,
+  ).tokens[:, 0, : options.max_tokens - 2]
   size = prompt_PxT.shape[1] + thought.shape[1]
-  # Constrained: every span leaves room for a slot and <eos>.
-  spans = 1 + jnp.argmax(thought == spec.grammar.think_end, axis=-1)
+  # Constrained: all reasoning leaves room for a slot and <eos>.
+  spans = 1 + jnp.argmax(thought == grammar.think_end, axis=-1)
   time = jnp.arange(size)
   after = jnp.clip(time - length_P[:, None], 0, thought.shape[1] - 1)
   joined = jnp.where(

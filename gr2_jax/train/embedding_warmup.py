@@ -1,10 +1,11 @@
 """Warm-up of the embedding: rows of added symbols train first, alone.
 
-What is new to a pretrained model would otherwise disturb what is not. Until
-the border every other leaf keeps its bits; there the optimizer begins anew, so
-that the rest has a schedule and moments as from the start.
+New symbols would otherwise disturb what a pretrained model has learned. During
+the warm-up every other leaf keeps its bits; after it the optimizer starts anew,
+so that all parameters get a whole schedule.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -23,36 +24,35 @@ class RowsFirst(NamedTuple):
 
 
 def make_optimizer(
-  stage, trained: lora.Adapters, warm: int
+  config: learner.OptimizerOptions, adapters: lora.Adapters, warm_steps: int
 ) -> optax.GradientTransformation:
-  """`learner.make_optimizer`; begun anew when the rest joins the new rows.
+  """`learner.make_optimizer`, restarted after the warm-up.
 
   Args:
-    stage: section `midtrain`.
-    trained: which parameters train.
-    warm: steps of new rows alone; 0 makes the plain one.
+    config: the options.
+    adapters: which parameters train.
+    warm_steps: steps of new rows alone; 0 makes the plain optimizer.
   """
-  if not warm:
-    return learner.make_optimizer(stage)
-  rest = stage.copy_and_resolve_references()
-  rest.steps = stage.steps - warm
-  inner = learner.make_optimizer(rest)
+  if not warm_steps:
+    return learner.make_optimizer(config)
+  inner = learner.make_optimizer(
+    dataclasses.replace(config, steps=config.steps - warm_steps)
+  )
 
   def init(params):
     return RowsFirst(jnp.int32(0), inner.init(params))
 
   def update(gradients, state, params):
-    chosen = new_rows(params, trained)
-    everything = state.step >= warm
+    rows = new_rows(params, adapters)
+    everything = state.step >= warm_steps
 
     def hold(tree):
       return jax.tree.map(
-        lambda x, row: jnp.where(row | everything, x, 0), tree, chosen
+        lambda x, row: jnp.where(row | everything, x, 0), tree, rows
       )
 
-    # A new schedule and new moments: the rest warms up as from the start.
     before = jax.tree.map(
-      lambda new, old: jnp.where(state.step == warm, new, old),
+      lambda new, old: jnp.where(state.step == warm_steps, new, old),
       inner.init(params),
       state.inner,
     )
@@ -62,19 +62,19 @@ def make_optimizer(
   return optax.GradientTransformation(init, update)
 
 
-def new_rows(params: Any, trained: lora.Adapters) -> Any:
-  """Where the rows of added symbols are: bools that broadcast to the leaves.
+def new_rows(params: Any, adapters: lora.Adapters) -> Any:
+  """Masks of the added symbols' rows: bools that broadcast to the leaves.
 
   Args:
-    params: what trains, of `lora.Adapters.start`.
-    trained: likewise.
+    params: the trainable parameters, of `lora.Adapters.start`.
+    adapters: which parameters train.
   """
 
-  def one(path, leaf):
-    if trained.rank:  # Whose `rows` are those rows and no others.
+  def mask(path: Any, leaf: jax.Array) -> jax.Array:
+    if adapters.rank:  # Their leaf `rows` holds those rows and no others.
       return jnp.bool_(path[0].key == 'rows')
     if path[0].key not in ('embedding', 'unembedding'):
       return jnp.bool_(False)
-    return (jnp.arange(len(leaf)) >= trained.first_row)[:, None]
+    return (jnp.arange(len(leaf)) >= adapters.first_row)[:, None]
 
-  return jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(mask, params)

@@ -1,29 +1,47 @@
 """The learner of every language-model stage: state, losses, jitted update.
 
-Prompts [P, Tp] and completions [P, G, Tc] stay apart: the prompt is encoded
-once and its G completions attend to it, exactly as in sampling. Logits exist
-only at the positions a loss reads, a chunk of time at a time.
+Prompts [P, Tp] and completions [P, G, Tc] stay apart: a prompt is encoded once
+and its G completions attend to it, exactly as in sampling. Logits exist only at
+the positions that a loss reads, a chunk of time at a time.
 
 Axes: P prompts, G group, T time, K candidates, V vocabulary, D model width.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import einops
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import kl, losses, masking
+from gr2_jax.pipeline import options
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import sampling
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+  """The optimizer's fields of a config section."""
+
+  steps: int
+  learning_rate: float
+  warmup: int  # steps
+  weight_decay: float
+  max_grad_norm: float
+
+  @classmethod
+  def from_config(cls, section: Any) -> 'OptimizerOptions':
+    """Reads a config section."""
+    return options.read(cls, section)
+
+
+@struct.dataclass
 class TrainState:
   """All that an update changes; randomness is a function of (seed, step)."""
 
@@ -32,59 +50,58 @@ class TrainState:
   opt_state: Any
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Examples:
   """A supervised batch: several completions of each prompt.
 
-  Where `rank_by_readout` is set, the slots from `answer_at` on are replaced,
-  inside the update, by the order of the model's own listwise read-out, and the
-  loss there is the cross entropy to that read-out's softmax over the
-  candidates still left.
+  Where `rank_by_readout` is set, the update replaces the slots from `answer_at`
+  on by the order of the model's own read-out. The loss there is the cross
+  entropy to the read-out's softmax over the candidates that remain.
   """
 
   prompt: jax.Array  # int32 [P, Tp]
   prompt_length: jax.Array  # int32 [P]
   completion: jax.Array  # int32 [P, G, Tc]
   weights: jax.Array  # float32 [P, G, Tc], of each token in the loss
-  answer_at: jax.Array  # int32 [P, G], where the first slot stands
+  answer_at: jax.Array  # int32 [P, G], position of the answer's first slot
   rank_by_readout: jax.Array  # bool [P, G]
-  slots: jax.Array  # int32 [P, K], where slot tokens stand in the prompt
+  slots: jax.Array  # int32 [P, K], positions of the prompt's slot tokens
   grades: jax.Array  # float32 [P, K]
-  count: jax.Array  # int32 [P], candidates; 0 where there is no slate
+  count: jax.Array  # int32 [P], candidates; 0 without a slate
   segments: jax.Array | None = None  # int32 [P, G, Tc], of packed documents
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TokenScores:
-  """What the vocabulary is needed for, at each completion token."""
+  """Results that need the vocabulary, at each completion token."""
 
   logp: jax.Array  # float32 [P, G, T], of the token
   entropy: jax.Array  # float32 [P, G, T], nats
-  # float32 [P, G, T, K], of every slot token; None where there was a menu
+  # float32 [P, G, T, K], of every slot token; None if the grammar has
+  # `candidate_tokens`
   slot_logp: jax.Array | None
   divergence: jax.Array | None = None  # float32 [P, G, T], from a teacher
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TeacherStates:
-  """Another decoder's view of the same completions.
-
-  `rows` are its output embedding in the order of the student's vocabulary, so
-  that both distributions are over the same tokens; `known` says which of them
-  the teacher has.
-  """
+  """A teacher's hidden states of the same completions."""
 
   hidden: jax.Array  # float [P, G, T, D'], entry t predicts token t
-  rows: jax.Array  # float [V, D']
-  known: jax.Array  # bool [V]
+  embedding: jax.Array  # float [V, D'], its output embedding, student's order
+  known: jax.Array  # bool [V], tokens of the student that the teacher has
+  # 'reverse', KL(student || teacher), or 'forward', the other way
+  divergence: str = struct.field(pytree_node=False, default='reverse')
 
 
-def make_optimizer(config, updates: int = 1) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimizerOptions, updates: int = 1
+) -> optax.GradientTransformation:
   """AdamW, warm-up, then cosine decay to a tenth; gradients clipped by norm.
 
   Args:
-    config: steps, learning_rate, warmup, weight_decay, max_grad_norm.
-    updates: of the parameters in one step.
+    config: the options.
+    updates: parameter updates in one step.
   """
   steps = config.steps * updates
   warmup = min(config.warmup * updates, max(1, steps // 2))
@@ -107,11 +124,7 @@ def init_state(
   key: jax.Array,
   mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Any]:
-  """Makes the state on the mesh, every leaf where the rules put it.
-
-  Returns:
-    The state and its tree of shardings.
-  """
+  """Initializes the state on the mesh; returns it and its shardings."""
 
   def init(key):
     params = transformer.init_params(model, key)
@@ -167,12 +180,11 @@ def score_tokens(
   constraint: tuple[Any, Any] | None = None,
   known: jax.Array | None = None,
   teacher: TeacherStates | None = None,
-  divergence: str = 'reverse',
 ) -> TokenScores:
   """Log-probabilities, entropies and slot log-probabilities of completions.
 
-  Logits are made for `chunk` time steps at a time and made again in the
-  backward pass, so [P, G, T, V] never exists for long completions.
+  Logits are computed for `chunk` time steps at a time, and again in the
+  backward pass, so that [P, G, T, V] never exists for long completions.
 
   Args:
     params: unboxed parameters.
@@ -181,36 +193,38 @@ def score_tokens(
     grammar: the slots' ids, and the mask where there is a constraint.
     temperature: the sampler's, above 0.
     chunk: time steps at a time, at most.
-    constraint: progress before each token [P, G, T] and the prompts' facts,
-      both of the grammar, where the sampler was constrained.
-    known: bool [V] or None, tokens to which the distributions are confined.
-    teacher: whose distributions these are compared with, at the same
-      temperature, over the tokens that the teacher knows and the constraint
-      allows.
-    divergence: 'reverse', KL(these || teacher), or 'forward', the other way.
+    constraint: the grammar's progress before each token [P, G, T] and its
+      `constraint_inputs`; None where the sampler was unconstrained.
+    known: bool [V], tokens to which the distributions are confined; None: all.
+    teacher: distributions to compare with, at the same temperature, over the
+      tokens that the teacher knows and the constraint allows.
 
   Returns:
     TokenScores in float32. `divergence` is 0 where the teacher knows none of
-    the tokens that are allowed.
+    the allowed tokens.
   """
-  embedding = transformer.output_embedding(params)
   P, G, T, _ = hidden_PxGxTxD.shape
-  n = -(-T // chunk)  # Chunks of equal length, so that little is padding.
+  n = -(-T // chunk)  # chunks of equal length, so that there is little padding
   chunk = -(-T // n)
   K, base = grammar.num_candidates, grammar.slot_base
   remaining = jnp.broadcast_to(T - jnp.arange(T), (P, G, T))
-  progress, facts = constraint or (None, None)
-  menu = grammar.menu(facts) if constraint else None
-  rows, its_rows, its = embedding, None, None
+  progress, inputs = constraint or (None, None)
+  candidates = grammar.candidate_tokens(inputs) if constraint else None
+  rows, teacher_rows = transformer.output_embedding(params), None
+  teacher_known, teacher_hidden = None, None
   if teacher is not None:
-    its_rows, its = teacher.rows, teacher.known
-  if menu is not None:  # Of every prompt some rows, in place of all.
-    rows, its_rows = jax.tree.map(lambda x: x[menu], (rows, its_rows))
-    known, its = jax.tree.map(lambda x: x[menu][:, None, None], (known, its))
-  theirs = teacher.hidden if teacher is not None else None
-  parts = (hidden_PxGxTxD, tokens_PxGxT, remaining, progress, theirs)
+    teacher_rows, teacher_known = teacher.embedding, teacher.known
+    teacher_hidden = teacher.hidden
+  if candidates is not None:  # Each prompt needs some rows of the embedding.
+    rows, teacher_rows = jax.tree.map(
+      lambda x: x[candidates], (rows, teacher_rows)
+    )
+    known, teacher_known = jax.tree.map(
+      lambda x: x[candidates][:, None, None], (known, teacher_known)
+    )
+  parts = hidden_PxGxTxD, tokens_PxGxT, remaining, progress, teacher_hidden
 
-  def split(x):
+  def split(x: jax.Array) -> jax.Array:
     padding = [(0, 0)] * x.ndim
     padding[2] = (0, n * chunk - T)
     return einops.rearrange(
@@ -218,38 +232,38 @@ def score_tokens(
     )
 
   @jax.checkpoint
-  def score(part):
-    hidden, tokens, left, progress, theirs = part
+  def score(part: Any) -> TokenScores:
+    hidden, tokens, left, progress, teacher_hidden = part
     logits = sampling.logits_of(hidden, rows)
     allowed = known
     if progress is not None:
-      allowed = grammar.allowed(facts, progress, left, logits.shape[-1])
+      allowed = grammar.allowed(inputs, progress, left, logits.shape[-1])
       allowed = allowed if known is None else allowed & known
     logps = sampling.distribution(logits, temperature, allowed)
-    apart = None
-    if theirs is not None:
-      other = sampling.logits_of(theirs, its_rows)
-      support = jnp.broadcast_to(its, logits.shape)
+    divergence = None
+    if teacher is not None:
+      teacher_logits = sampling.logits_of(teacher_hidden, teacher_rows)
+      support = jnp.broadcast_to(teacher_known, logits.shape)
       if allowed is not None:
         support &= allowed
-      apart = kl.divergence(
-        divergence,
+      divergence = kl.divergence(
+        teacher.divergence,
         logits.astype(jnp.float32) / temperature,
-        other.astype(jnp.float32) / temperature,
+        teacher_logits.astype(jnp.float32) / temperature,
         support,
       )
-    places, slots = tokens, logps[..., base : base + K]
-    if menu is not None:
-      same = menu[:, None, None] == tokens[..., None]
-      places, slots = jnp.argmax(allowed & same, axis=-1), None
+    places, slot_logp = tokens, logps[..., base : base + K]
+    if candidates is not None:
+      same = candidates[:, None, None] == tokens[..., None]
+      places, slot_logp = jnp.argmax(allowed & same, axis=-1), None
     return TokenScores(
-      divergence=apart,
+      divergence=divergence,
       logp=jnp.take_along_axis(logps, places[..., None], -1)[..., 0],
       entropy=sampling.entropy(logps),
-      slot_logp=slots,
+      slot_logp=slot_logp,
     )
 
-  def join(x):
+  def join(x: jax.Array) -> jax.Array:
     return einops.rearrange(x, 'n p g c ... -> p g (n c) ...')[:, :, :T]
 
   return jax.tree.map(join, jax.lax.map(score, jax.tree.map(split, parts)))
@@ -268,20 +282,20 @@ def supervised_loss(
   `L = sum w (-log p) / sum w` over completion tokens (Eq. 3: the weights carry
   l_r and l_o), plus `listwise_weight` times the softmax cross entropy of the
   read-out at the slot tokens, plus `ranking_weight` times the distillation of
-  that read-out into the answers that are ranked by it.
+  the read-out into the answers that are ranked by it.
 
   Args:
     model: the decoder.
     grammar: ids of the slots.
-    listwise_weight: weight of the listwise loss.
-    ranking_weight: weight of the distillation.
-    sharpness: factor on the read-out's scores when they are the teacher.
+    listwise_weight: of the listwise loss.
+    ranking_weight: of the distillation.
+    sharpness: factor on the read-out's scores where they are the teacher.
 
   Returns:
     `(params, examples) -> (loss, metrics)`.
   """
 
-  def loss_fn(params, batch: Examples):
+  def loss_fn(params: Any, batch: Examples):
     hidden, prefix = transformer.encode_prompt(
       model, params, batch.prompt, batch.prompt_length
     )
@@ -327,11 +341,7 @@ def write_answer(
   count_P: jax.Array,
   grammar: grammar_lib.Grammar,
 ) -> jax.Array:
-  """Puts the slots of a ranking where each completion's answer stands.
-
-  Returns:
-    int32 [P, G, T].
-  """
+  """Completions [P, G, T] with the slots of a ranking as their answer."""
   T, K = completion_PxGxT.shape[-1], ranking_PxK.shape[-1]
   rank = jnp.arange(T) - answer_at_PxG[..., None]
   inside = (rank >= 0) & (rank < count_P[:, None, None])

@@ -1,11 +1,10 @@
 """The loop of every stage that trains the language model.
 
-A stage brings how one step is taken; the loop brings the start, metrics,
-validation, the choice of the best parameters, checkpoints, and early stops.
-When the machine is to be taken away it saves after the step at hand and leaves;
-what goes on from there is bit for bit what would have been.
+A stage supplies the step; `fit` adds where parameters start, validation, the
+choice of the best parameters, early stops, and resuming.
 """
 
+import dataclasses
 import math
 import pathlib
 import time
@@ -19,10 +18,13 @@ import optax
 from jax.sharding import Mesh
 
 from gr2_jax.distributed import processes, sharding
-from gr2_jax.pipeline import checkpoint, reporting
+from gr2_jax.pipeline import checkpoint, options
+from gr2_jax.pipeline import loop as loop_lib
 from gr2_jax.policy import policy
 from gr2_jax.prompts import examples
 from gr2_jax.train import learner
+
+NOT_STOPPED = 'no'
 
 # (state, frozen parameters, step) -> (state, metrics). Draws its own batches.
 TakeStep = Callable[
@@ -30,8 +32,27 @@ TakeStep = Callable[
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+  """How long to train, and from where; fields of a config section."""
+
+  steps: int
+  eval_every: int
+  patience: int  # validations without a new best before a stop; 0: never
+  # Validations in a row with a rising reward and a falling ranking before a
+  # stop, the sign of a hacked reward; 0: never.
+  reward_divergence_patience: int
+  resume: str  # checkpoints of another run to continue from; '': none
+  init_from: str  # artifact whose parameters to start from; '': none
+
+  @classmethod
+  def from_config(cls, section: Any) -> 'LoopOptions':
+    """Reads a config section."""
+    return options.read(cls, section)
+
+
 def fit(
-  config,
+  config: LoopOptions,
   *,
   spec: policy.PolicySpec,
   mesh: Mesh,
@@ -41,34 +62,34 @@ def fit(
   take_step: TakeStep,
   iterator: Any,
   validate: Callable[[Any], dict[str, float]],
-  choose: str,
+  selection_metric: str,
   inherited: pathlib.Path | None = None,
   desc: str = 'train',
   start_counts: bool = False,
 ) -> dict[str, Any]:
-  """Trains, validates, and leaves the chosen parameters in the workdir.
+  """Trains, validates, and leaves the best parameters in the workdir.
 
   Args:
-    config: steps, eval_every, resume, init_from, patience,
-      reward_divergence_patience.
+    config: how long to train, and from where.
     spec: shapes, and what trains.
-    mesh: where the state lies.
+    mesh: devices of the state.
     workdir: gets `checkpoints`, `metrics.jsonl` and `params`.
     seed: of fresh parameters.
     optimizer: of `learner.make_optimizer`.
-    take_step: one step; its metrics may hold `reward`, which `divergence`
-      watches.
+    take_step: one step; its metrics may hold a `reward`, which
+      `reward_divergence_patience` needs.
     iterator: the Grain iterator that `take_step` draws from; its position is
       saved with the state.
-    validate: whole parameters to named numbers, on held-out data.
-    choose: which of them the best parameters have the most of, or `last`.
-    inherited: artifact whose parameters training starts from.
-    desc: of the progress bar.
-    start_counts: whether the parameters before the first step may be chosen;
-      without any step they are.
+    validate: whole parameters to metrics on held-out data.
+    selection_metric: the metric that the best parameters maximize, or `last`.
+    inherited: artifact whose parameters to start from.
+    desc: label of the progress bar.
+    start_counts: whether the parameters before the first step may be the best.
+      Without any step they are.
 
   Returns:
-    The chosen step, its validation numbers, and why training stopped.
+    `step` and validation `metrics` of the best parameters, and `stopped`, why
+    training ended early.
 
   Raises:
     Preempted: a signal to terminate came; the step at hand is saved.
@@ -85,103 +106,94 @@ def fit(
       f'the last saved step of {workdir.name}', done
     )
     join = spec.adapters.joiner()
+    rewards = record.pop('rewards', [])  # since the last validation
+    clock, since = time.monotonic(), done
 
-    def consider(step: int, found: dict[str, float], reward: float | None):
-      """Notes a validation, and keeps the parameters if they are the best."""
-      value = step if choose == 'last' else found[choose]
+    def step_and_note_reward(state: learner.TrainState, step: int):
+      state, metrics = take_step(state, frozen, step)
+      rewards.append(metrics.get('reward'))
+      return state, metrics
+
+    def evaluate(state: learner.TrainState, step: int) -> loop_lib.Evaluation:
+      """Validates, and keeps the parameters if they are the best so far."""
+      nonlocal clock, since
+      metrics = validate(join(state.params, frozen))
+      value = step if selection_metric == 'last' else metrics[selection_metric]
       earlier = [entry['held_out'] for entry in record['history']]
+      known = [float(reward) for reward in rewards if reward is not None]
+      mean = sum(known) / len(known) if known else None
       record['history'].append(
-        {'step': step, 'held_out': value, 'reward': reward}
+        {'step': step, 'held_out': value, 'reward': mean}
       )
       if not record['best'] or value > max(earlier, default=-math.inf):
-        record['best'] = {'step': step, 'metrics': found}
+        record['best'] = {'step': step, 'metrics': metrics}
         checkpoint.save_params(
           workdir / policy.PARAMS, join(state.params, frozen)
         )
+      record['stopped'] = stop_reason(
+        record['history'], config.patience, config.reward_divergence_patience
+      )
+      lines = {f'validation/{name}': x for name, x in metrics.items()}
+      if step > since:
+        rate = (step - since) / (time.monotonic() - clock)
+        lines['steps_per_second'] = rate
+      rewards.clear()
+      clock, since = time.monotonic(), step
+      return loop_lib.Evaluation(
+        state, lines, {selection_metric: f'{value:.4f}'}
+      )
 
-    # The start's own line, of step `done`, comes anew where it is not chosen.
-    start_counts |= not config.steps
-    judges_start = start_counts and not record['best']
-    written = done - 1 if judges_start else done
-    with (
-      reporting.MetricsWriter(workdir, written) as writer,
-      reporting.progress(config.steps, desc, done) as bar,
-    ):
-      if judges_start:
-        found = validate(join(state.params, frozen))
-        consider(done, found, None)
-        writer.write(done, {f'validation/{k}': v for k, v in found.items()})
-      pending, rewards = None, record.pop('rewards', [])
-      clock = time.monotonic()
-      for step in range(done + 1, config.steps + 1):
-        if record['stopped'] != NOT_STOPPED:
-          break
-        state, metrics = take_step(state, frozen, step)
-        # The device works on this step while the one before is written.
-        if pending:
-          _write_finite(writer, *pending)
-        pending = (step, metrics)
-        rewards.append(metrics.get('reward'))
-        bar.update()
-        leaving = processes.preempted(step)
-        if step % config.eval_every and step != config.steps:
-          if leaving:
-            _write_finite(writer, *pending)
-            since = [r if r is None else float(r) for r in rewards]
-            checkpoints.save(step, state, iterator, record | {'rewards': since})
-            raise processes.Preempted(f'{desc}: saved at step {step}')
-          continue
+    def meta() -> dict[str, Any]:
+      if not rewards:
+        return record
+      values = [r if r is None else float(r) for r in rewards]
+      return record | {'rewards': values}
 
-        # Validation, the choice, and the checkpoint.
-        found = validate(join(state.params, frozen))
-        _write_finite(writer, *pending)
-        rewards = [float(r) for r in rewards if r is not None]
-        mean = sum(rewards) / len(rewards) if rewards else None
-        consider(step, found, mean)
-        record['stopped'] = stop_reason(
-          record['history'], config.patience, config.reward_divergence_patience
-        )
-        rate = (step - done) / (time.monotonic() - clock)
-        pending, rewards, done, clock = None, [], step, time.monotonic()
-        named = {f'validation/{k}': v for k, v in found.items()}
-        writer.write(step, named | {'steps_per_second': rate})
-        value = record['history'][-1]['held_out']
-        bar.set_postfix({choose: f'{value:.4f}'}, refresh=False)
-        checkpoints.save(step, state, iterator, record)
-        if leaving and step != config.steps:
-          raise processes.Preempted(f'{desc}: saved at step {step}')
+    loop_lib.run(
+      desc,
+      workdir,
+      checkpoints,
+      state=state,
+      done=done,
+      steps=config.steps,
+      eval_every=config.eval_every,
+      take_step=step_and_note_reward,
+      evaluate=evaluate,
+      meta=meta,
+      stopped=lambda step: record['stopped'] != NOT_STOPPED,
+      iterator=iterator,
+      evaluate_start=(start_counts or not config.steps) and not record['best'],
+      preemptible=True,
+    )
   return record['best'] | {'stopped': record['stopped']}
 
 
-NOT_STOPPED = 'no'
-
-
 def stop_reason(
-  history: list[dict[str, Any]], patience: int, divergence: int
+  history: list[dict[str, Any]], patience: int, reward_divergence_patience: int
 ) -> str:
-  """Whether to stop before the last step, and why.
+  """Decides whether to stop before the last step.
 
   Args:
     history: one entry a validation: `held_out`, and `reward`, the mean training
-      reward since the one before (None without rewards).
-    patience: validations in a row without a new best; 0 never stops for it.
-    divergence: validations in a row in which the reward rose while held-out
-      ranking fell, the sign of a hacked reward; 0 never stops for it.
+      reward since the validation before (None without rewards).
+    patience: see `LoopOptions`.
+    reward_divergence_patience: see `LoopOptions`.
 
   Returns:
-    'no', 'patience' or 'divergence'.
+    'no', or the reason: 'patience' or 'divergence'.
   """
   held_out = [entry['held_out'] for entry in history]
   best = max(range(len(history)), key=held_out.__getitem__)
-  if divergence and len(history) > divergence:
-    last = history[-divergence - 1 :]
-    parted = [
+  n = reward_divergence_patience
+  if n and len(history) > n:
+    last = history[-n - 1 :]
+    diverges = [
       None not in (a['reward'], b['reward'])
       and b['reward'] > a['reward']
       and b['held_out'] < a['held_out']
       for a, b in zip(last, last[1:], strict=False)
     ]
-    if all(parted):
+    if all(diverges):
       return 'divergence'
   if patience and len(history) - 1 - best >= patience:
     return 'patience'
@@ -195,10 +207,10 @@ def dataset(
   batch_size: int,
   seed: int,
 ) -> grain.MapDataset:
-  """`examples.dataset` of which this process makes the rows it trains on.
+  """`examples.dataset`, of which this process renders only its own rows.
 
   Args:
-    mesh: whose devices split a batch.
+    mesh: devices that split a batch.
     source: random access to records.
     render: a record and a generator to a dict of arrays of static shape.
     batch_size: examples a batch over all hosts.
@@ -222,18 +234,18 @@ def supervised_step(
   optimizer: optax.GradientTransformation,
   iterator: Any,
 ) -> TakeStep:
-  """One update on the next examples.
+  """Makes the step of one update on the next examples.
 
   Args:
     spec: what trains.
-    mesh: where the state lies.
+    mesh: devices of the state.
     loss_fn: `(params, examples) -> (loss, metrics)`.
     optimizer: of `learner.make_optimizer`.
     iterator: over dicts with the fields of `learner.Examples`.
   """
   update = learner.make_update(spec.adapters.wrap(loss_fn), optimizer)
 
-  def take_step(state, frozen, step):
+  def take_step(state: learner.TrainState, frozen: Any, step: int):
     del step
     batch = learner.Examples(**next(iterator))
     return update(state, frozen, sharding.shard_local_rows(batch, mesh))
@@ -242,7 +254,7 @@ def supervised_step(
 
 
 def _start(
-  config,
+  config: LoopOptions,
   checkpoints: checkpoint.Checkpointer,
   spec: policy.PolicySpec,
   mesh: Mesh,
@@ -266,32 +278,24 @@ def _start(
     state = learner.TrainState(
       state.step, trainable, jax.jit(optimizer.init)(trainable)
     )
-  # 1. This workdir: the same run goes on, bit for bit.
-  if found := checkpoints.restore(state, iterator):
-    return found[0], frozen, *found[1:]
-  # 2. `resume`: another run's checkpoints go on here, iterator included.
+  # 1. This workdir has a checkpoint: the same run continues, bit for bit.
+  if saved := checkpoints.restore(state, iterator):
+    return saved[0], frozen, *saved[1:]
+  # 2. `resume`: another run's checkpoint continues here, iterator included.
   if config.resume:
     with checkpoint.Checkpointer(config.resume) as other:
-      found = other.restore(state, iterator)
-    if not found:
+      saved = other.restore(state, iterator)
+    if not saved:
       raise ValueError(f'resume={config.resume}: no checkpoint there')
-    state, step, _ = found
+    state, step, _ = saved
     if step >= config.steps:
       raise ValueError(
-        f'resume={config.resume}: stands at step {step}, nothing is left of '
-        f'steps={config.steps}: raise it'
+        f'resume={config.resume}: that run is at step {step}, and '
+        f'steps={config.steps} leaves nothing to train: raise steps'
       )
-    return state, frozen, step, record  # The best of it lies over there.
-  # 3. `init_from`: parameters alone, from any artifact.
-  # 4. The parameters of the stage before; else from scratch.
+    return state, frozen, step, record  # The other run keeps its own best.
+  # 3. `init_from`: the parameters alone, from any artifact.
+  # 4. The parameters of the stage before; else fresh ones.
   if source and not spec.adapters.rank:
     state = state.replace(params=spec.load_params(source, mesh))
   return state, frozen, 0, record
-
-
-def _write_finite(
-  writer: reporting.MetricsWriter, step: int, metrics: dict[str, Any]
-) -> None:
-  """Writes a step's metrics, or stops the run at the first non-finite one."""
-  reporting.check_finite(step, metrics)
-  writer.write(step, metrics)

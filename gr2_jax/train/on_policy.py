@@ -1,17 +1,10 @@
-"""The loop of every stage whose policy learns from its own rollouts.
+"""Training of a policy on its own rollouts: RL and on-policy distillation.
 
-What happens in a step, all of it on the device but the loop itself:
-
-  sample -> parse -> reward -> advantage      `rollouts`
-  refill groups whose rewards are all equal   `collect`
-  what a teacher says of every token          `distillation`
-  importance weights                          `make_weigh`
-  one or several clipped updates              `policy_gradient`
-
-`rl` and `opd` differ in their teacher alone: the policy's own start, if any,
-against one that knows more.
+`take_step` reads as the papers do. `rl` and `opd` differ in their teacher
+alone: the policy's own start, if any, against a policy that knows more.
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -20,309 +13,225 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
-from gr2_jax.models import transformer
-from gr2_jax.ops import advantages, gates, kl, losses, masking, rewards
 from gr2_jax.policy import grammar as grammar_lib
-from gr2_jax.policy import policy, ranking, sampling
+from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import examples
-from gr2_jax.train import distillation, learner, loop, policy_gradient, rollouts
+from gr2_jax.train import distillation, learner, loop, policy_gradient
+from gr2_jax.train.policy_gradient import PolicyBatch
 
-# Fields of a section that are one of a few names.
-CHOICES = {
-  'reward': rewards.KINDS,
-  'gate': gates.GATES,
-  'advantage': advantages.KINDS,
-  'average': losses.AVERAGES,
-  'credit': ('answer', 'placement'),
-  'kl_kind': policy_gradient.DIVERGENCES,
-}
+# (params, rows, key) -> (batch, metrics)
+RolloutStep = Callable[..., tuple[PolicyBatch, dict[str, Any]]]
 
 
-def train(
-  name: str,
-  config,
-  inputs: dict[str, pathlib.Path],
-  workdir: pathlib.Path,
-  spec: policy.PolicySpec,
-  mesh: jax.sharding.Mesh,
-  teacher: distillation.Teacher | None,
-) -> dict[str, Any]:
-  """Trains from the parameters of the stage before; validation chooses.
+@dataclasses.dataclass(frozen=True)
+class OnPolicyOptions:
+  """The fields of a section whose policy learns from its own rollouts."""
+
+  gradient: policy_gradient.PolicyGradientOptions
+  optimizer: learner.OptimizerOptions
+  loop: loop.LoopOptions
+  selection_metric: str  # validation metric of the best parameters, or last
+
+  @classmethod
+  def from_config(cls, section: Any, name: str) -> 'OnPolicyOptions':
+    """Reads and checks a config section; raises a ValueError with its name."""
+    return cls(
+      policy_gradient.PolicyGradientOptions.from_config(section, name),
+      learner.OptimizerOptions.from_config(section),
+      loop.LoopOptions.from_config(section),
+      section.selection_metric,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+  """The compiled parts of a step."""
+
+  options: policy_gradient.PolicyGradientOptions
+  join: Callable[..., Any]  # trainable and frozen parameters to whole ones
+  draw_rows: Callable[[int], Any]  # the next prompts
+  rollout_step: RolloutStep
+  teacher: policy_gradient.Teacher | None
+  importance_weights: Callable[..., tuple[PolicyBatch, dict[str, Any]]]
+  update: Callable[..., tuple[learner.TrainState, dict[str, Any]]]
+
+
+def take_step(
+  algorithm: Algorithm, state: learner.TrainState, frozen: Any, key: jax.Array
+) -> tuple[learner.TrainState, dict[str, Any]]:
+  """One step of RL (Eq. 7-9) or of on-policy distillation (Eq. 4)."""
+  options, teacher = algorithm.options, algorithm.teacher
+  params = algorithm.join(state.params, frozen)
+
+  # Sample a group of answers to each prompt, parse them, reward them, and
+  # compare the rewards within each group: one compiled function, of `rollouts`.
+  # Groups whose rewards are all equal are replaced by fresh ones.
+  batch, metrics = sample_with_refills(
+    functools.partial(algorithm.rollout_step, params),
+    algorithm.draw_rows,
+    key,
+    options,
+  )
+
+  # The teacher scores what the policy wrote.
+  if teacher is not None:
+    batch, teacher_metrics = teacher.score(batch)
+    metrics |= teacher_metrics
+
+  # Weigh tokens by how much the learner and the sampler disagree.
+  batch, weight_metrics = algorithm.importance_weights(params, batch)
+  metrics |= weight_metrics
+
+  # Update the policy, once or several times, by a clipped surrogate plus the
+  # divergence from the teacher.
+  sampler_gap, update_metrics = None, {}
+  vocabulary = () if teacher is None else teacher.vocabulary
+  for part in _split(batch, options.epochs, options.minibatches, key):
+    state, update_metrics = algorithm.update(state, frozen, part, *vocabulary)
+    if sampler_gap is None:  # Later, the policy differs from its sampler.
+      sampler_gap = update_metrics['sampler_gap']
+  return state, update_metrics | {'sampler_gap': sampler_gap} | metrics
+
+
+def sample_with_refills(
+  rollout_step: RolloutStep,
+  draw_rows: Callable[[int], Any],
+  key: jax.Array,
+  options: policy_gradient.PolicyGradientOptions,
+) -> tuple[PolicyBatch, dict[str, Any]]:
+  """Dynamic sampling: a batch of groups whose rewards differ.
+
+  Groups without variance are replaced, `refill_size` prompts at a time, at most
+  `refills` times; those that are left do not count. The batch keeps its shape,
+  so nothing is compiled again.
 
   Args:
-    name: of the stage and its section.
-    config: sections prompt, mesh, and that one; seed.
-    inputs: slates, and the stage named by the section's `start`.
-    workdir: of this stage.
-    spec: tokens and shapes.
-    teacher: whom the policy is held to with `kl_weight`; None for nobody.
+    rollout_step: `(rows, key) -> (batch, metrics)`.
+    draw_rows: a number of prompts to rows.
+    key: of this step; each refill folds in its number.
+    options: batch_size, refill_size, refills.
 
   Returns:
-    The chosen step, its validation numbers, and why training stopped.
+    The batch; and the metrics of its first, unselected rollouts, with `refills`
+    and `used_groups`.
   """
-  stage = config[name]
-  check_rewards(name, stage)
-  control = '<think>' if stage.thinking else '<answer>'
-  render = examples.generation_rows(spec.prompter, control, config.prompt.order)
-  if teacher is not None and teacher.reads_its_own:
-    render = distillation.beside(render, teacher, control, config.prompt.order)
-  # Sampler and learner: the same temperature, the same masks.
-  sampler = spec.sampling(
-    stage.group_size, stage.thinking, stage.temperature, stage.constrained
+  batch, metrics = rollout_step(
+    draw_rows(options.batch_size), jax.random.fold_in(key, 0)
   )
-  return learn(
-    name,
-    config,
-    workdir,
-    spec,
-    mesh,
-    spec.grammar,
-    slates=policy.source(inputs, 'train', stage.context),
-    render=render,
-    sampler=sampler,
-    act=rollouts.make_act(spec, sampler, stage),
-    validate=ranking.validator(
-      spec,
-      mesh,
-      policy.source(inputs, 'validation', stage.context),
-      slates_lib.read(inputs['slates'], 'validation'),
-      thinking=stage.thinking,
-      order=config.prompt.order,
-      num_slates=stage.eval_slates,
-      batch_size=stage.eval_batch_size,
-    ),
-    start=inputs[stage.start],
-    teacher=teacher,
-  )
+  refills = 0
+  while refills < options.refills and not bool(batch.use.all()):
+    refills += 1
+    fresh, _ = rollout_step(
+      draw_rows(options.refill_size), jax.random.fold_in(key, refills)
+    )
+    batch = _replace_flat_groups(batch, fresh)
+  counts = {'refills': refills, 'used_groups': batch.use.mean()}
+  return batch, metrics | counts
+
+
+_split = jax.jit(policy_gradient.minibatches, static_argnums=(1, 2))
+_replace_flat_groups = jax.jit(policy_gradient.replace_flat_groups)
 
 
 def learn(
-  name: str,
-  config,
-  workdir: pathlib.Path,
-  spec: policy.PolicySpec,
-  mesh: jax.sharding.Mesh,
-  grammar: grammar_lib.Grammar,
+  desc: str,
+  options: OnPolicyOptions,
   *,
+  spec: policy.PolicySpec,
+  mesh: Mesh,
+  grammar: grammar_lib.Grammar,
+  workdir: pathlib.Path,
+  seed: int,
   slates: Any,
   render: Callable[..., dict[str, np.ndarray]],
   sampler: sampling.SamplingOptions,
-  act: Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, Any]]],
+  rollout_step: RolloutStep,
   validate: Callable[[Any], dict[str, float]],
   start: pathlib.Path,
-  teacher: distillation.Teacher | None,
+  teacher: distillation.TeacherPolicy | None = None,
+  views: int = 1,
 ) -> dict[str, Any]:
-  """Trains on rollouts of any grammar, by any rewards; validation chooses.
+  """Trains on rollouts of any grammar, with any rewards.
 
   Args:
-    name: of the stage and its section.
-    config: section mesh, and that one; seed.
-    workdir: of this stage.
-    spec: tokens, shapes, and the grammar.
+    desc: label of the progress bar.
+    options: how to train.
+    spec: tokens and shapes.
+    mesh: devices of the state.
+    grammar: of the completions.
+    workdir: of the stage.
+    seed: of order and sampling.
+    slates: random access to the training slates.
     render: `(slate, rng) -> row`.
-    sampler: how to roll out.
-    act: `(params, rows, key) -> (PolicyBatch, watches)`.
-    validate: whole parameters to named numbers, on held-out data.
+    sampler: how to sample.
+    rollout_step: `(params, rows, key) -> (PolicyBatch, metrics)`.
+    validate: whole parameters to metrics on held-out data.
     start: artifact whose parameters training starts from.
-    teacher: whom the policy is held to with `kl_weight`; None for nobody.
+    teacher: the policy that `kl_weight` holds this one to; None for none.
+    views: presentations of a slate in a batch, side by side.
 
   Returns:
-    The chosen step, its validation numbers, and why training stopped.
+    The best step, its validation metrics, and why training stopped.
   """
-  stage = config[name]
-  check(name, stage)
-
-  # Input: rows of slates, each in one presentation or, where the order itself
-  # is watched, in two.
-  render = examples.several(render, views(stage))
-  drawn = stage.refill_size
-  data = loop.dataset(mesh, slates, render, drawn // views(stage), config.seed)
-  iterator = examples.iterate(data)
-
-  look, said = None, ()
-  if teacher is not None:
-    look = distillation.make_look(
-      teacher,
-      grammar,
-      sampler,
-      stage.kl_kind,
-      readout=stage.get('readout_weight', 0.0) > 0,
+  gradient = options.gradient
+  drawn = gradient.refill_size
+  iterator = examples.iterate(
+    loop.dataset(
+      mesh, slates, examples.several(render, views), drawn // views, seed
     )
-    said = teacher.rows if stage.kl_kind in kl.EXACT else ()
-  weigh = make_weigh(spec.model, grammar, sampler, stage)
-  optimizer = learner.make_optimizer(stage, stage.epochs * stage.minibatches)
-  update = policy_gradient.make_update(
-    spec,
-    grammar,
-    sampler,
-    stage,
-    optimizer,
-    kl_weight=stage.kl_weight if teacher is not None else 0.0,
   )
-  join = spec.adapters.joiner()
-  split = jax.jit(policy_gradient.minibatches, static_argnums=(1, 2))
   join_parts = jax.jit(
     lambda parts: jax.tree.map(lambda *x: jnp.concatenate(x), *parts),
     out_shardings=sharding.batch_sharding(mesh),
   )
 
-  def draw(size: int):
-    """The next `size` rows, from as many of the iterator's as they take."""
+  def draw_rows(size: int) -> Any:
+    """The next `size` prompts, as batches of `refill_size`, joined."""
     parts = [
       {k: v.reshape(-1, *v.shape[2:]) for k, v in next(iterator).items()}
       for _ in range(size // drawn)
     ]
     return join_parts([sharding.shard_local_rows(p, mesh) for p in parts])
 
-  def take_step(state, frozen, step):
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-    params = join(state.params, frozen)
-    batch, watches = collect(functools.partial(act, params), draw, key, stage)
-    for add in filter(None, (look, functools.partial(weigh, params))):
-      batch, watched = add(batch)
-      watches |= watched
-    gap = None
-    for part in split(batch, stage.epochs, stage.minibatches, key):
-      state, found = update(state, frozen, part, *said)
-      gap = found['sampler_gap'] if gap is None else gap
-    # After the first update the policy is no longer the one that sampled.
-    return state, found | {'sampler_gap': gap} | watches
+  scorer = None
+  if teacher is not None:
+    scorer = distillation.make_teacher(teacher, grammar, sampler, gradient)
+  optimizer = learner.make_optimizer(
+    options.optimizer, gradient.epochs * gradient.minibatches
+  )
+  algorithm = Algorithm(
+    options=gradient,
+    join=spec.adapters.joiner(),
+    draw_rows=draw_rows,
+    rollout_step=rollout_step,
+    teacher=scorer,
+    importance_weights=policy_gradient.make_importance_weights(
+      spec.model, grammar, sampler, gradient.importance_cap
+    ),
+    update=policy_gradient.make_update(
+      spec, grammar, sampler, gradient, optimizer, scorer
+    ),
+  )
+
+  def seeded_step(state: learner.TrainState, frozen: Any, step: int):
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return take_step(algorithm, state, frozen, key)
 
   return loop.fit(
-    stage,
+    options.loop,
     spec=spec,
     mesh=mesh,
     workdir=workdir,
-    seed=config.seed,
+    seed=seed,
     optimizer=optimizer,
-    take_step=take_step,
+    take_step=seeded_step,
     iterator=iterator,
     validate=validate,
-    choose=stage.choose,
+    selection_metric=options.selection_metric,
     inherited=start,
-    desc=name,
+    desc=desc,
     start_counts=True,
   )
-
-
-def check(section: str, stage) -> None:
-  """Raises a ValueError that names the field of a section that cannot be."""
-  size, drawn = stage.batch_size, stage.refill_size
-  if drawn < 1 or size % drawn:
-    raise ValueError(
-      f'{section}.refill_size={drawn} does not divide '
-      f'{section}.batch_size={size}'
-    )
-  if drawn % views(stage):
-    raise ValueError(
-      f'{section}.order_cost={stage.order_cost} shows each slate twice: '
-      f'{section}.refill_size={drawn} must be even'
-    )
-  if size % stage.minibatches:
-    raise ValueError(
-      f'{section}.minibatches={stage.minibatches} does not divide '
-      f'{section}.batch_size={size}'
-    )
-  for name in ('kl_weight', 'readout_weight'):
-    if stage.get(name, 0.0) < 0:
-      raise ValueError(f'{section}.{name}={stage[name]}: must not be below 0')
-  for name, known in CHOICES.items():
-    if name in stage and stage[name] not in known:
-      raise ValueError(
-        f'{section}.{name}={stage[name]!r}: must be one of {", ".join(known)}'
-      )
-
-
-def check_rewards(section: str, stage) -> None:
-  """The same, of the fields that a stage has which learns to rank."""
-  if stage.order_cost > stage.format_weight and not stage.constrained:
-    raise ValueError(
-      f'{section}.order_cost={stage.order_cost} is more than '
-      f'{section}.format_weight={stage.format_weight}: an invalid answer, '
-      'which is not charged, would be the cheaper one'
-    )
-  if stage.judge_weight and not stage.thinking:
-    raise ValueError(
-      f'{section}.judge_weight={stage.judge_weight} judges reasoning, but '
-      f'{section}.thinking is False: set one of them otherwise'
-    )
-
-
-def views(stage) -> int:
-  """How many presentations of a slate a batch holds, side by side."""
-  return 2 if stage.get('order_cost', 0) else 1
-
-
-def collect(
-  act: Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, Any]]],
-  draw: Callable[[int], Any],
-  key: jax.Array,
-  stage,
-) -> tuple[policy_gradient.PolicyBatch, dict[str, Any]]:
-  """Dynamic sampling: a batch of groups that have something to teach.
-
-  Groups whose rewards are all equal are replaced by fresh ones, `refill_size`
-  slates at a time, `refills` times at most; what is flat then is masked. The
-  batch keeps its shape, so nothing is compiled again.
-
-  Args:
-    act: `(rows, key) -> (batch, watches)`.
-    draw: number of rows to rows.
-    key: of this step; each refill folds its number in.
-    stage: batch_size, refill_size, refills.
-
-  Returns:
-    The batch, and the watches of its first, unselected rows, beside `refills`
-    and `used_groups`.
-  """
-  batch, watches = act(draw(stage.batch_size), jax.random.fold_in(key, 0))
-  refills = 0
-  while refills < stage.refills and not bool(batch.use.all()):
-    refills += 1
-    fresh, _ = act(draw(stage.refill_size), jax.random.fold_in(key, refills))
-    batch = _top_up(batch, fresh)
-  counted = {'refills': refills, 'used_groups': batch.use.mean()}
-  return batch, watches | counted
-
-
-_top_up = jax.jit(policy_gradient.top_up)
-
-
-def make_weigh(
-  model: transformer.TransformerConfig,
-  grammar: grammar_lib.Grammar,
-  sampler: sampling.SamplingOptions,
-  stage,
-) -> Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, Any]]]:
-  """Compiles the importance weights of learner against sampler.
-
-  Args:
-    spec: tokens and shapes.
-    sampler: how the batch was sampled.
-    stage: importance_cap; 0 leaves batches as they are.
-
-  Returns:
-    `(params, batch) -> (batch, watches)`.
-  """
-  if not stage.importance_cap:
-    return lambda params, batch: (batch, {})
-
-  @jax.jit
-  def weigh(params, batch):
-    """The learner's own log-probabilities, and what they differ by."""
-    logp = policy_gradient.score(model, params, batch, grammar, sampler).logp
-    written = masking.length_mask(batch.length, batch.tokens.shape[-1])
-    importance = losses.importance_weights(
-      logp, batch.logp, written, cap=stage.importance_cap
-    )
-    gap = jnp.abs(masking.keep(logp - batch.logp, written)).max()
-    watches = {
-      'sampler_gap': gap,
-      'importance': masking.masked_mean(importance, written),
-    }
-    return batch.replace(logp=logp, importance=importance), watches
-
-  return weigh

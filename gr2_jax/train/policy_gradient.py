@@ -14,30 +14,81 @@ better policy.
 Axes: P prompts, G group, T completion time.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from gr2_jax.models import transformer
-from gr2_jax.ops import kl, losses, masking, parsing
+from gr2_jax.ops import advantages, kl, losses, masking
+from gr2_jax.pipeline import options as options_lib
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy, sampling
 from gr2_jax.train import learner
 
-DIVERGENCES = (*kl.KINDS, *kl.EXACT)
+CHOICES = {
+  'advantage': advantages.KINDS,
+  'average': losses.AVERAGES,
+  'kl_kind': (*kl.KINDS, *kl.EXACT),
+}
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyGradientOptions:
+  """Fields of a section whose policy learns from its own rollouts."""
+
+  batch_size: int  # P, prompts of a step
+  refill_size: int  # prompts that replace groups without variance, at a time
+  refills: int  # replacements in a step, at most
+  advantage: advantages.Kind
+  clip_low: float  # how far a probability ratio may fall
+  clip_high: float  # how far it may rise
+  average: losses.Average  # the divisor of sums over tokens
+  epochs: int  # uses of each group
+  minibatches: int  # updates in an epoch
+  importance_cap: float  # of learner over sampler, truncated; 0: no weights
+  kl_weight: float  # of the divergence from the teacher
+  kl_kind: str  # on sampled tokens: k1 k2 k3; exact: reverse forward
+  readout_weight: float = 0.0  # of KL(teacher || policy) of their read-outs
+
+  @classmethod
+  def from_config(cls, section: Any, name: str) -> 'PolicyGradientOptions':
+    """Reads and checks a config section.
+
+    Raises:
+      ValueError: a field has no meaning; the message names it.
+    """
+    options = options_lib.read(cls, section)
+    size, fresh = options.batch_size, options.refill_size
+    if fresh < 1 or size % fresh:
+      raise ValueError(
+        f'{name}.refill_size={fresh} does not divide {name}.batch_size={size}'
+      )
+    if size % options.minibatches:
+      raise ValueError(
+        f'{name}.minibatches={options.minibatches} does not divide '
+        f'{name}.batch_size={size}'
+      )
+    for field in ('kl_weight', 'readout_weight'):
+      if getattr(options, field) < 0:
+        raise ValueError(
+          f'{name}.{field}={getattr(options, field)}: must not be below 0'
+        )
+    options_lib.check_choices(options, name, CHOICES)
+    return options
+
+
+@struct.dataclass
 class PolicyBatch:
-  """Rollouts with their advantages; what an option needs is None without it."""
+  """Rollouts with their advantages; fields of unused options are None."""
 
   prompt: jax.Array  # int32 [P, Tp]
   prompt_length: jax.Array  # int32 [P]
-  facts: Any  # of the grammar; of a ranking: int32 [P], candidates
+  constraint_inputs: Any  # of the grammar; of a ranking: int32 [P], candidates
   tokens: jax.Array  # int32 [P, G, Tc]
   length: jax.Array  # int32 [P, G]
   logp: jax.Array  # float32 [P, G, Tc], of the policy that sampled
@@ -45,16 +96,40 @@ class PolicyBatch:
   use: jax.Array  # bool [P], groups that count
   slots: jax.Array | None = None  # int32 [P, K], slot tokens in the prompt
   importance: jax.Array | None = None  # float32 [P, G, Tc]
-  # What the teacher reads, where it is not what the policy reads:
+  # The teacher's prompt, where it differs from the policy's:
   teacher_prompt: jax.Array | None = None  # int32 [P, Tq]
   teacher_prompt_length: jax.Array | None = None  # int32 [P]
   teacher_slots: jax.Array | None = None  # int32 [P, K], in that prompt
-  # What it says, in the form that the divergence asks for (`distillation`):
-  teacher_logp: jax.Array | None = None  # float32 [P, G, Tc], of the tokens
-  teacher_knows: jax.Array | None = None  # bool [P, G, Tc], which it has
-  teacher_hidden: jax.Array | None = None  # float [P, G, Tc, D']
-  teacher_scores: jax.Array | None = None  # float32 [P, K], of the slots
-  teacher_readout: jax.Array | None = None  # likewise, not sharpened
+  # Results of `Teacher.score`:
+  teacher_scores: Any = None  # in the teacher's own form
+  teacher_readout: jax.Array | None = None  # float32 [P, K]
+
+
+class Teacher(Protocol):
+  """A frozen policy that the trained one is held to; see `distillation`."""
+
+  def score(self, batch: PolicyBatch) -> tuple[PolicyBatch, dict[str, Any]]:
+    """Adds the teacher's scores of the rollouts to a batch; and metrics."""
+
+  @property
+  def vocabulary(self) -> tuple[jax.Array, ...]:
+    """(teacher_embedding, teacher_known), or nothing where it is not needed.
+
+    The embedding may take gigabytes, so it is an argument of the update.
+    """
+
+  def states(
+    self,
+    batch: PolicyBatch,
+    teacher_embedding: jax.Array | None,
+    teacher_known: jax.Array | None,
+  ) -> learner.TeacherStates | None:
+    """States to compare over the vocabulary while the policy is scored."""
+
+  def divergence(
+    self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Divergence of each token, float32 [P, G, Tc], and where it counts."""
 
 
 def score(
@@ -62,7 +137,7 @@ def score(
   params: Any,
   batch: PolicyBatch,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingOptions,
+  sampler: sampling.SamplingOptions,
 ) -> learner.TokenScores:
   """Scores rollouts under any parameters, as the sampler would.
 
@@ -71,13 +146,13 @@ def score(
     params: unboxed parameters.
     batch: rollouts.
     grammar: token ids.
-    config: the sampler's: the same temperature and the same masks.
+    sampler: how the rollouts were sampled: same temperature, same masks.
 
   Returns:
     TokenScores; entries beyond a rollout's length mean nothing.
   """
   _, hidden = _encode(model, params, batch)
-  return _score(params, hidden, batch, grammar, config)
+  return _score(params, hidden, batch, grammar, sampler)
 
 
 def _encode(
@@ -97,9 +172,8 @@ def _score(
   hidden_PxGxTxD: jax.Array,
   batch: PolicyBatch,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingOptions,
+  sampler: sampling.SamplingOptions,
   teacher: learner.TeacherStates | None = None,
-  divergence: str = 'reverse',
 ) -> learner.TokenScores:
   """`score` from the completions' hidden states, beside a teacher's."""
   return learner.score_tokens(
@@ -107,95 +181,88 @@ def _score(
     hidden_PxGxTxD,
     batch.tokens,
     grammar,
-    temperature=config.temperature,
-    constraint=constraint(batch, grammar, config),
+    temperature=sampler.temperature,
+    constraint=constraint(batch, grammar, sampler),
     teacher=teacher,
-    divergence=divergence,
   )
 
 
 def constraint(
   batch: PolicyBatch,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingOptions,
+  sampler: sampling.SamplingOptions,
 ) -> tuple[Any, Any] | None:
-  """What the sampler's mask followed from; None where it had none."""
-  if not config.constrained:
+  """The grammar's progress and inputs; None if the sampler had no mask."""
+  if not sampler.constrained:
     return None
   progress = grammar_lib.replay(
-    grammar, batch.facts, batch.tokens, config.thinking
+    grammar, batch.constraint_inputs, batch.tokens, sampler.thinking
   )
-  return progress, batch.facts
+  return progress, batch.constraint_inputs
 
 
 def make_loss(
   model: transformer.TransformerConfig,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingOptions,
-  *,
-  clip_low: float,
-  clip_high: float,
-  average: losses.Average = 'token',
-  kl_weight: float = 0.0,
-  divergence: str = 'k3',
-  readout_weight: float = 0.0,
+  sampler: sampling.SamplingOptions,
+  options: PolicyGradientOptions,
+  teacher: Teacher | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """The clipped surrogate, plus `kl_weight` times a divergence of a teacher.
+  """The clipped surrogate, plus `kl_weight` times a divergence from a teacher.
 
-  Groups with `use == False` have no say in the surrogate: they compare nothing.
-  The divergence counts on every token that was written and that the teacher
-  can speak about.
+  Groups with `use == False` do not count in the surrogate: all their rewards
+  are equal. The divergence counts on every written token that the teacher can
+  score.
 
   Args:
     model: the decoder.
     grammar: token ids.
-    config: the sampler's.
-    clip_low: how far a ratio may fall.
-    clip_high: how far a ratio may rise.
-    average: what sums over tokens are divided by.
-    kl_weight: above 0, the batch must hold what the divergence asks for.
-    divergence: of `DIVERGENCES`: on the sampled tokens, where the batch has
-      `teacher_logp`; over the vocabulary, where it has `teacher_hidden`; in
-      answers over the candidates still left, where it has `teacher_scores`.
-    readout_weight: of KL(teacher || policy) between the softmax of their scores
-      at the slots; above 0, the batch must hold `slots` and `teacher_readout`.
+    sampler: how batches are sampled.
+    options: clip, average, and the weights of divergence and read-out; with a
+      `readout_weight` the batch must hold `slots` and `teacher_readout`.
+    teacher: whose scores the batch holds; None for no divergence.
 
   Returns:
-    `(params, batch, rows, known) -> (loss, metrics)`, the last two of
-    `learner.TeacherStates`, read with `teacher_hidden` alone. `sampler_gap` is
-    the largest difference between the batch's log-probability of a token and
-    the one now: on the first update of a batch, what parts sampler and learner.
+    `(params, batch, teacher_embedding, teacher_known) -> (loss, metrics)`, the
+    last two only for a teacher with a `vocabulary`. The metric `sampler_gap` is
+    the largest difference of the batch's log-probability of a token from the
+    present one: on the first update of a batch, sampler against learner.
   """
 
-  def loss_fn(params, batch: PolicyBatch, rows=None, known=None):
-    teacher = None
-    if kl_weight and batch.teacher_hidden is not None:
-      teacher = learner.TeacherStates(batch.teacher_hidden, rows, known)
+  def loss_fn(
+    params: Any,
+    batch: PolicyBatch,
+    teacher_embedding: jax.Array | None = None,
+    teacher_known: jax.Array | None = None,
+  ):
+    states = None
+    if teacher is not None:
+      states = teacher.states(batch, teacher_embedding, teacher_known)
     prompt, hidden = _encode(model, params, batch)
-    scores = _score(params, hidden, batch, grammar, config, teacher, divergence)
+    scores = _score(params, hidden, batch, grammar, sampler, states)
     written = masking.length_mask(batch.length, batch.tokens.shape[-1])
-    total, watches = losses.clipped_surrogate(
+    total, totals = losses.clipped_surrogate(
       scores.logp,
       batch.logp,
       batch.advantage,
       written & batch.use[:, None, None],
-      clip_low=clip_low,
-      clip_high=clip_high,
+      clip_low=options.clip_low,
+      clip_high=options.clip_high,
       importance=batch.importance,
-      average=average,
+      average=options.average,
     )
     loss = total.mean()
-    metrics = {name: found.mean() for name, found in watches.items()}
-    if kl_weight:
-      apart, counts = _apart(
-        scores, batch, written, grammar, config, divergence
-      )
-      teacher_kl = losses.average_tokens(apart, counts, average).mean()
-      loss += kl_weight * teacher_kl
+    metrics = {name: metric.mean() for name, metric in totals.items()}
+    if teacher is not None:
+      divergence, counts = teacher.divergence(scores, batch, written)
+      teacher_kl = losses.average_tokens(
+        divergence, counts, options.average
+      ).mean()
+      loss += options.kl_weight * teacher_kl
       metrics['teacher_kl'] = teacher_kl
-    if readout_weight:
-      readout_kl = _readout_apart(params, prompt, batch).mean()
-      loss += readout_weight * readout_kl
+    if options.readout_weight:
+      readout_kl = _readout_divergence(params, prompt, batch).mean()
+      loss += options.readout_weight * readout_kl
       metrics['readout_kl'] = readout_kl
     gap = jnp.abs(masking.keep(scores.logp - batch.logp, written))
     metrics |= {
@@ -211,88 +278,66 @@ def make_update(
   spec: policy.PolicySpec,
   grammar: grammar_lib.Grammar,
   sampler: sampling.SamplingOptions,
-  stage,
+  options: PolicyGradientOptions,
   optimizer: optax.GradientTransformation,
-  kl_weight: float = 0.0,
+  teacher: Teacher | None = None,
 ) -> Callable[..., tuple[learner.TrainState, dict[str, jax.Array]]]:
-  """Compiles the update of a stage whose policy learns from its own rollouts.
-
-  Args:
-    spec: tokens, shapes, and what of the parameters is trained.
-    sampler: how batches are sampled.
-    stage: section `rl` or `opd`: clip_low, clip_high, average, kl_kind, and
-      readout_weight where there is a teacher.
-    optimizer: of `learner.make_optimizer`.
-    kl_weight: of the teacher; 0 without one.
+  """Compiles one update by `make_loss`.
 
   Returns:
-    `(state, frozen, batch, *said) -> (state, metrics)`, `said` what the
-    teacher says of its vocabulary; the old state is donated.
+    `(state, frozen, batch, *teacher.vocabulary) -> (state, metrics)`; the old
+    state is donated.
   """
-  loss_fn = make_loss(
-    spec.model,
-    grammar,
-    sampler,
-    clip_low=stage.clip_low,
-    clip_high=stage.clip_high,
-    average=stage.average,
-    kl_weight=kl_weight,
-    divergence=stage.kl_kind,
-    readout_weight=stage.get('readout_weight', 0.0),
-  )
+  loss_fn = make_loss(spec.model, grammar, sampler, options, teacher)
   return learner.make_update(spec.adapters.wrap(loss_fn), optimizer)
 
 
-def _apart(
-  scores: learner.TokenScores,
-  batch: PolicyBatch,
-  written: jax.Array,
+def make_importance_weights(
+  model: transformer.TransformerConfig,
   grammar: grammar_lib.Grammar,
-  config: sampling.SamplingOptions,
-  divergence: str,
-) -> tuple[jax.Array, jax.Array]:
-  """Divergence of each token [P, G, Tc], and where it counts."""
-  if batch.teacher_scores is not None:
-    progress = grammar_lib.replay(
-      grammar, batch.facts, batch.tokens, config.thinking
-    )
-    left = parsing.answer_mask(progress.emitted, batch.facts[:, None, None])
-    left = left[..., :-1] & progress.answering[..., None]
-    counts = jnp.any(left, axis=-1)
-    apart = kl.divergence(
-      divergence,
-      scores.slot_logp,
-      jnp.broadcast_to(
-        batch.teacher_scores[:, None, None], scores.slot_logp.shape
-      ),
-      left,
-    )
-    if batch.teacher_hidden is not None:
-      apart = jnp.where(progress.answering, apart, scores.divergence)
-      counts |= ~progress.answering
-    return apart, written & counts
-  if batch.teacher_hidden is not None:
-    return scores.divergence, written
-  if batch.teacher_knows is not None:
-    written &= batch.teacher_knows
-  apart = kl.sampled_kl(
-    masking.keep(scores.logp, written),
-    masking.keep(batch.teacher_logp, written),
-    kind=divergence,
-  )
-  return apart, written
+  sampler: sampling.SamplingOptions,
+  cap: float,
+) -> Callable[[Any, PolicyBatch], tuple[PolicyBatch, dict[str, Any]]]:
+  """Compiles the importance weights of the learner against the sampler.
+
+  Args:
+    model: the decoder.
+    grammar: token ids.
+    sampler: how batches are sampled.
+    cap: the largest weight; 0 leaves batches as they are.
+
+  Returns:
+    `(params, batch) -> (batch, metrics)`; the batch gets the learner's own
+    log-probabilities beside the weights.
+  """
+  if not cap:
+    return lambda params, batch: (batch, {})
+
+  @jax.jit
+  def importance_weights(params: Any, batch: PolicyBatch):
+    logp = score(model, params, batch, grammar, sampler).logp
+    written = masking.length_mask(batch.length, batch.tokens.shape[-1])
+    importance = losses.importance_weights(logp, batch.logp, written, cap=cap)
+    gap = jnp.abs(masking.keep(logp - batch.logp, written)).max()
+    metrics = {
+      'sampler_gap': gap,
+      'importance': masking.masked_mean(importance, written),
+    }
+    return batch.replace(logp=logp, importance=importance), metrics
+
+  return importance_weights
 
 
-def _readout_apart(
+def _readout_divergence(
   params: Any, prompt_PxTxD: jax.Array, batch: PolicyBatch
 ) -> jax.Array:
   """KL(teacher || policy) of the read-outs' softmax over candidates: [P]."""
   scores = transformer.slot_scores(params, prompt_PxTxD, batch.slots)
-  real = masking.length_mask(batch.facts, scores.shape[-1])
+  real = masking.length_mask(batch.constraint_inputs, scores.shape[-1])
   return kl.divergence('forward', scores, batch.teacher_readout, real)
 
 
-def top_up(pool: PolicyBatch, fresh: PolicyBatch) -> PolicyBatch:
+def replace_flat_groups(pool: PolicyBatch, fresh: PolicyBatch) -> PolicyBatch:
   """Replaces groups that do not count by fresh ones that do.
 
   Args:
@@ -300,8 +345,8 @@ def top_up(pool: PolicyBatch, fresh: PolicyBatch) -> PolicyBatch:
     fresh: any number of groups.
 
   Returns:
-    P groups: those of the pool that count, then fresh ones that count, then,
-    where both are too few, some that do not. The order within each is kept.
+    P groups: those of the pool that count, then fresh ones that count, then, if
+    these are too few, some that do not. The order within each is kept.
   """
   P = pool.use.shape[0]
   joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), pool, fresh)
@@ -316,16 +361,16 @@ def minibatches(
 
   Args:
     batch: P groups; `parts` divides P.
-    epochs: how often each group is seen.
-    parts: updates an epoch.
-    key: of the order; one update on the whole batch keeps the batch's.
+    epochs: uses of each group.
+    parts: updates in an epoch.
+    key: of the order; a single update on the whole batch keeps its order.
   """
   if epochs * parts == 1:
     return [batch]
   P = batch.use.shape[0]
-  found = []
+  batches = []
   for epoch in range(epochs):
     order = jax.random.permutation(jax.random.fold_in(key, epoch), P)
     for part in order.reshape(parts, P // parts):
-      found.append(jax.tree.map(lambda x: x[part], batch))  # noqa: B023
-  return found
+      batches.append(jax.tree.map(lambda x: x[part], batch))  # noqa: B023
+  return batches

@@ -1,12 +1,12 @@
-"""Depth pruning: which layers a policy can do without.
+"""Depth pruning: which layers a policy can lose.
 
-The effect of a layer is what distillation would have to win back without it:
-the divergence from the whole policy, on that policy's own rollouts, of every
-token and of the scores at the slots (Eq. 4, the loss that follows). Layers go
-one at a time, that of least effect first, and the effects of the others are
-measured anew without it, for two that can each be spared may not both be.
+The effect of a layer is the loss that distillation would have to recover
+without it: the divergence from the full policy on that policy's own rollouts,
+of every token and of the read-out (Eq. 4). Layers are removed one at a time,
+least effect first. The effects of the rest are measured again after each
+removal, because two layers that can each be spared may not both be.
 
-Axes: L layers, R layers that go.
+Axes: L layers, R removed layers.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from gr2_jax.train import policy_gradient
 
 
 class Chosen(NamedTuple):
-  """Which layers stay, and why.
+  """The layers that stay, and the effects that decided.
 
   Attributes:
-    kept: int32 [L - R], places of the layers that stay, rising.
-    effects: float32 [R, L], of each layer before each is left out; NaN of one
-      that is left out already.
+    kept: int32 [L - R], indices of the layers that stay, rising.
+    effects: float32 [R, L], effect of each layer before each removal; NaN of a
+      layer that was removed before.
   """
 
   kept: np.ndarray
@@ -35,12 +35,7 @@ class Chosen(NamedTuple):
 
 
 def shallower(spec: policy.PolicySpec, layers: int) -> policy.PolicySpec:
-  """The spec of a policy that has fewer layers.
-
-  Args:
-    spec: of the whole policy.
-    layers: that are left.
-  """
+  """The spec of the same policy with fewer layers."""
   model = dataclasses.replace(spec.model, num_layers=layers)
   return dataclasses.replace(spec, model=model)
 
@@ -51,12 +46,13 @@ def take(
   params: Any,
   kept: Sequence[int],
 ) -> Any:
-  """Parameters of some layers, on the mesh; all else as it is.
+  """Parameters with only the layers `kept`; the rest as it is.
 
   Args:
-    spec: of the whole policy.
-    params: of it.
-    kept: places of the layers.
+    spec: of the full policy.
+    mesh: devices of the parameters.
+    params: of the full policy.
+    kept: indices of layers.
   """
   wanted = shallower(spec, len(kept)).abstract_params(mesh)['layers']
   places = tuple(x.sharding for x in jax.tree.leaves(wanted))
@@ -65,7 +61,7 @@ def take(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _take(layers: Any, kept: jax.Array, places: tuple[Any, ...]) -> Any:
-  """Rows of every leaf, each where its `places` says: one trace a depth."""
+  """Rows of every leaf, with the shardings `places`: one trace a depth."""
   leaves, tree = jax.tree.flatten(layers)
   taken = [
     jax.lax.with_sharding_constraint(x[kept], place)
@@ -75,48 +71,43 @@ def _take(layers: Any, kept: jax.Array, places: tuple[Any, ...]) -> Any:
 
 
 def make_measure(
-  spec: policy.PolicySpec, sampler: sampling.SamplingOptions, stage
-) -> Callable[..., float]:
-  """What policies of fewer layers are apart from the whole one.
+  spec: policy.PolicySpec,
+  sampler: sampling.SamplingOptions,
+  options: policy_gradient.PolicyGradientOptions,
+  teacher: policy_gradient.Teacher,
+) -> Callable[[Any, Sequence[policy_gradient.PolicyBatch]], float]:
+  """Makes the divergence between a pruned and the full policy.
 
   Args:
-    spec: of the whole policy.
+    spec: of the full policy.
     sampler: how the rollouts were sampled.
-    stage: section `prune`: kl_weight, kl_kind, average, readout_weight.
+    options: kl_weight, kl_kind, average, readout_weight.
+    teacher: the full policy.
 
   Returns:
-    `(params, batches, *said) -> apart`, in nats: the mean over batches, which
-    hold what the teacher says; `said` is what it says of its vocabulary.
+    `(pruned params, scored batches) -> mean divergence`, in nats.
   """
 
   @functools.cache
   def compiled(layers: int):
     loss_fn = policy_gradient.make_loss(
-      shallower(spec, layers).model,
-      spec.grammar,
-      sampler,
-      clip_low=stage.clip_low,
-      clip_high=stage.clip_high,
-      average=stage.average,
-      kl_weight=stage.kl_weight,
-      divergence=stage.kl_kind,
-      readout_weight=stage.readout_weight,
+      shallower(spec, layers).model, spec.grammar, sampler, options, teacher
     )
 
     @jax.jit
-    def apart(params, batch, *said):
-      _, found = loss_fn(params, batch, *said)
-      readout = stage.readout_weight * found.get('readout_kl', 0.0)
-      return stage.kl_weight * found['teacher_kl'] + readout
+    def divergence(params, batch, *vocabulary):
+      _, metrics = loss_fn(params, batch, *vocabulary)
+      readout = options.readout_weight * metrics.get('readout_kl', 0.0)
+      return options.kl_weight * metrics['teacher_kl'] + readout
 
-    return apart
+    return divergence
 
   def measure(
-    params: Any, batches: Sequence[policy_gradient.PolicyBatch], *said
+    params: Any, batches: Sequence[policy_gradient.PolicyBatch]
   ) -> float:
-    layers = jax.tree.leaves(params['layers'])[0].shape[0]
-    found = [compiled(layers)(params, batch, *said) for batch in batches]
-    return float(np.mean([float(x) for x in found]))
+    divergence = compiled(jax.tree.leaves(params['layers'])[0].shape[0])
+    each = [divergence(params, batch, *teacher.vocabulary) for batch in batches]
+    return float(np.mean([float(x) for x in each]))
 
   return measure
 
@@ -128,22 +119,23 @@ def choose(
   layers: int,
   measure: Callable[[Any], float],
 ) -> Chosen:
-  """Leaves out the layer of least effect until few enough are left.
+  """Removes the layer of least effect until few enough are left.
 
   Args:
-    spec: of the whole policy.
-    params: of it.
-    layers: that are to be left.
-    measure: parameters of fewer layers to what they are apart from the whole.
+    spec: of the full policy.
+    mesh: devices of the parameters.
+    params: of the full policy.
+    layers: layers that stay.
+    measure: divergence of pruned parameters from the full policy.
 
   Raises:
-    ValueError: there are not more layers than are to be left.
+    ValueError: the policy does not have more layers than are to stay.
   """
   total = spec.model.num_layers
   if not 1 <= layers < total:
     raise ValueError(
       f'prune.layers={layers}: must be at least 1, and less than the {total} '
-      'layers that there are'
+      'layers of the policy'
     )
   kept, effects = list(range(total)), []
   while len(kept) > layers:

@@ -1,4 +1,4 @@
-"""From slates to rollouts with advantages: sample, parse, reward, compare.
+"""From slates to rollouts with advantages: sample, parse, reward, advantage.
 
 All of it is one compiled function, so that nothing leaves the device between a
 sampled token and its advantage.
@@ -6,6 +6,8 @@ sampled token and its advantage.
 Axes: P prompts, G group, K candidates, T completion time.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 
 from gr2_jax.ops import (
   advantages,
+  gates,
   judge,
   losses,
   masking,
@@ -21,25 +24,86 @@ from gr2_jax.ops import (
   placement,
   rewards,
 )
+from gr2_jax.pipeline import options as options_lib
 from gr2_jax.policy import policy, sampling
-from gr2_jax.train import policy_gradient
+from gr2_jax.train.policy_gradient import PolicyBatch
 
-# Fields of rows that are for a teacher's eyes alone.
-_TEACHERS = ('teacher_prompt', 'teacher_prompt_length', 'teacher_slots')
+CHOICES = {
+  'reward': rewards.KINDS,
+  'gate': gates.GATES,
+  'credit': ('answer', 'placement'),
+}
+
+# Fields of rows for the teacher alone.
+_TEACHER_ROWS = ('teacher_prompt', 'teacher_prompt_length', 'teacher_slots')
 
 
-def make_act(spec: policy.PolicySpec, sampler: sampling.SamplingOptions, stage):
-  """Compiles `(params, rows, key) -> (PolicyBatch, watches)`.
+@dataclasses.dataclass(frozen=True)
+class RewardOptions:
+  """The reward of a ranking; fields of a section that learns to rank."""
+
+  reward: rewards.Kind
+  k: int  # cut-off of ndcg and recall
+  gate: gates.Gate
+  format_weight: float  # a: reward of a valid answer
+  credit: str  # advantage of the whole answer, or by placement
+  overlong_buffer: int  # last tokens of the budget that cost; 0: none
+  overlong_weight: float  # cost of the whole buffer
+  order_cost: float  # of answers that depend on the presentation
+  judge_weight: float  # of the quality of the reasoning; 0: no judge
+
+  @classmethod
+  def from_config(cls, section: Any, name: str) -> 'RewardOptions':
+    """Reads and checks a config section.
+
+    Raises:
+      ValueError: a field has no meaning; the message names it.
+    """
+    options = options_lib.read(cls, section)
+    cost, weight = options.order_cost, options.format_weight
+    if cost > weight and not section.constrained:
+      raise ValueError(
+        f'{name}.order_cost={cost} is more than {name}.format_weight={weight}: '
+        'an invalid answer, which is not charged, would be the cheaper one'
+      )
+    if section.refill_size % options.views:
+      raise ValueError(
+        f'{name}.order_cost={cost} shows each slate twice: '
+        f'{name}.refill_size={section.refill_size} must be even'
+      )
+    if options.judge_weight and not section.thinking:
+      raise ValueError(
+        f'{name}.judge_weight={options.judge_weight} judges reasoning, but '
+        f'{name}.thinking is False: change one of them'
+      )
+    options_lib.check_choices(options, name, CHOICES)
+    return options
+
+  @property
+  def views(self) -> int:
+    """Presentations of a slate that a batch holds, side by side."""
+    return 2 if self.order_cost else 1
+
+
+def make_rollout_step(
+  spec: policy.PolicySpec,
+  sampler: sampling.SamplingOptions,
+  options: RewardOptions,
+  advantage_kind: advantages.Kind,
+) -> Callable[..., tuple[PolicyBatch, dict[str, jax.Array]]]:
+  """Compiles `(params, rows, key) -> (PolicyBatch, metrics)`.
 
   Args:
     spec: tokens and shapes.
-    sampler: how to roll out.
-    stage: section `rl` or `opd`.
+    sampler: how to sample.
+    options: the reward.
+    advantage_kind: one of `advantages.KINDS`.
   """
   grammar = spec.grammar
 
   @jax.jit
-  def act(params: Any, rows: dict[str, jax.Array], key: jax.Array):
+  def rollout_step(params: Any, rows: dict[str, jax.Array], key: jax.Array):
+    # Sample a group of answers to each slate.
     rollouts = sampling.sample(
       spec.model,
       params,
@@ -50,39 +114,41 @@ def make_act(spec: policy.PolicySpec, sampler: sampling.SamplingOptions, stage):
       grammar,
       sampler,
     )
-
-    def spread(x):
-      return jnp.broadcast_to(
-        x[:, None], (*rollouts.length.shape, *x.shape[1:])
-      )
-
-    count, incoming = spread(rows['count']), spread(rows['incoming'])
-    grades = spread(rows['grades'])
+    # Parse.
+    count, incoming, grades = (
+      jnp.broadcast_to(x[:, None], (*rollouts.length.shape, *x.shape[1:]))
+      for x in (rows['count'], rows['incoming'], rows['grades'])
+    )
     answer = sampling.parse(
       grammar, sampler, rollouts.tokens, rollouts.length, count, incoming
     )
-    extras, watches = _extras(spec, sampler, stage, rows, rollouts, answer)
+    # Reward.
+    extras, extra_metrics = _auxiliary_rewards(
+      spec, sampler, options, rows, rollouts, answer
+    )
     reward = rewards.reward(
       answer.ranking,
       answer.verdict,
       grades,
       count,
       incoming,
-      kind=stage.reward,
-      k=stage.k,
-      gate=stage.gate,
-      format_weight=stage.format_weight,
+      kind=options.reward,
+      k=options.k,
+      gate=options.gate,
+      format_weight=options.format_weight,
       extras=extras,
     )
+    # Advantage within the group.
     flat = advantages.zero_variance(reward.total)
-    advantage = advantages.group_advantage(reward.total, kind=stage.advantage)
-    if stage.credit == 'placement':
-      slate = (answer.ranking, grades, count)
+    advantage = advantages.group_advantage(reward.total, kind=advantage_kind)
+    if options.credit == 'placement':
       by_placement = placement.placement_advantage(
         reward.total,
-        placement.expected_if_shuffled(*slate, kind=stage.reward, k=stage.k),
-        _settled(stage, answer, grades, count, incoming),
-        normalize=stage.advantage in ('dapo', 'grpo'),
+        placement.expected_if_shuffled(
+          answer.ranking, grades, count, kind=options.reward, k=options.k
+        ),
+        _reward_is_decided(options, answer, grades, count, incoming),
+        normalize=advantage_kind in ('dapo', 'grpo'),
       )
       advantage = placement.spread_over_tokens(
         advantage,
@@ -92,89 +158,101 @@ def make_act(spec: policy.PolicySpec, sampler: sampling.SamplingOptions, stage):
         answer.verdict == parsing.VALID,
         sampler.max_tokens,
       )
-    batch = policy_gradient.PolicyBatch(
+    batch = PolicyBatch(
       prompt=rows['prompt'],
       prompt_length=rows['prompt_length'],
-      facts=rows['count'],
+      constraint_inputs=rows['count'],
       tokens=rollouts.tokens,
       length=rollouts.length,
       logp=rollouts.logp,
       advantage=advantage,
       use=~flat,
       slots=rows['slots'],
-      **{name: rows[name] for name in _TEACHERS if name in rows},
+      **{name: rows[name] for name in _TEACHER_ROWS if name in rows},
     )
-    written = masking.length_mask(rollouts.length, sampler.max_tokens)
-    first = jnp.take_along_axis(incoming, answer.ranking[..., :1], -1)[..., 0]
-    quality = metrics.ranking_metrics(answer.ranking, grades, count)
-    shown = (answer.ranking, incoming, count)
-    watches |= {
-      'reward': reward.total.mean(),
-      'reward_rank': reward.rank.mean(),
-      'n@5': quality['n@5'].mean(),
-      'r@1': quality['r@1'].mean(),
-      'copy_rate': reward.copied.mean(),
-      'top3_unchanged': metrics.top_unchanged(*shown, k=3).mean(),
-      'kendall_tau': metrics.kendall_tau(*shown).mean(),
-      'first_pick': first.mean(),
-      'flat_groups': flat.mean(),
-      'length': rollouts.length.mean(),
-      'sampler_entropy': masking.masked_mean(rollouts.entropy, written),
-    }
-    picks = metrics.first_pick_histogram(
-      answer.ranking, incoming, jnp.ones(first.shape, bool)
+    return batch, extra_metrics | _metrics(
+      rollouts, answer, reward, flat, grades, count, incoming
     )
-    watches |= {f'first_pick/{i}': n / first.size for i, n in enumerate(picks)}
-    watches |= {
-      f'answer/{name}': share
-      for name, share in metrics.verdict_shares(answer.verdict).items()
-    }
-    return batch, watches
 
-  return act
+  return rollout_step
 
 
-def _settled(
-  stage,
+def _metrics(
+  rollouts: sampling.Rollouts,
+  answer: parsing.Answer,
+  reward: rewards.Reward,
+  flat: jax.Array,
+  grades: jax.Array,
+  count: jax.Array,
+  incoming: jax.Array,
+) -> dict[str, jax.Array]:
+  """Means over a batch of rollouts."""
+  written = masking.length_mask(rollouts.length, rollouts.tokens.shape[-1])
+  first = jnp.take_along_axis(incoming, answer.ranking[..., :1], -1)[..., 0]
+  quality = metrics.ranking_metrics(answer.ranking, grades, count)
+  shown = (answer.ranking, incoming, count)
+  means = {
+    'reward': reward.total.mean(),
+    'reward_rank': reward.rank.mean(),
+    'n@5': quality['n@5'].mean(),
+    'r@1': quality['r@1'].mean(),
+    'copy_rate': reward.copied.mean(),
+    'top3_unchanged': metrics.top_unchanged(*shown, k=3).mean(),
+    'kendall_tau': metrics.kendall_tau(*shown).mean(),
+    'first_pick': first.mean(),
+    'flat_groups': flat.mean(),
+    'length': rollouts.length.mean(),
+    'sampler_entropy': masking.masked_mean(rollouts.entropy, written),
+  }
+  picks = metrics.first_pick_histogram(
+    answer.ranking, incoming, jnp.ones(first.shape, bool)
+  )
+  means |= {f'first_pick/{i}': n / first.size for i, n in enumerate(picks)}
+  shares = metrics.verdict_shares(answer.verdict)
+  return means | {f'answer/{name}': share for name, share in shares.items()}
+
+
+def _reward_is_decided(
+  options: RewardOptions,
   answer: parsing.Answer,
   grades: jax.Array,
   count: jax.Array,
   incoming: jax.Array,
 ) -> jax.Array:
   """Ranks [P, G, K] at which no placement can change the whole reward."""
-  if stage.gate == 'v1' or stage.order_cost or stage.judge_weight:
-    return ~masking.length_mask(count, grades.shape[-1])
-  settled = placement.settled(answer.ranking, grades, count)
-  if stage.gate == 'none':
-    return settled
   real = masking.length_mask(count, grades.shape[-1])
-  waits = placement.repeats(answer.ranking, incoming, count) & real
-  return settled & ~waits
+  if options.gate == 'v1' or options.order_cost or options.judge_weight:
+    return ~real
+  decided = placement.settled(answer.ranking, grades, count)
+  if options.gate == 'none':
+    return decided
+  may_copy = placement.repeats(answer.ranking, incoming, count) & real
+  return decided & ~may_copy
 
 
-def _extras(
+def _auxiliary_rewards(
   spec: policy.PolicySpec,
   sampler: sampling.SamplingOptions,
-  stage,
+  options: RewardOptions,
   rows: dict[str, jax.Array],
   rollouts: sampling.Rollouts,
   answer: parsing.Answer,
 ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
-  """Terms [P, G] beside the ranking reward, already weighted; their watches."""
-  extras, watches = [], {}
-  if stage.overlong_buffer:
+  """Weighted terms [P, G] beside the ranking reward, and their metrics."""
+  extras, means = [], {}
+  if options.overlong_buffer:
     penalty = losses.overlong_penalty(
       rollouts.length,
       max_length=sampler.max_tokens,
-      buffer=stage.overlong_buffer,
+      buffer=options.overlong_buffer,
     )
-    extras.append(stage.overlong_weight * penalty)
-    watches['overlong_penalty'] = penalty.mean()
-  if stage.order_cost:
+    extras.append(options.overlong_weight * penalty)
+    means['overlong_penalty'] = penalty.mean()
+  if options.order_cost:
     disagreement = _order_disagreement(rows, answer)
-    extras.append(-stage.order_cost * disagreement)
-    watches['order_disagreement'] = disagreement.mean()
-  if stage.judge_weight:
+    extras.append(-options.order_cost * disagreement)
+    means['order_disagreement'] = disagreement.mean()
+  if options.judge_weight:
     quality = judge.judge(
       rollouts.tokens,
       rollouts.length,
@@ -185,19 +263,19 @@ def _extras(
       answer.verdict,
       _symbols(spec),
     )
-    extras.append(stage.judge_weight * quality.total)
-    watches |= {
+    extras.append(options.judge_weight * quality.total)
+    means |= {
       f'judge/{name}': axis.mean() for name, axis in quality._asdict().items()
     }
-  return extras, watches
+  return extras, means
 
 
 def _order_disagreement(
   rows: dict[str, jax.Array], answer: parsing.Answer
 ) -> jax.Array:
-  """Of each answer with those to the slate's other presentation: [P, G].
+  """Disagreement [P, G] with the answers to the slate's other presentation.
 
-  The two presentations stand side by side among the P prompts.
+  The two presentations are neighbors among the P prompts.
   """
   P, G, K = answer.ranking.shape
   incoming = jnp.broadcast_to(rows['incoming'][:, None], (P, G, K))
@@ -209,8 +287,8 @@ def _order_disagreement(
 
 
 def _symbols(spec: policy.PolicySpec) -> judge.Symbols:
-  """The token ids that the judge of reasoning reads."""
-  words = spec.vocabulary
+  """The token ids for the judge of reasoning."""
+  words, grammar = spec.vocabulary, spec.grammar
   return judge.Symbols(
     history=words.control['<history>'],
     candidates=words.control['<candidates>'],
@@ -219,6 +297,6 @@ def _symbols(spec: policy.PolicySpec) -> judge.Symbols:
     codebook_size=words.layout.codebook_size,
     slot_base=words.slot_base,
     num_slots=words.layout.num_slots,
-    think_end=spec.grammar.think_end,
-    eos=spec.grammar.eos,
+    think_end=grammar.think_end,
+    eos=grammar.eos,
   )

@@ -28,7 +28,7 @@ def test_every_rule_writes_what_the_grammar_allows(prompter):
     facts = grammar.source(prompt, length, count, budget)
     progress = grammar_lib.replay(grammar, facts, tokens, False)
     left = budget[:, None] - jnp.arange(T)
-    menu = grammar.menu(facts)
+    menu = grammar.candidate_tokens(facts)
     allowed = grammar.allowed(facts, progress, left, menu.shape[1])
     return (allowed & (menu[:, None] == tokens[..., None])).any(-1)
 

@@ -75,7 +75,7 @@ def may(grammar, facts, progress, left):
 
   Nothing is allowed where a token could be chosen twice.
   """
-  menu = grammar.menu(facts)
+  menu = grammar.candidate_tokens(facts)
   found = grammar.allowed(facts, progress, left, menu.shape[1])
   hits = jax.vmap(lambda ids, rows: rows.astype(int) @ jax.nn.one_hot(ids, V))(
     menu, found
@@ -362,7 +362,8 @@ def test_a_policy_batch_carries_what_may_be_extracted():
     config,
   )  # fmt: skip
   batch = policy_gradient.PolicyBatch(
-    prompt=prompt, prompt_length=length, facts=facts, tokens=found.tokens,
+    prompt=prompt, prompt_length=length, constraint_inputs=facts,
+    tokens=found.tokens,
     length=found.length, logp=found.logp,
     advantage=np.ones((P, G), np.float32), use=np.ones(P, bool),
   )  # fmt: skip

@@ -182,7 +182,7 @@ def test_what_is_learned_is_the_advantage_of_the_marks(
       judge,
       _,
     ):
-      act = rollouts_lib.make_act(
+      act = rollouts_lib.make_rollout_step(
         spec, grammar_of(spec), sampler, own.compress, ranker, judge
       )
       batch, watches = act(params, rows, key)
@@ -257,7 +257,9 @@ def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
 def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
   spec, ranker, params, sampler, rows = world_
   stage, key = config(judge_by=judge_by).compress, jax.random.key(0)
-  act = rollouts_lib.make_act(spec, grammar_of(spec), sampler, stage, ranker)
+  act = rollouts_lib.make_rollout_step(
+    spec, grammar_of(spec), sampler, stage, ranker
+  )
   batch, watches = act(params, rows, key)
   text = act.func.lower(*act.args, params, rows, key).as_text()
   assert 'callback' not in text
@@ -266,7 +268,9 @@ def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
   # The same, step by step.
   rollouts = jax.jit(sampling.sample, static_argnums=(0, 6, 7))(
     spec.model, params, rows['prompt'], rows['prompt_length'],
-    jax.jit(lambda rows: rollouts_lib.facts(grammar_of(spec), rows))(rows), key,
+    jax.jit(rollouts_lib.constraint_inputs, static_argnums=0)(
+      grammar_of(spec), rows
+    ), key,
     grammar_of(spec), sampler,
   )  # fmt: skip
   np.testing.assert_array_equal(batch.tokens, rollouts.tokens)
@@ -428,7 +432,7 @@ def test_the_limit_on_tokens_is_that_of_the_section(reader, world_, tmp_path):
       pytest.raises(ledger.OverLimit, match=r'compress\.token_limit=100, 0 '),
       compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (judge, _),
     ):
-      rollouts_lib.make_act(
+      rollouts_lib.make_rollout_step(
         spec, grammar_of(spec), sampler, own.compress, ranker, judge
       )(params, rows, jax.random.key(0))
   assert not server.requests

@@ -20,8 +20,9 @@ MODEL = dataclasses.replace(
   tiny.MODEL, num_heads=8, num_kv_heads=8, head_dim=2, num_layers=2
 )
 SETTINGS = dict(steps=4, eval_every=2, learning_rate=1e-2, warmup=1,
-                weight_decay=0.1, max_grad_norm=1.0, patience=0, divergence=0,
-                resume='', init_from='')  # fmt: skip
+                weight_decay=0.1, max_grad_norm=1.0, patience=0,
+                reward_divergence_patience=0, resume='',
+                init_from='')  # fmt: skip
 
 
 def flat(params):
@@ -135,10 +136,10 @@ def render(record, rng):
 
 
 def fit(workdir, mesh=None, loss_fn=distance, die_at=None, rank=2, **changes):
-  own = ConfigDict(SETTINGS | changes)
+  own, mesh = ConfigDict(SETTINGS | changes), mesh or tiny.one_device()
   spec = tiny.spec(MODEL, lora.Adapters(rank=rank, first_row=FIRST))
   iterator = examples.iterate(examples.dataset(range(16), render, 8, 0))
-  optimizer = learner.make_optimizer(own)
+  optimizer = learner.make_optimizer(learner.OptimizerOptions.from_config(own))
   step_ = loop.supervised_step(spec, mesh, loss_fn, optimizer, iterator)
 
   def take_step(state, frozen, step):
@@ -147,7 +148,7 @@ def fit(workdir, mesh=None, loss_fn=distance, die_at=None, rank=2, **changes):
     return step_(state, frozen, step)
 
   result = loop.fit(
-    own,
+    loop.LoopOptions.from_config(own),
     spec=spec,
     mesh=mesh,
     workdir=workdir,
@@ -156,7 +157,7 @@ def fit(workdir, mesh=None, loss_fn=distance, die_at=None, rank=2, **changes):
     take_step=take_step,
     iterator=iterator,
     validate=lambda params: {'score': float(np.abs(params['readout']).sum())},
-    choose='score',
+    selection_metric='score',
   )
   return result, jax.device_get(spec.load_params(workdir, mesh))
 

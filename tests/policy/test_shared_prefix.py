@@ -9,7 +9,7 @@ import pytest
 
 from gr2_jax.models import transformer
 from gr2_jax.policy import sampling
-from gr2_jax.train import policy_gradient
+from gr2_jax.train import distillation, policy_gradient
 
 from .. import tiny
 
@@ -45,20 +45,20 @@ def make_batch(model, constrained):
   return policy_gradient.PolicyBatch(
     prompt=ids,
     prompt_length=lengths,
-    facts=tiny.counts(P),
+    constraint_inputs=tiny.counts(P),
     tokens=np.asarray(found.tokens),
     length=length,
     logp=np.asarray(found.logp) + noise[0],
     advantage=rng.normal(size=length.shape).astype(np.float32),
     use=np.arange(P) != 1,
     importance=rng.uniform(0.5, 1.5, found.tokens.shape).astype(np.float32),
-    teacher_logp=np.asarray(found.logp) + noise[1],
+    teacher_scores=tiny.sampled_scores(np.asarray(found.logp) + noise[1]),
   )
 
 
 def unshared(batch):
   """The same rollouts, each with a prompt of its own: [P * G, 1, ...]."""
-  groups = ('prompt', 'prompt_length', 'facts', 'use')
+  groups = ('prompt', 'prompt_length', 'constraint_inputs', 'use')
 
   def spread(field):
     x = getattr(batch, field.name)
@@ -97,10 +97,10 @@ def loss(model, constrained, average, group):
         model,
         tiny.GRAMMAR,
         sampler(constrained, group),
-        clip_low=0.2,
-        clip_high=0.28,
-        average=average,
-        kl_weight=0.1,
+        tiny.gradient_options(average=average, kl_weight=0.1),
+        distillation.SampledTokens(
+          None, tiny.GRAMMAR, sampler(constrained, group), 'k3'
+        ),
       ),
       has_aux=True,
     )

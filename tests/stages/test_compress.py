@@ -222,7 +222,9 @@ def judged(world, spec, tokens_of, budget=None):
 
   @jax.jit
   def judge(params, rows, rollouts):
-    drawn = verify(rows, rollouts_lib.facts(grammar, rows), rollouts)
+    drawn = verify(
+      rows, rollouts_lib.constraint_inputs(grammar, rows), rollouts
+    )
     found = read(params, rows, rollouts, drawn.preservation)
     return judge_lib.pay(drawn, found, stage.compression_weight)
 

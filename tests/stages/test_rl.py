@@ -11,7 +11,7 @@ from gr2_jax.ops import parsing, rewards
 from gr2_jax.pipeline import reporting
 from gr2_jax.prompts import examples
 from gr2_jax.stages import rl
-from gr2_jax.train import learner, on_policy, policy_gradient, rollouts
+from gr2_jax.train import learner, policy_gradient, rollouts
 
 from .. import tiny, tiny_world
 
@@ -32,7 +32,12 @@ def compiled(spec):
   def make(constrained, gate):
     stage = tiny_world.config(rl__gate=gate).rl
     sampler = spec.sampling(4, False, 1.0, constrained)
-    return rollouts.make_act(spec, sampler, stage)
+    return rollouts.make_rollout_step(
+      spec,
+      sampler,
+      rollouts.RewardOptions.from_config(stage, 'rl'),
+      stage.advantage,
+    )
 
   return make
 
@@ -195,7 +200,7 @@ def test_a_resumed_policy_takes_its_parameters_along(world, tmp_path):
 
 
 class Spy:
-  """Stands in for `make_act` and `make_update`; sees what is called.
+  """Stands in for `make_rollout_step` and `make_update`; sees what is called.
 
   `traces` counts how often each was traced, `compiles` what had been compiled,
   anywhere in the program, when each draw was sampled.
@@ -207,14 +212,15 @@ class Spy:
     self._compiled = 0
     jax.monitoring.register_event_duration_secs_listener(self._heard)
     for module, name in (
-      (on_policy.rewards, 'reward'),
+      (rollouts.rewards, 'reward'),
       (policy_gradient.losses, 'clipped_surrogate'),
     ):  # fmt: skip
       patch.setattr(module, name, self._counting(getattr(module, name)))
-    make_act, make_update = rollouts.make_act, learner.make_update
+    make_rollout_step = rollouts.make_rollout_step
+    make_update = learner.make_update
 
     def spying_act(*arguments):
-      act = make_act(*arguments)
+      act = make_rollout_step(*arguments)
 
       def call(params, rows, key):
         if len(self.keys) == die_at:
@@ -235,7 +241,7 @@ class Spy:
 
       return call
 
-    patch.setattr(rollouts, 'make_act', spying_act)
+    patch.setattr(rollouts, 'make_rollout_step', spying_act)
     patch.setattr(learner, 'make_update', spying_update)
 
   def _heard(self, event, seconds, **_):

@@ -132,7 +132,7 @@ def test_a_resume_that_cannot_be_says_why(world, tmp_path):
   with pytest.raises(ValueError, match='no checkpoint there'):
     sft.run(config, inputs, tmp_path / 'a')
   config = tiny_world.config(sft__resume=str(world['sft'] / 'checkpoints'))
-  with pytest.raises(ValueError, match='stands at step 6.*steps=6: raise it'):
+  with pytest.raises(ValueError, match='is at step 6.*steps=6 leaves nothing'):
     sft.run(config, inputs, tmp_path / 'b')
 
 

@@ -76,7 +76,7 @@ def test_curves_average_steps_and_keep_seeds_apart():
 def test_the_recipe_names_fields_that_exist():
   config = recipe.get_config('dataset=world,seeds=3')
   assert config.stage == 'study_hacking'
-  assert config.rl.choose == 'last'
+  assert config.rl.selection_metric == 'last'
   assert config.sft.rank_by == 'trace'
   assert list(config.seeds) == [0, 1, 2]
   json.dumps(config.to_dict())

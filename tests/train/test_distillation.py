@@ -25,7 +25,7 @@ def teacher(view='same', reads_its_own=True, lacks=()):
   own = policy.Policy(
     tiny.spec(model=WIDER), tiny.params(WIDER, seed=3), tiny.one_device()
   )
-  return distillation.Teacher(own, view, table, reads_its_own)
+  return distillation.TeacherPolicy(own, view, table, reads_its_own)
 
 
 def batch_for(config):
@@ -63,24 +63,28 @@ def _plain_logits(params, prompt, length, completion):
   return logits.reshape(P, group, T, -1) / TEMPERATURE
 
 
-def loss_of(config, divergence):
+def scorer(source, config, divergence):
+  options = tiny.gradient_options(kl_weight=1.0, kl_kind=divergence)
+  return distillation.make_teacher(source, G, config, options)
+
+
+def loss_of(teacher):
+  options = tiny.gradient_options(kl_weight=1.0, kl_kind=teacher.kind)
   loss_fn = policy_gradient.make_loss(
-    tiny.MODEL, G, config, clip_low=0.2, clip_high=0.28, kl_weight=1.0,
-    divergence=divergence,
-  )  # fmt: skip
+    tiny.MODEL, G, teacher.sampler, options, teacher
+  )
   return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 
 @functools.lru_cache
 def looked(divergence, view='same', lacks=()):
   config = tiny.sampler(constrained=view == 'readout')
-  found = teacher(view, lacks=lacks)
-  look = distillation.make_look(found, G, config, divergence)
-  batch, watches = look(batch_for(config))
-  return config, found, batch, watches
+  found = scorer(teacher(view, lacks=lacks), config, divergence)
+  batch, watches = found.score(batch_for(config))
+  return found, batch, watches
 
 
-def divergence_by_hand(divergence, config, found, batch):
+def divergence_by_hand(divergence, found, batch):
   """Mean over all written tokens that count, in float64."""
   params = tiny.params()
   own = tiny.plain_logp(
@@ -113,13 +117,12 @@ def divergence_by_hand(divergence, config, found, batch):
 @pytest.mark.parametrize('lacks_some', [False, True])
 @pytest.mark.parametrize('divergence', ['k3', 'reverse', 'forward'])
 def test_the_divergence_equals_a_numpy_oracle(divergence, lacks_some):
-  tokens = looked('reverse')[2].tokens[:, 0, :2]  # Some that were written.
+  tokens = looked('reverse')[1].tokens[:, 0, :2]  # Some that were written.
   lacks = tuple(np.unique(tokens).tolist()) if lacks_some else ()
-  config, found, batch, watches = looked(divergence, lacks=lacks)
-  (_, metrics), _ = loss_of(config, divergence)(
-    tiny.params(), batch, *found.rows
-  )
-  wanted = divergence_by_hand(divergence, config, found, batch)
+  teacher, batch, watches = looked(divergence, lacks=lacks)
+  found = teacher.source
+  (_, metrics), _ = loss_of(teacher)(tiny.params(), batch, *teacher.vocabulary)
+  wanted = divergence_by_hand(divergence, found, batch)
   np.testing.assert_allclose(metrics['teacher_kl'], wanted, rtol=2e-4)
   written = np.arange(10) < batch.length[..., None]
   known = (found.table >= 0)[batch.tokens][written].mean()
@@ -132,12 +135,12 @@ def test_the_divergence_equals_a_numpy_oracle(divergence, lacks_some):
   [('reverse', 'same'), ('forward', 'same'), ('reverse', 'readout')],
 )
 def test_the_gradient_equals_finite_differences(divergence, view):
-  config, found, batch, _ = looked(divergence, view)
-  loss = loss_of(config, divergence)
+  found, batch, _ = looked(divergence, view)
+  loss = loss_of(found)
   still = dataclasses.replace(
     batch, advantage=np.zeros_like(batch.advantage)
   )  # The surrogate has its own test.
-  params, rows = tiny.params(), found.rows
+  params, rows = tiny.params(), found.vocabulary
   _, gradient = loss(params, still, *rows)
   rng = np.random.default_rng(0)
   direction = jax.tree.map(
@@ -160,10 +163,10 @@ def test_the_gradient_equals_finite_differences(divergence, view):
 
 
 def test_groups_that_compare_nothing_still_have_a_teacher():
-  config, found, batch, _ = looked('reverse')
+  found, batch, _ = looked('reverse')
   none = dataclasses.replace(batch, use=np.zeros(5, bool))
-  (loss, metrics), gradient = loss_of(config, 'reverse')(
-    tiny.params(), none, *found.rows
+  (loss, metrics), gradient = loss_of(found)(
+    tiny.params(), none, *found.vocabulary
   )
   assert float(loss) == float(metrics['teacher_kl']) > 0.1
   assert any(np.asarray(x).any() for x in jax.tree.leaves(gradient))
@@ -173,13 +176,11 @@ def test_groups_that_compare_nothing_still_have_a_teacher():
 def test_the_readout_speaks_of_the_candidates_still_left(thinking):
   config = tiny.sampler(thinking=thinking)
   found = dataclasses.replace(teacher('readout'), sharpness=3.0)
-  look = distillation.make_look(found, G, config, 'reverse')
-  batch, _ = look(batch_for(config))
-  (_, metrics), _ = loss_of(config, 'reverse')(
-    tiny.params(), batch, *found.rows
-  )
+  reader = scorer(found, config, 'reverse')
+  batch, _ = reader.score(batch_for(config))
+  (_, metrics), _ = loss_of(reader)(tiny.params(), batch, *reader.vocabulary)
   logits = plain_logp(found, batch)  # Of its tokens, for the reasoning.
-  scores = np.asarray(batch.teacher_scores, np.float64)
+  scores = np.asarray(batch.teacher_scores.slots, np.float64)
   logp = tiny.plain_logp(
     tiny.params(), batch.prompt, batch.prompt_length, batch.tokens, TEMPERATURE
   )
@@ -189,7 +190,7 @@ def test_the_readout_speaks_of_the_candidates_still_left(thinking):
     begin = 1 + list(tokens).index(G.think_end) if thinking else 0
     remaining = 10 - np.arange(begin)
     for t in range(begin):
-      if remaining[t] <= batch.facts[p] + 2:
+      if remaining[t] <= batch.constraint_inputs[p] + 2:
         apart.append(0.0)  # It had to close: nothing to choose.
         continue
       allowed = ~np.isin(np.arange(V), [G.eos, G.pad])
@@ -197,8 +198,8 @@ def test_the_readout_speaks_of_the_candidates_still_left(thinking):
       mine = mine - scipy.special.logsumexp(mine)
       its = its - scipy.special.logsumexp(its)
       apart.append((np.exp(mine) * (mine - its)).sum())
-    left = list(range(batch.facts[p]))
-    for t in range(begin, begin + int(batch.facts[p])):
+    left = list(range(batch.constraint_inputs[p]))
+    for t in range(begin, begin + int(batch.constraint_inputs[p])):
       mine = logp[p, g, t, [G.slot_base + k for k in left]]
       mine = mine - scipy.special.logsumexp(mine)
       its = scores[p, left] - scipy.special.logsumexp(scores[p, left])
@@ -209,29 +210,27 @@ def test_the_readout_speaks_of_the_candidates_still_left(thinking):
 
 def test_the_readout_is_that_of_the_slot_tokens():
   found = dataclasses.replace(teacher('readout'), sharpness=3.0)
-  look = distillation.make_look(
-    found, G, tiny.sampler(constrained=False), 'reverse'
-  )
-  batch, _ = look(batch_for(tiny.sampler(constrained=False)))
+  config = tiny.sampler(constrained=False)
+  batch, _ = scorer(found, config, 'reverse').score(batch_for(config))
   hidden = tiny.plain_hidden(WIDER, found.policy.params, batch.teacher_prompt)
   at = np.take_along_axis(
     np.asarray(hidden), np.asarray(batch.teacher_slots)[..., None], 1
   )
   wanted = 3.0 * at @ np.asarray(found.policy.params['readout'])
-  np.testing.assert_allclose(batch.teacher_scores, wanted, atol=1e-4)
+  np.testing.assert_allclose(batch.teacher_scores.slots, wanted, atol=1e-4)
 
 
 def test_a_policy_is_no_way_from_itself():
   config = tiny.sampler()
-  itself = distillation.itself(tiny.spec(), tiny.one_device(), tiny.params())
-  assert not itself.reads_its_own
+  source = distillation.self_teacher(
+    tiny.spec(), tiny.one_device(), tiny.params()
+  )
+  assert not source.own_prompts
   for divergence in ('k3', 'reverse', 'forward'):
-    look = distillation.make_look(itself, G, config, divergence)
-    batch, watches = look(tiny.policy_batch(config))
+    itself = scorer(source, config, divergence)
+    batch, watches = itself.score(tiny.policy_batch(config))
     assert float(watches['teacher_knows']) == 1
-    (_, metrics), _ = loss_of(config, divergence)(
-      tiny.params(), batch, *itself.rows
-    )
+    (_, metrics), _ = loss_of(itself)(tiny.params(), batch, *itself.vocabulary)
     assert abs(float(metrics['teacher_kl'])) < 1e-5
 
 
@@ -242,12 +241,16 @@ def test_a_teacher_that_thinks_reads_its_own_reasoning_first():
   params = tiny.params(WIDER, seed=3)
   batch = batch_for(config)
   prompt, length = jax.jit(functools.partial(distillation._think, spec))(
-    params, batch.teacher_prompt, batch.teacher_prompt_length, batch.facts
+    params,
+    batch.teacher_prompt,
+    batch.teacher_prompt_length,
+    batch.constraint_inputs,
   )
   assert prompt.shape == (5, 9 + 8)
   alone = tiny.sample(
     WIDER, params, batch.teacher_prompt, batch.teacher_prompt_length,
-    batch.facts, jax.random.key(0), G, spec.sampling(1, True, 0.0, True),
+    batch.constraint_inputs, jax.random.key(0), G,
+    spec.sampling(1, True, 0.0, True),
   )  # fmt: skip
   for p in range(5):
     before = int(batch.teacher_prompt_length[p])

@@ -3,7 +3,6 @@ import dataclasses
 import jax
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 from gr2_jax.models import lora
 from gr2_jax.train import embedding_warmup, learner
@@ -11,14 +10,12 @@ from gr2_jax.train import embedding_warmup, learner
 from .. import tiny
 
 FIRST = 30  # the tiny model's rows from here on are new
-STAGE = ConfigDict(
-  dict(
-    steps=12,
-    learning_rate=0.05,
-    warmup=3,
-    weight_decay=0.1,
-    max_grad_norm=1.0,
-  )
+STAGE = learner.OptimizerOptions(
+  steps=12,
+  learning_rate=0.05,
+  warmup=3,
+  weight_decay=0.1,
+  max_grad_norm=1.0,
 )
 UNTIED = dataclasses.replace(tiny.MODEL, tie_embeddings=False)
 
@@ -82,7 +79,7 @@ def test_after_the_border_it_is_a_run_of_its_own():
   trained = lora.Adapters(first_row=FIRST)
   optimizer = embedding_warmup.make_optimizer(STAGE, trained, 4)
   seen, state = train(optimizer, tiny.params(UNTIED), 9)
-  plain = learner.make_optimizer(ConfigDict(STAGE.to_dict() | {'steps': 8}))
+  plain = learner.make_optimizer(dataclasses.replace(STAGE, steps=8))
   wanted, other = train(plain, seen[4], 5, first=4)
   tiny.assert_trees_close(seen[9], wanted[5], 1e-6)
   tiny.assert_trees_close(state.inner, other, 1e-6)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 from gr2_jax.distributed import sharding
 from gr2_jax.models import transformer
@@ -18,10 +17,9 @@ from .. import tiny
 
 G = tiny.GRAMMAR
 K = G.num_candidates
-OPTIMIZER = ConfigDict(
-  dict(steps=4, learning_rate=1e-2, warmup=1, weight_decay=0.1,
-       max_grad_norm=1.0)
-)  # fmt: skip
+OPTIMIZER = learner.OptimizerOptions(
+  steps=4, learning_rate=1e-2, warmup=1, weight_decay=0.1, max_grad_norm=1.0
+)
 
 
 @functools.lru_cache
@@ -42,8 +40,8 @@ def test_chunks_of_time_change_nothing(constrained):
   batch = tiny.policy_batch(config)
   constraint = None
   if constrained:
-    progress = grammar.replay(G, batch.facts, batch.tokens, True)
-    constraint = (progress, batch.facts)
+    progress = grammar.replay(G, batch.constraint_inputs, batch.tokens, True)
+    constraint = (progress, batch.constraint_inputs)
   weight = np.where(np.arange(10) < batch.length[..., None], 1.0, 0.0)
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -175,9 +173,7 @@ def cases():
   supervised = learner.supervised_loss(
     WIDE, G, listwise_weight=0.5, ranking_weight=0.7, sharpness=3.0
   )
-  policy = policy_gradient.make_loss(
-    WIDE, G, config, clip_low=0.2, clip_high=0.28
-  )
+  policy = policy_gradient.make_loss(WIDE, G, config, tiny.gradient_options())
   return {
     'supervised': (supervised, tiny.examples(size=8)),
     'policy': (policy, tiny.policy_batch(config, size=8)),
@@ -261,10 +257,9 @@ def test_one_trace_serves_every_update():
 
 @pytest.mark.parametrize('updates', [1, 4])
 def test_learning_rate_warms_up_and_decays_to_a_tenth(updates):
-  config = ConfigDict(
-    dict(steps=10, learning_rate=0.5, warmup=2, weight_decay=0.0,
-         max_grad_norm=1e9)
-  )  # fmt: skip
+  config = learner.OptimizerOptions(
+    steps=10, learning_rate=0.5, warmup=2, weight_decay=0.0, max_grad_norm=1e9
+  )
   optimizer = learner.make_optimizer(config, updates)
   params = {'w': jnp.zeros(1)}
   state, rates = optimizer.init(params), []

@@ -60,16 +60,18 @@ def fit(spec):
       return state, metrics
 
     result = loop.fit(
-      own,
+      loop.LoopOptions.from_config(own),
       spec=spec,
       mesh=tiny.one_device(),
       workdir=workdir,
       seed=0,
-      optimizer=learner.make_optimizer(own),
+      optimizer=learner.make_optimizer(
+        learner.OptimizerOptions.from_config(own)
+      ),
       take_step=take_step,
       iterator=iterator,
       validate=lambda params: {'n@5': held_out[int(params['readout'][0])]},
-      choose='n@5',
+      selection_metric='n@5',
       start_counts=start_counts,
     )
     return result, taken
@@ -93,7 +95,7 @@ def record(workdir, spec):
   with sharding.activate(tiny.one_device()):
     state, _ = learner.init_state(
       spec.model,
-      learner.make_optimizer(config()),
+      learner.make_optimizer(learner.OptimizerOptions.from_config(config())),
       jax.random.key(0),
       tiny.one_device(),
     )
@@ -226,7 +228,7 @@ def test_without_a_step_the_start_is_left_as_it_was(fit, spec, tmp_path):
   found = spec.load_params(tmp_path, tiny.one_device())
   start, _ = learner.init_state(
     spec.model,
-    learner.make_optimizer(config()),
+    learner.make_optimizer(learner.OptimizerOptions.from_config(config())),
     jax.random.key(0),
     tiny.one_device(),
   )

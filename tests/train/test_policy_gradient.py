@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr2_jax.train import policy_gradient
+from gr2_jax.train import distillation, policy_gradient
 
 from .. import tiny
 
@@ -16,9 +16,11 @@ G = tiny.GRAMMAR
 
 @functools.lru_cache
 def policy_loss(config, **kwargs):
-  loss_fn = policy_gradient.make_loss(
-    tiny.MODEL, G, config, clip_low=0.2, clip_high=0.28, **kwargs
-  )
+  options = tiny.gradient_options(**kwargs)
+  teacher = None
+  if options.kl_weight:
+    teacher = distillation.SampledTokens(None, G, config, options.kl_kind)
+  loss_fn = policy_gradient.make_loss(tiny.MODEL, G, config, options, teacher)
   return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 
@@ -83,7 +85,7 @@ def with_options(batch):
     batch,
     advantage=rng.normal(size=shape).astype(np.float32),
     importance=rng.uniform(0.5, 2.0, shape).astype(np.float32),
-    teacher_logp=np.where(beyond, np.nan, reference).astype(np.float32),
+    teacher_scores=tiny.sampled_scores(np.where(beyond, np.nan, reference)),
   )
 
 
@@ -111,7 +113,7 @@ def test_the_policy_loss_equals_a_numpy_oracle(options, average, kl_weight):
     entropy.append(-(np.exp(row) * row).sum())
     own = row[batch.tokens[p, g, t]]
     if kl_weight:
-      gap = batch.teacher_logp[p, g, t] - own
+      gap = batch.teacher_scores.logp[p, g, t] - own
       apart.setdefault((p, g), []).append(np.exp(gap) - 1 - gap)
     if not batch.use[p]:
       continue
@@ -151,13 +153,17 @@ def test_a_reference_pulls_the_policy_towards_itself():
   batch = with_options(tiny.policy_batch(config))
   loss = policy_loss(config, average='token', kl_weight=0.3)
   still = dataclasses.replace(
-    batch, advantage=np.zeros_like(batch.advantage), teacher_logp=batch.logp
+    batch,
+    advantage=np.zeros_like(batch.advantage),
+    teacher_scores=tiny.sampled_scores(batch.logp),
   )
   (_, metrics), gradient = loss(params, still)
   assert abs(float(metrics['teacher_kl'])) < 1e-6
   for x in jax.tree.leaves(gradient):
     np.testing.assert_allclose(x, 0, atol=1e-5)
-  other = dataclasses.replace(still, teacher_logp=batch.logp + 0.5)
+  other = dataclasses.replace(
+    still, teacher_scores=tiny.sampled_scores(batch.logp + 0.5)
+  )
   (before, _), gradient = loss(params, other)
   moved = jax.tree.map(lambda x, g: x - 1e-3 * g, params, gradient)
   (after, _), _ = loss(moved, other)
@@ -229,7 +235,7 @@ def groups(use, name):
   return policy_gradient.PolicyBatch(
     prompt=np.stack([first, first], 1).astype(np.int32),
     prompt_length=first.astype(np.int32),
-    facts=first.astype(np.int32),
+    constraint_inputs=first.astype(np.int32),
     tokens=np.broadcast_to(first[:, None, None], (n, 2, 3)).astype(np.int32),
     length=np.stack([first, first], 1).astype(np.int32),
     logp=np.broadcast_to(first[:, None, None], (n, 2, 3)).astype(np.float32),
@@ -238,7 +244,7 @@ def groups(use, name):
   )
 
 
-top_up = jax.jit(policy_gradient.top_up)
+replace_flat_groups = jax.jit(policy_gradient.replace_flat_groups)
 
 
 @settings(max_examples=60)
@@ -246,9 +252,9 @@ top_up = jax.jit(policy_gradient.top_up)
   st.lists(st.booleans(), min_size=6, max_size=6),
   st.lists(st.booleans(), min_size=1, max_size=8),
 )
-def test_topping_up_keeps_what_can_be_used(pool_use, fresh_use):
+def test_replacing_flat_groups_keeps_the_groups_that_count(pool_use, fresh_use):
   pool, fresh = groups(pool_use, 1), groups(fresh_use, 2)
-  found = jax.device_get(top_up(pool, fresh))
+  found = jax.device_get(replace_flat_groups(pool, fresh))
   ids = [100 + i for i, use in enumerate(pool_use) if use]
   ids += [200 + i for i, use in enumerate(fresh_use) if use]
   ids += [100 + i for i, use in enumerate(pool_use) if not use]
@@ -275,7 +281,9 @@ def test_every_epoch_is_partitioned_anew(epochs, parts):
     assert all(part.use.shape == (8 // parts,) for part in rows)
     joined = jax.tree.map(lambda *x: np.concatenate(x), *rows)
     orders.append(joined.prompt_length.tolist())
-    back = functools.partial(np.take, indices=np.argsort(joined.facts), axis=0)
+    back = functools.partial(
+      np.take, indices=np.argsort(joined.constraint_inputs), axis=0
+    )
     tiny.assert_trees_equal(jax.tree.map(back, joined), batch)
   if epochs * parts == 1:
     assert orders == [batch.prompt_length.tolist()]
@@ -305,7 +313,7 @@ def test_read_outs_are_compared_over_the_candidates_of_a_slate():
   hidden = np.asarray(tiny.plain_hidden(tiny.MODEL, params, batch.prompt))
   own = np.take_along_axis(hidden, slots[..., None], 1) @ params['readout']
   apart = []
-  for p, n in enumerate(batch.facts):
+  for p, n in enumerate(batch.constraint_inputs):
     theirs, ours = (
       x[p, :n] - np.log(np.exp(x[p, :n]).sum())
       for x in (batch.teacher_readout, own)

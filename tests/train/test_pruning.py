@@ -1,6 +1,5 @@
 import dataclasses
 import itertools
-import types
 
 import jax
 import numpy as np
@@ -13,13 +12,8 @@ from .. import tiny
 
 DEEP = dataclasses.replace(tiny.MODEL, num_layers=4)
 SPEC = tiny.spec(model=DEEP)
-STAGE = types.SimpleNamespace(
-  clip_low=0.2,
-  clip_high=0.28,
-  average='token',
-  kl_weight=1.0,
-  kl_kind='forward',
-  readout_weight=0.5,
+OPTIONS = tiny.gradient_options(
+  kl_weight=1.0, kl_kind='forward', readout_weight=0.5
 )
 
 
@@ -38,13 +32,11 @@ def looked_at(params):
     length=found.length,
     slots=np.stack([np.arange(5) % n for n in lengths]).astype(np.int32),
   )
-  teacher = distillation.Teacher(
+  source = distillation.TeacherPolicy(
     policy.Policy(SPEC, params, tiny.one_device()), 'same', np.arange(40), False
   )
-  look = distillation.make_look(
-    teacher, tiny.GRAMMAR, sampler, 'forward', readout=True
-  )
-  return [look(batch)[0]], teacher.rows
+  teacher = distillation.make_teacher(source, tiny.GRAMMAR, sampler, OPTIONS)
+  return [teacher.score(batch)[0]], teacher
 
 
 def test_layers_are_taken_and_nothing_else_changes():
@@ -77,14 +69,14 @@ def test_one_program_takes_any_layers_of_a_number():
 
 def test_layers_that_do_nothing_cost_nothing_and_go_first():
   params = deep(idle=(1, 2))
-  batches, said = looked_at(params)
-  measure = pruning.make_measure(SPEC, tiny.sampler(), STAGE)
+  batches, teacher = looked_at(params)
+  measure = pruning.make_measure(SPEC, tiny.sampler(), OPTIONS, teacher)
   found = pruning.choose(
     SPEC,
     tiny.one_device(),
     params,
     2,
-    lambda fewer: measure(fewer, batches, *said),
+    lambda fewer: measure(fewer, batches),
   )
   np.testing.assert_array_equal(found.kept, [0, 3])
   first, second = found.effects
@@ -97,13 +89,13 @@ def test_layers_that_do_nothing_cost_nothing_and_go_first():
 
 def test_an_effect_weighs_tokens_and_read_out():
   params = deep()
-  batches, said = looked_at(params)
+  batches, teacher = looked_at(params)
   cut = pruning.take(SPEC, tiny.one_device(), params, [0, 1, 3])
 
   def measured(**weights):
-    stage = types.SimpleNamespace(**(vars(STAGE) | weights))
-    measure = pruning.make_measure(SPEC, tiny.sampler(), stage)
-    return measure(cut, batches, *said)
+    options = dataclasses.replace(OPTIONS, **weights)
+    measure = pruning.make_measure(SPEC, tiny.sampler(), options, teacher)
+    return measure(cut, batches)
 
   tokens = measured(readout_weight=0.0)
   both = measured(readout_weight=1.0)
