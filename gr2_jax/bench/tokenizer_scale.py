@@ -25,7 +25,7 @@ from configs import tokenizer as tokenizer_config
 from gr2_jax import bench
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import reporting
-from gr2_jax.stages import tokenizer
+from gr2_jax.semantic_ids import training
 
 _CATALOGS = flags.DEFINE_list(
   'catalogs', ['10000', '100000', '1000000'], 'Sizes of the catalog.'
@@ -85,7 +85,7 @@ def name_catalog(vectors: str, workdir: str, steps: int) -> dict[str, Any]:
   stage = tokenizer_config.section()
   stage.steps = steps
   features = np.load(vectors, mmap_mode='r')
-  fitted, _ = tokenizer.train(
+  fitted, _ = training.train(
     stage, features, None, sharding.make_mesh(), pathlib.Path(workdir)
   )
   clock.append(time.perf_counter())
