@@ -119,15 +119,21 @@ def test_answers_are_those_of_one_pass(own, slates, mode):
 
 
 def test_programs_of_every_size_agree(artifacts, loaded, slates, monkeypatch):
-  tiny_world.on_one_device(monkeypatch)
-  one = reranker_lib.Reranker.load(
-    artifacts[0], modes=('score',), largest_batch=2, beside=loaded
+  one = dataclasses.replace(
+    loaded,
+    programs={'score': {n: loaded.programs['score'][n] for n in (1, 2)}},
+    encoders={n: loaded.encoders[n] for n in (1, 2)},
+    memories=memories_lib.Memories(1 << 20),
   )
-  assert one.knowledge is loaded.knowledge
-  assert list(one.programs['score']) == list(one.encoders) == [1, 2]
-  assert list(loaded.encoders) == [8]  # On eight devices.
+  tiny_world.on_all_devices(monkeypatch)
+  eight = reranker_lib.Reranker.load(
+    artifacts[0], modes=('score',), largest_batch=8, beside=loaded
+  )
+  assert eight.knowledge is loaded.knowledge
+  assert list(eight.programs['score']) == list(eight.encoders) == [8]
+  assert list(loaded.encoders) == [1, 2, 4, 8]
   for a, b in zip(
-    one.rank(slates[:5], 'score'), loaded.rank(slates[:5], 'score'), strict=True
+    one.rank(slates[:5], 'score'), eight.rank(slates[:5], 'score'), strict=True
   ):
     np.testing.assert_allclose(a.pop('scores'), b.pop('scores'), atol=2e-5)
     assert a == b

@@ -218,21 +218,30 @@ def test_every_slate_is_checked_before_any_is_ranked(reranker, slates):
 
 
 def test_batches_come_in_powers_of_two(world, monkeypatch, reranker, slates):
-  assert list(reranker.programs['score']) == [8]  # On eight devices.
-  tiny_world.on_one_device(monkeypatch)
-  one = reranker_lib.Reranker.load(
-    world['rl'], modes=('score',), largest_batch=5, beside=reranker
-  )
+  def load(largest_batch):
+    return reranker_lib.Reranker.load(
+      world['rl'],
+      modes=('score',),
+      largest_batch=largest_batch,
+      beside=reranker,
+    )
+
+  assert list(reranker.programs['score']) == [1, 2, 4, 8]
+  one = load(5)
   assert list(one.programs['score']) == [1, 2, 4]
-  assert one.knowledge is reranker.knowledge
+  tiny_world.on_all_devices(monkeypatch)
+  eight = load(9)
+  assert list(eight.programs['score']) == [8]
+  assert one.knowledge is eight.knowledge is reranker.knowledge
   for size in (1, 2, 3, 7):
     for a, b in zip(
       one.rank(slates[:size], 'score'),
-      reranker.rank(slates[:size], 'score'),
+      eight.rank(slates[:size], 'score'),
       strict=True,
     ):
       np.testing.assert_allclose(a.pop('scores'), b.pop('scores'), atol=1e-5)
       assert a == b
+  tiny_world.on_one_device(monkeypatch)
   with pytest.raises(ValueError, match='largest_batch=0: .* 1 devices'):
     reranker_lib._sizes(tiny_world.mesh(), 0)
 
