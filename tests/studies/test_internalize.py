@@ -59,9 +59,9 @@ def test_what_is_decoded_is_counted(study):
   _, results = study
   tokens = {row['answers']: row['tokens'] for row in results['rows']}
   # Candidates and <eos>; before them at least </think>.
-  assert tokens['internalised'] == tokens[internalize_lib.DROPPED]
-  assert tokens[internalize_lib.BASE] >= tokens['internalised'] + 1
-  assert tokens['one pass'] == 0
+  assert tokens['internalized'] == tokens[internalize_lib.DROPPED]
+  assert tokens[internalize_lib.BASE] >= tokens['internalized'] + 1
+  assert tokens['read-out'] == 0
 
 
 def test_hard_slates_are_those_whose_first_pick_reasoning_changed(world, study):
