@@ -38,9 +38,9 @@ def ranked(
     order: how candidates are presented, one of `prompt.ORDERS`.
     batch_size: slates at a time.
     seed: of the presentation.
-    extras: what to add: `order_sensitivity` and `free_verdict`, which rank all
-      slates once more, and `claims`.
-    also: `(policy, slates) -> name -> array`, more to store with the answers.
+    extras: any of `order_sensitivity` and `free_verdict`, which rank all slates
+      once more, and `claims`.
+    also: `(policy, slates) -> more arrays to store`.
     desc: label of the progress bar; empty for none.
 
   Returns:

@@ -63,10 +63,8 @@ class PolicySpec:
   def with_context(self, context: str, written: int = 0) -> 'PolicySpec':
     """The same policy, reading another form of the context.
 
-    Args:
-      context: a form of `context.parse`.
-      written: of the form `text`, the tokens of the longest context that the
-        compressor wrote.
+    With the form `text`, `written` is the length in tokens of the longest
+    context that the compressor wrote.
     """
     prompter = dataclasses.replace(
       self.prompter, context=context_lib.parse(context), written=written
@@ -128,11 +126,9 @@ def restore(
 ) -> Policy:
   """Restores a finished policy of any shape from its stage's folder.
 
-  Args:
-    artifact: folder of one of TRAINERS, beside the artifacts it was made from.
-    mesh_config: section `mesh` of the caller.
-    same_as: artifacts of another policy. The restored policy must have been
-      made from the same slates and semantic IDs.
+  The artifact, of one of TRAINERS, lies beside those it was made from. With
+  `same_as`, artifacts of another policy, it must have been made from the same
+  slates and semantic IDs.
 
   Raises:
     ArtifactError: the artifact is missing, unfinished, or made from other
@@ -164,14 +160,9 @@ def restore(
 def form_of(artifact: os.PathLike[str] | str, own_slates: bool = True) -> Form:
   """Reads how a finished stage changed the policy of its config.
 
-  Args:
-    artifact: folder of one of TRAINERS.
-    own_slates: whether the policy will rank slates of its own data set. The
-      compressor has written contexts for no others.
-
   Raises:
-    ArtifactError: the policy reads the compressor's contexts, and the slates
-      are from outside.
+    ArtifactError: the slates to rank are not the policy's own, and it reads
+      contexts of the compressor, which has written none for other slates.
   """
   run = artifacts.read_run(pathlib.Path(artifact))
   section = run['config'][run['stage']]
@@ -239,8 +230,8 @@ def build(
 ) -> PolicySpec:
   """Builds a spec from a config and a vocabulary; the data may be missing.
 
-  Without `catalog`, `bins`, `items` and `turns` the spec has the shapes of a
-  policy, but renders no prompt.
+  Without `catalog`, `bins`, `items` (of `prompt.item_tokens`) and `turns` (of
+  `chat.turns`) the spec has the shapes of a policy, but renders no prompt.
 
   Args:
     config: sections `prompt` and `model`.
@@ -249,8 +240,8 @@ def build(
     num_candidates: K, of the longest slate.
     catalog: the items.
     bins: the fitted evidence bins.
-    items: field -> tokens of each item, of `prompt.item_tokens`.
-    turns: of `chat.turns`.
+    items: field -> tokens of each item.
+    turns: the fixed parts of a prompt.
     layers: layers left in the model; 0: all.
   """
   prompter = prompt.Prompter(
@@ -288,13 +279,10 @@ def build(
 def source(
   inputs: dict[str, pathlib.Path], split: str, context: str = 'full'
 ) -> Any:
-  """A split's slates by random access, as `examples.generation_rows` reads.
+  """A split's slates by random access.
 
-  Args:
-    inputs: artifacts of slates, and of compress for the context `text`.
-    split: of the slates.
-    context: the form of the context; `text` joins each slate with the context
-      that the compressor wrote.
+  With the context `text` each slate is joined with the context that the
+  compressor wrote for it.
   """
   slates = slates_lib.SlateSource(inputs['slates'], split)
   if not context_lib.parse(context).text:
@@ -367,12 +355,7 @@ def create_vocabulary(
 def layout_of(
   config: ml_collections.ConfigDict, sids: Any
 ) -> vocabulary.Layout:
-  """The symbol families of section `prompt` and some semantic IDs.
-
-  Args:
-    config: section `prompt`.
-    sids: `ids.SemanticIds`, or any object with `levels` and `codebook_size`.
-  """
+  """The symbols of section `prompt` and of semantic IDs (levels, codebook)."""
   return vocabulary.Layout(
     evidence=tuple(config.evidence),
     bins=config.bins,

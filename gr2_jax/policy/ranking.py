@@ -38,27 +38,18 @@ SENSITIVITY_SLATES = 256  # enough for a mean, a fraction of a validation
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-  """Answers to a split; rankings are in incoming ranks, best first.
+  """Answers to a split; rankings are in incoming ranks, best first."""
 
-  Attributes:
-    generated: int32 [n, K], the order that the policy wrote.
-    readout: int32 [n, K], the order of the scores at its slot tokens.
-    scores: float32 [n, K], those scores, in the incoming order.
-    verdict: int32 [n], of `parsing.VERDICTS`.
-    tokens: int32 [n, T], the completions.
-    length: int32 [n].
-    presented: int32 [n, K], incoming rank of each slot.
-    count: int32 [n], real candidates.
-  """
-
-  generated: np.ndarray
-  readout: np.ndarray
-  scores: np.ndarray
-  verdict: np.ndarray
-  tokens: np.ndarray
-  length: np.ndarray
-  presented: np.ndarray
-  count: np.ndarray
+  generated: np.ndarray  # int32 [n, K], the order that the policy wrote
+  readout: (
+    np.ndarray
+  )  # int32 [n, K], the order of the scores at its slot tokens
+  scores: np.ndarray  # float32 [n, K], those scores, in the incoming order
+  verdict: np.ndarray  # int32 [n], of `parsing.VERDICTS`
+  tokens: np.ndarray  # int32 [n, T], the completions
+  length: np.ndarray  # int32 [n]
+  presented: np.ndarray  # int32 [n, K], incoming rank of each slot
+  count: np.ndarray  # int32 [n], real candidates
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -144,12 +135,8 @@ def compiled(
 ) -> Callable[[Any, Any], dict[str, jax.Array]]:
   """Compiles the answer to batches of one size, ahead of time.
 
-  Args:
-    spec: tokens and shapes.
-    mesh: devices; those that split a batch divide `batch_size`.
-    mode: one of MODES; `score` decodes nothing, and its `generated` order is
-      the read-out's.
-    batch_size: B.
+  The mode is one of MODES; `score` decodes nothing, and its `generated` order
+  is the read-out's. The devices that split a batch divide `batch_size`.
 
   Returns:
     `(params, batch) -> fields of Ranked`. The batch is of
@@ -181,11 +168,6 @@ def compiled_memory(
   spec: policy_lib.PolicySpec, mesh: Mesh, batch_size: int
 ) -> Callable[[Any, Any], jax.Array]:
   """Compiles the encoder of memories for batches of one size.
-
-  Args:
-    spec: a policy whose prompts have memory tokens.
-    mesh: devices; those that split a batch divide `batch_size`.
-    batch_size: B.
 
   Returns:
     `(params, batch) -> [B, 2, L, N, M, H]`, keys and values; the batch is the
@@ -224,7 +206,7 @@ def rank(
   desc: str = '',
   first: int = 0,
 ) -> Ranked:
-  """Ranks every slate once, in order.
+  """Ranks every slate once, in order; the answers are on the host.
 
   Args:
     policy: the ranker.
@@ -236,9 +218,6 @@ def rank(
     constrained: whether the permutation mask applies.
     desc: label of the progress bar; empty for none.
     first: index of the first slate, where these are a part of a longer run.
-
-  Returns:
-    The answers, on the host.
   """
   spec, mesh = policy.spec, policy.mesh
   render = examples.generation_rows(
@@ -301,15 +280,8 @@ def validator(
 ) -> Callable[[Any], dict[str, float]]:
   """Ranks a fixed draw of validation slates, for use while training.
 
-  Args:
-    spec: tokens and shapes.
-    mesh: where the parameters lie.
-    slates: random access to the validation slates.
-    labels: the same slates.
-    thinking: whether the policy reasons first.
-    order: how candidates are presented, one of `prompt.ORDERS`.
-    num_slates: slates of the draw, at most.
-    batch_size: slates at a time.
+  `slates` and `labels` are the same slates, by random access and as arrays;
+  `num_slates` of them are drawn, at most.
 
   Returns:
     `params -> {name: mean}` for the generated order, `readout_n@5`, and

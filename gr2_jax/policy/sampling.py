@@ -40,14 +40,10 @@ class Rollouts:
 
 
 def logits_of(hidden: jax.Array, rows: jax.Array) -> jax.Array:
-  """Logits of hidden states [P, ..., D].
+  """Logits of hidden states [P, ..., D], in their dtype.
 
-  Args:
-    hidden: the states.
-    rows: [V, D], shared by all prompts, or [P, N, D].
-
-  Returns:
-    [P, ..., V] or [P, ..., N], in the dtype of the states.
+  `rows` of the embedding are [V, D], shared by all prompts, or [P, N, D]; the
+  logits are [P, ..., V] or [P, ..., N].
   """
   rows = rows.astype(hidden.dtype)
   if rows.ndim == 2:
@@ -58,15 +54,10 @@ def logits_of(hidden: jax.Array, rows: jax.Array) -> jax.Array:
 def distribution(
   logits: jax.Array, temperature: float, allowed: jax.Array | None
 ) -> jax.Array:
-  """Log-probabilities, both for sampling and for scoring.
+  """Log-probabilities float32 [..., V], both for sampling and for scoring.
 
-  Args:
-    logits: [..., V].
-    temperature: 0 (greedy) leaves the logits as they are.
-    allowed: bool [..., V]; None allows all tokens.
-
-  Returns:
-    float32 [..., V], very negative for a forbidden token.
+  A temperature of 0 (greedy) leaves the logits as they are. `allowed` is a
+  bool [..., V]; a forbidden token gets a very negative log-probability.
   """
   logits = logits.astype(jnp.float32) / (temperature or 1.0)
   if allowed is not None:
@@ -215,16 +206,7 @@ def parse(
   count: jax.Array,
   incoming: jax.Array,
 ) -> parsing.Answer:
-  """`parsing.parse_answer` of sampled ids, by a grammar's token ids.
-
-  Args:
-    grammar: token ids.
-    options: whether completions reason first.
-    tokens: int32 [..., T].
-    length: int32 [...], with <eos>.
-    count: int32 [...].
-    incoming: int32 [..., K].
-  """
+  """`parsing.parse_answer` of ids [..., T], by a grammar's token ids."""
   return parsing.parse_answer(
     tokens,
     length,
@@ -250,19 +232,8 @@ def generate(
 ) -> Rollouts:
   """Continues prompts greedily, as free text: `sample` without a grammar.
 
-  Pure: jit with `model`, `max_tokens`, `eos` and `pad` static.
-
-  Args:
-    model: the decoder's shape.
-    params: unboxed parameters.
-    prompt_PxTp: int32 ids, right-padded.
-    prompt_length_P: int32.
-    max_tokens: T.
-    eos: id that ends a completion; -1 for none.
-    pad: id that follows <eos>.
-
-  Returns:
-    Rollouts [P, 1, T].
+  An `eos` of -1 ends no completion. Pure: jit with `model`, `max_tokens`, `eos`
+  and `pad` static. Returns Rollouts [P, 1, T].
   """
   return sample(
     model,

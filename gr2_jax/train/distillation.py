@@ -45,23 +45,15 @@ VIEWS = ('same', 'privileged', 'thinking', 'readout', 'whole')
 
 @dataclasses.dataclass(frozen=True)
 class TeacherPolicy:
-  """A frozen policy and its view of a student's rollouts.
-
-  Attributes:
-    policy: shapes, tokens and parameters.
-    view: one of VIEWS.
-    table: int32 [V], the teacher's id of each of the student's tokens; -1 where
-      it has none. Such a token is not compared, and the teacher reads padding
-      in its place.
-    own_prompts: whether its prompts differ from the student's.
-    sharpness: factor on the scores of the view `readout`.
-  """
+  """A frozen policy and its view of a student's rollouts."""
 
   policy: policy.Policy
-  view: str
+  view: str  # one of VIEWS
+  # int32 [V], its id of each of the student's tokens; -1 where it has none.
+  # Such a token is not compared, and the teacher reads padding in its place.
   table: np.ndarray
-  own_prompts: bool
-  sharpness: float = 1.0
+  own_prompts: bool  # whether its prompts differ from the student's
+  sharpness: float = 1.0  # factor on the scores of the view `readout`
 
   @functools.cached_property
   def vocabulary(self) -> tuple[jax.Array, jax.Array]:
@@ -84,9 +76,8 @@ def self_teacher(
   table = np.arange(spec.model.vocab_size, dtype=np.int32)
   if view == 'whole':
     spec = spec.with_context('full')
-  return TeacherPolicy(
-    policy.Policy(spec, params, mesh), view, table, view != 'same', sharpness
-  )
+  teacher = policy.Policy(spec, params, mesh)
+  return TeacherPolicy(teacher, view, table, view != 'same', sharpness)
 
 
 def restore(
@@ -99,17 +90,8 @@ def restore(
 ) -> TeacherPolicy:
   """A finished artifact's policy as the teacher.
 
-  Args:
-    artifact: folder of one of `policy.TRAINERS`.
-    spec: the student's.
-    inputs: the student's artifacts.
-    mesh_config: section `mesh`.
-    view: one of VIEWS.
-    sharpness: of the view `readout`.
-
-  Raises:
-    ArtifactError: the artifact is not finished, or not made from the student's
-      slates and semantic IDs.
+  `spec` and `inputs` are the student's. Raises ArtifactError if the artifact is
+  not finished, or not made from the student's slates and semantic IDs.
   """
   teacher = policy.restore(artifact, mesh_config, same_as=inputs)
   table = vocabulary.translate(spec.vocabulary, teacher.spec.vocabulary)
@@ -148,11 +130,8 @@ def render_for_both(
     seed = rng.integers(2**63)
     row = render(slate, np.random.default_rng(seed))
     teacher_row = teacher_render(slate, np.random.default_rng(seed))
-    return row | {
-      'teacher_prompt': teacher_row['prompt'],
-      'teacher_prompt_length': teacher_row['prompt_length'],
-      'teacher_slots': teacher_row['slots'],
-    }
+    names = 'prompt', 'prompt_length', 'slots'
+    return row | {f'teacher_{name}': teacher_row[name] for name in names}
 
   return render_both
 
@@ -163,23 +142,65 @@ def make_teacher(
   sampler: sampling.SamplingOptions,
   options: policy_gradient.PolicyGradientOptions,
 ) -> policy_gradient.Teacher:
-  """The teacher of the class that the view and the divergence require.
+  """The teacher of the class that the view and `kl_kind` require.
 
-  Args:
-    source: the frozen policy.
-    grammar: the student's.
-    sampler: the student's: same temperature, same masks.
-    options: `kl_kind`, and whether read-outs are compared too.
+  `grammar` and `sampler` are the student's: teacher and student share the
+  masks and the temperature.
   """
   if source.view == 'readout':
     cls = ReadOut
-  elif options.kl_kind in kl.KINDS:
-    cls = SampledTokens
   else:
-    cls = ExactVocabulary
-  return cls(
-    source, grammar, sampler, options.kl_kind, options.readout_weight > 0
-  )
+    cls = SampledTokens if options.kl_kind in kl.KINDS else ExactVocabulary
+  readout = options.readout_weight > 0
+  return cls(source, grammar, sampler, options.kl_kind, readout)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Teacher:
+  """The fields that all teachers share."""
+
+  source: TeacherPolicy
+  grammar: grammar_lib.Grammar  # the student's
+  sampler: sampling.SamplingOptions  # the student's
+  kind: Any  # of divergence, one of `kl.KINDS` or `kl.EXACT`
+  readout: bool = False  # whether `score` adds the `teacher_readout` too
+
+  @property
+  def vocabulary(self) -> tuple[jax.Array, ...]:
+    """The teacher's embedding and which of its rows are known."""
+    return self.source.vocabulary
+
+  @functools.cached_property
+  def score(self) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict]]:
+    """Compiled `batch -> (batch with teacher_scores, metrics)`.
+
+    The metric `teacher_knows` is the share of written tokens that it has.
+    """
+    spec, source = self.source.policy.spec, self.source
+
+    @jax.jit
+    def score_with_teacher(params, embedding, known, batch: PolicyBatch):
+      prompt, length = batch.teacher_prompt, batch.teacher_prompt_length
+      if prompt is None:
+        prompt, length = batch.prompt, batch.prompt_length
+      if source.view == 'thinking':
+        prompt, length = _think(
+          spec, params, prompt, length, batch.constraint_inputs
+        )
+      encoded = transformer.encode_prompt(spec.model, params, prompt, length)
+      prompts = _Prompt(source, params, embedding, known, *encoded)
+      if self.readout:
+        batch = batch.replace(teacher_readout=prompts.slot_scores(batch))
+      scores, metrics = self._score(batch, prompts)
+      return batch.replace(teacher_scores=scores), metrics
+
+    return lambda batch: score_with_teacher(
+      source.policy.params, *source.vocabulary, batch
+    )
+
+  def _score(self, batch: PolicyBatch, prompt: '_Prompt') -> tuple[Any, dict]:
+    """The scores of each class, and metrics; traced."""
+    raise NotImplementedError
 
 
 class SampledScores(NamedTuple):
@@ -189,61 +210,31 @@ class SampledScores(NamedTuple):
   known: jax.Array  # bool [P, G, T], tokens that the teacher has
 
 
-class ReadOutScores(NamedTuple):
-  """Scores of `ReadOut`."""
+class SampledTokens(_Teacher):
+  """Compares log-probabilities of the sampled tokens, by `kl.sampled_kl`."""
 
-  slots: jax.Array  # float32 [P, K]
-  hidden: jax.Array | None  # float [P, G, T, D'], where there is reasoning
+  vocabulary = ()  # nothing is compared over the vocabulary
 
-
-@dataclasses.dataclass(frozen=True)
-class SampledTokens:
-  """Compares log-probabilities of the sampled tokens, by `kl.sampled_kl`.
-
-  Attributes:
-    source: the frozen policy.
-    grammar: the student's.
-    sampler: the student's: same temperature, same masks.
-    kind: one of `kl.KINDS`.
-    readout: whether `score` adds the `teacher_readout` too.
-  """
-
-  source: TeacherPolicy
-  grammar: grammar_lib.Grammar
-  sampler: sampling.SamplingOptions
-  kind: Any
-  readout: bool = False
-
-  vocabulary = ()
-
-  @functools.cached_property
-  def score(self) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict]]:
-    """See `policy_gradient.Teacher`."""
-
-    def add(batch: PolicyBatch, prompt: '_Prompt'):
-      hidden, known, metrics = prompt.completions(batch)
-      logp = learner.score_tokens(
-        {'embedding': prompt.embedding},
-        hidden,
-        batch.tokens,
-        self.grammar,
-        temperature=self.sampler.temperature,
-        constraint=policy_gradient.constraint(
-          batch, self.grammar, self.sampler
-        ),
-        known=prompt.known,
-      ).logp
-      return batch.replace(teacher_scores=SampledScores(logp, known)), metrics
-
-    return _compile_score(self.source, self.readout, add)
+  def _score(self, batch: PolicyBatch, prompt: '_Prompt'):
+    hidden, known, metrics = prompt.completions(batch)
+    scores = learner.score_tokens(
+      {'embedding': prompt.embedding},
+      hidden,
+      batch.tokens,
+      self.grammar,
+      temperature=self.sampler.temperature,
+      constraint=policy_gradient.constraint(batch, self.grammar, self.sampler),
+      known=prompt.known,
+    )
+    return SampledScores(scores.logp, known), metrics
 
   def states(self, batch: PolicyBatch, *unused_vocabulary: Any) -> None:
-    """None: nothing is compared over the vocabulary."""
+    """None: the sampled tokens are all that is compared."""
 
   def divergence(
     self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """See `policy_gradient.Teacher`."""
+    """An estimate at each token, which counts where the teacher has it."""
     written &= batch.teacher_scores.known
     divergence = kl.sampled_kl(
       masking.keep(scores.logp, written),
@@ -253,88 +244,16 @@ class SampledTokens:
     return divergence, written
 
 
-@dataclasses.dataclass(frozen=True)
-class ExactVocabulary:
-  """Compares whole distributions, of each token over the vocabulary.
+class ExactVocabulary(_Teacher):
+  """Compares whole distributions of each token over the vocabulary.
 
-  Its scores are the teacher's hidden states, float [P, G, T, D']: the student's
-  update turns them into logits a chunk at a time. The attributes are those of
-  `SampledTokens`, with a kind of `kl.EXACT`.
+  Its scores are hidden states, float [P, G, T, D']: the student's update turns
+  them into logits a chunk at a time.
   """
 
-  source: TeacherPolicy
-  grammar: grammar_lib.Grammar
-  sampler: sampling.SamplingOptions
-  kind: str
-  readout: bool = False
-
-  @property
-  def vocabulary(self) -> tuple[jax.Array, ...]:
-    """See `policy_gradient.Teacher`."""
-    return self.source.vocabulary
-
-  @functools.cached_property
-  def score(self) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict]]:
-    """See `policy_gradient.Teacher`."""
-
-    def add(batch: PolicyBatch, prompt: '_Prompt'):
-      hidden, _, metrics = prompt.completions(batch)
-      return batch.replace(teacher_scores=hidden), metrics
-
-    return _compile_score(self.source, self.readout, add)
-
-  def states(
-    self,
-    batch: PolicyBatch,
-    teacher_embedding: jax.Array,
-    teacher_known: jax.Array,
-  ) -> learner.TeacherStates:
-    """See `policy_gradient.Teacher`."""
-    return learner.TeacherStates(
-      batch.teacher_scores, teacher_embedding, teacher_known, self.kind
-    )
-
-  def divergence(
-    self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    """See `policy_gradient.Teacher`."""
-    del batch
-    return scores.divergence, written
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadOut:
-  """Compares answers with the teacher's read-out, reasoning exactly.
-
-  In the answer both distributions are over the candidates that remain; the
-  teacher's is a softmax of its scores at the slot tokens. The attributes are
-  those of `ExactVocabulary`.
-  """
-
-  source: TeacherPolicy
-  grammar: grammar_lib.Grammar
-  sampler: sampling.SamplingOptions
-  kind: str
-  readout: bool = False
-
-  @property
-  def vocabulary(self) -> tuple[jax.Array, ...]:
-    """See `policy_gradient.Teacher`."""
-    return self.source.vocabulary
-
-  @functools.cached_property
-  def score(self) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict]]:
-    """See `policy_gradient.Teacher`."""
-
-    def add(batch: PolicyBatch, prompt: '_Prompt'):
-      slots = self.source.sharpness * prompt.slot_scores(batch)
-      hidden, metrics = None, {}
-      if self.sampler.thinking:
-        hidden, _, metrics = prompt.completions(batch)
-      scores = ReadOutScores(slots, hidden)
-      return batch.replace(teacher_scores=scores), metrics
-
-    return _compile_score(self.source, self.readout, add)
+  def _score(self, batch: PolicyBatch, prompt: '_Prompt'):
+    hidden, _, metrics = prompt.completions(batch)
+    return hidden, metrics
 
   def states(
     self,
@@ -342,7 +261,47 @@ class ReadOut:
     teacher_embedding: jax.Array,
     teacher_known: jax.Array,
   ) -> learner.TeacherStates | None:
-    """See `policy_gradient.Teacher`; None without reasoning."""
+    """The hidden states, and what turns them into distributions."""
+    return learner.TeacherStates(
+      batch.teacher_scores, teacher_embedding, teacher_known, self.kind
+    )
+
+  def divergence(
+    self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """The exact divergence at each written token."""
+    del batch
+    return scores.divergence, written
+
+
+class ReadOutScores(NamedTuple):
+  """Scores of `ReadOut`."""
+
+  slots: jax.Array  # float32 [P, K]
+  hidden: jax.Array | None  # float [P, G, T, D'], where there is reasoning
+
+
+class ReadOut(ExactVocabulary):
+  """Compares answers with the teacher's read-out, and reasoning exactly.
+
+  In an answer both distributions are over the candidates that remain; the
+  teacher's is a softmax of its scores at the slot tokens.
+  """
+
+  def _score(self, batch: PolicyBatch, prompt: '_Prompt'):
+    slots = self.source.sharpness * prompt.slot_scores(batch)
+    hidden, metrics = None, {}
+    if self.sampler.thinking:
+      hidden, _, metrics = prompt.completions(batch)
+    return ReadOutScores(slots, hidden), metrics
+
+  def states(
+    self,
+    batch: PolicyBatch,
+    teacher_embedding: jax.Array,
+    teacher_known: jax.Array,
+  ) -> learner.TeacherStates | None:
+    """The hidden states of the reasoning, if there is any."""
     hidden = batch.teacher_scores.hidden
     if hidden is None:
       return None
@@ -353,7 +312,7 @@ class ReadOut:
   def divergence(
     self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """See `policy_gradient.Teacher`."""
+    """Over the remaining candidates in the answer, else exact."""
     count = batch.constraint_inputs
     progress = grammar_lib.replay(
       self.grammar, count, batch.tokens, self.sampler.thinking
@@ -374,9 +333,8 @@ class ReadOut:
     return divergence, written & counts
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prompt:
-  """A teacher's prompts, encoded; traced."""
+class _Prompt(NamedTuple):
+  """A teacher's prompts, encoded."""
 
   source: TeacherPolicy
   params: Any
@@ -395,8 +353,7 @@ class _Prompt:
     self, batch: PolicyBatch
   ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """Hidden states [P, G, T, D'], known tokens [P, G, T], and metrics."""
-    spec = self.source.policy.spec
-    table = jnp.asarray(self.source.table)
+    spec, table = self.source.policy.spec, jnp.asarray(self.source.table)
     tokens = jnp.where(self.known, table, spec.grammar.pad)[batch.tokens]
     hidden = transformer.completion_hidden(
       spec.model, self.params, self.hidden, self.prefix, tokens
@@ -404,37 +361,6 @@ class _Prompt:
     known = self.known[batch.tokens]
     written = masking.length_mask(batch.length, tokens.shape[-1])
     return hidden, known, {'teacher_knows': masking.masked_mean(known, written)}
-
-
-def _compile_score(
-  source: TeacherPolicy,
-  readout: bool,
-  add: Callable[[PolicyBatch, _Prompt], tuple[PolicyBatch, dict[str, Any]]],
-) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict[str, Any]]]:
-  """Compiles `batch -> (batch, metrics)`: encodes prompts, then calls `add`.
-
-  The metric `teacher_knows` is the share of written tokens that it has.
-  """
-  spec = source.policy.spec
-
-  @jax.jit
-  def score_with_teacher(params, embedding, known, batch: PolicyBatch):
-    prompt, length = batch.teacher_prompt, batch.teacher_prompt_length
-    if prompt is None:
-      prompt, length = batch.prompt, batch.prompt_length
-    if source.view == 'thinking':
-      prompt, length = _think(
-        spec, params, prompt, length, batch.constraint_inputs
-      )
-    encoded = transformer.encode_prompt(spec.model, params, prompt, length)
-    prompts = _Prompt(source, params, embedding, known, *encoded)
-    if readout:
-      batch = batch.replace(teacher_readout=prompts.slot_scores(batch))
-    return add(batch, prompts)
-
-  return lambda batch: score_with_teacher(
-    source.policy.params, *source.vocabulary, batch
-  )
 
 
 def _think(

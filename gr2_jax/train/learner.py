@@ -99,9 +99,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """AdamW, warm-up, then cosine decay to a tenth; gradients clipped by norm.
 
-  Args:
-    config: the options.
-    updates: parameter updates in one step.
+  A step makes `updates` updates of the parameters.
   """
   steps = config.steps * updates
   warmup = min(config.warmup * updates, max(1, steps // 2))
@@ -143,12 +141,7 @@ def make_update(
   loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
   optimizer: optax.GradientTransformation,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """Compiles `(state, *batch) -> (state, metrics)`; the old state is donated.
-
-  Args:
-    loss_fn: `(params, *batch) -> (loss, metrics)`.
-    optimizer: of `make_optimizer`.
-  """
+  """Compiles `(state, *batch) -> (state, metrics)`, donating the old state."""
 
   def update(state: TrainState, *batch):
     (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(

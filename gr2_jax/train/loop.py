@@ -76,8 +76,7 @@ def fit(
     workdir: gets `checkpoints`, `metrics.jsonl` and `params`.
     seed: of fresh parameters.
     optimizer: of `learner.make_optimizer`.
-    take_step: one step; its metrics may hold a `reward`, which
-      `reward_divergence_patience` needs.
+    take_step: one step; it may report a metric `reward`.
     iterator: the Grain iterator that `take_step` draws from; its position is
       saved with the state.
     validate: whole parameters to metrics on held-out data.
@@ -171,16 +170,10 @@ def fit(
 def stop_reason(
   history: list[dict[str, Any]], patience: int, reward_divergence_patience: int
 ) -> str:
-  """Decides whether to stop before the last step.
+  """'no', or why to stop before the last step: 'patience' or 'divergence'.
 
-  Args:
-    history: one entry a validation: `held_out`, and `reward`, the mean training
-      reward since the validation before (None without rewards).
-    patience: see `LoopOptions`.
-    reward_divergence_patience: see `LoopOptions`.
-
-  Returns:
-    'no', or the reason: 'patience' or 'divergence'.
+  The history has one entry a validation: `held_out`, and `reward`, the mean
+  training reward since the validation before, None without rewards.
   """
   held_out = [entry['held_out'] for entry in history]
   best = max(range(len(history)), key=held_out.__getitem__)
@@ -209,16 +202,6 @@ def dataset(
 ) -> grain.MapDataset:
   """`examples.dataset`, of which this process renders only its own rows.
 
-  Args:
-    mesh: devices that split a batch.
-    source: random access to records.
-    render: a record and a generator to a dict of arrays of static shape.
-    batch_size: examples a batch over all hosts.
-    seed: of order and randomness.
-
-  Returns:
-    Endless shuffled batches, for `sharding.shard_local_rows`.
-
   Raises:
     ValueError: there are fewer records than a batch has, or the devices do not
       divide it.
@@ -234,15 +217,7 @@ def supervised_step(
   optimizer: optax.GradientTransformation,
   iterator: Any,
 ) -> TakeStep:
-  """Makes the step of one update on the next examples.
-
-  Args:
-    spec: what trains.
-    mesh: devices of the state.
-    loss_fn: `(params, examples) -> (loss, metrics)`.
-    optimizer: of `learner.make_optimizer`.
-    iterator: over dicts with the fields of `learner.Examples`.
-  """
+  """Makes the step of one update on the iterator's next `learner.Examples`."""
   update = learner.make_update(spec.adapters.wrap(loss_fn), optimizer)
 
   def take_step(state: learner.TrainState, frozen: Any, step: int):

@@ -106,17 +106,8 @@ def sample_with_refills(
 
   Groups without variance are replaced, `refill_size` prompts at a time, at most
   `refills` times; those that are left do not count. The batch keeps its shape,
-  so nothing is compiled again.
-
-  Args:
-    rollout_step: `(rows, key) -> (batch, metrics)`.
-    draw_rows: a number of prompts to rows.
-    key: of this step; each refill folds in its number.
-    options: batch_size, refill_size, refills.
-
-  Returns:
-    The batch; and the metrics of its first, unselected rollouts, with `refills`
-    and `used_groups`.
+  so nothing is compiled again. The metrics are of the first, unselected
+  rollouts, with `refills` and `used_groups`.
   """
   batch, metrics = rollout_step(
     draw_rows(options.batch_size), jax.random.fold_in(key, 0)
@@ -156,22 +147,10 @@ def learn(
 ) -> dict[str, Any]:
   """Trains on rollouts of any grammar, with any rewards.
 
-  Args:
-    desc: label of the progress bar.
-    options: how to train.
-    spec: tokens and shapes.
-    mesh: devices of the state.
-    grammar: of the completions.
-    workdir: of the stage.
-    seed: of order and sampling.
-    slates: random access to the training slates.
-    render: `(slate, rng) -> row`.
-    sampler: how to sample.
-    rollout_step: `(params, rows, key) -> (PolicyBatch, metrics)`.
-    validate: whole parameters to metrics on held-out data.
-    start: artifact whose parameters training starts from.
-    teacher: the policy that `kl_weight` holds this one to; None for none.
-    views: presentations of a slate in a batch, side by side.
+  Rows come from `slates` by `render`, `(slate, rng) -> row`, with `views`
+  presentations of a slate side by side. Training starts from the parameters of
+  the artifact `start`; `kl_weight` holds the policy to the `teacher`, if any.
+  `validate` maps whole parameters to metrics on held-out data.
 
   Returns:
     The best step, its validation metrics, and why training stopped.

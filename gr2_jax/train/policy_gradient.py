@@ -139,17 +139,9 @@ def score(
   grammar: grammar_lib.Grammar,
   sampler: sampling.SamplingOptions,
 ) -> learner.TokenScores:
-  """Scores rollouts under any parameters, as the sampler would.
+  """Scores rollouts under any parameters, as their sampler would.
 
-  Args:
-    model: the decoder.
-    params: unboxed parameters.
-    batch: rollouts.
-    grammar: token ids.
-    sampler: how the rollouts were sampled: same temperature, same masks.
-
-  Returns:
-    TokenScores; entries beyond a rollout's length mean nothing.
+  Entries beyond a rollout's length mean nothing.
   """
   _, hidden = _encode(model, params, batch)
   return _score(params, hidden, batch, grammar, sampler)
@@ -212,15 +204,8 @@ def make_loss(
 
   Groups with `use == False` do not count in the surrogate: all their rewards
   are equal. The divergence counts on every written token that the teacher can
-  score.
-
-  Args:
-    model: the decoder.
-    grammar: token ids.
-    sampler: how batches are sampled.
-    options: clip, average, and the weights of divergence and read-out; with a
-      `readout_weight` the batch must hold `slots` and `teacher_readout`.
-    teacher: whose scores the batch holds; None for no divergence.
+  score. With a `readout_weight` the batch must hold `slots` and
+  `teacher_readout`.
 
   Returns:
     `(params, batch, teacher_embedding, teacher_known) -> (loss, metrics)`, the
@@ -282,11 +267,10 @@ def make_update(
   optimizer: optax.GradientTransformation,
   teacher: Teacher | None = None,
 ) -> Callable[..., tuple[learner.TrainState, dict[str, jax.Array]]]:
-  """Compiles one update by `make_loss`.
+  """Compiles one update by `make_loss`; the old state is donated.
 
   Returns:
-    `(state, frozen, batch, *teacher.vocabulary) -> (state, metrics)`; the old
-    state is donated.
+    `(state, frozen, batch, *teacher.vocabulary) -> (state, metrics)`.
   """
   loss_fn = make_loss(spec.model, grammar, sampler, options, teacher)
   return learner.make_update(spec.adapters.wrap(loss_fn), optimizer)
@@ -300,11 +284,7 @@ def make_importance_weights(
 ) -> Callable[[Any, PolicyBatch], tuple[PolicyBatch, dict[str, Any]]]:
   """Compiles the importance weights of the learner against the sampler.
 
-  Args:
-    model: the decoder.
-    grammar: token ids.
-    sampler: how batches are sampled.
-    cap: the largest weight; 0 leaves batches as they are.
+  Weights are at most `cap`; 0 leaves batches as they are.
 
   Returns:
     `(params, batch) -> (batch, metrics)`; the batch gets the learner's own
@@ -340,13 +320,9 @@ def _readout_divergence(
 def replace_flat_groups(pool: PolicyBatch, fresh: PolicyBatch) -> PolicyBatch:
   """Replaces groups that do not count by fresh ones that do.
 
-  Args:
-    pool: P groups.
-    fresh: any number of groups.
-
-  Returns:
-    P groups: those of the pool that count, then fresh ones that count, then, if
-    these are too few, some that do not. The order within each is kept.
+  Returns P groups, as many as the pool has: those of the pool that count, then
+  fresh ones that count, then, if these are too few, some that do not. The order
+  within each is kept.
   """
   P = pool.use.shape[0]
   joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), pool, fresh)
@@ -359,11 +335,7 @@ def minibatches(
 ) -> list[PolicyBatch]:
   """Splits a batch anew in each epoch: `epochs * parts` batches.
 
-  Args:
-    batch: P groups; `parts` divides P.
-    epochs: uses of each group.
-    parts: updates in an epoch.
-    key: of the order; a single update on the whole batch keeps its order.
+  `parts` divides P. A single update on the whole batch keeps its order.
   """
   if epochs * parts == 1:
     return [batch]

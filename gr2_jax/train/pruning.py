@@ -46,14 +46,7 @@ def take(
   params: Any,
   kept: Sequence[int],
 ) -> Any:
-  """Parameters with only the layers `kept`; the rest as it is.
-
-  Args:
-    spec: of the full policy.
-    mesh: devices of the parameters.
-    params: of the full policy.
-    kept: indices of layers.
-  """
+  """Parameters of the full policy with only the layers `kept`, on the mesh."""
   wanted = shallower(spec, len(kept)).abstract_params(mesh)['layers']
   places = tuple(x.sharding for x in jax.tree.leaves(wanted))
   return params | {'layers': _take(params['layers'], np.asarray(kept), places)}
@@ -76,16 +69,11 @@ def make_measure(
   options: policy_gradient.PolicyGradientOptions,
   teacher: policy_gradient.Teacher,
 ) -> Callable[[Any, Sequence[policy_gradient.PolicyBatch]], float]:
-  """Makes the divergence between a pruned and the full policy.
-
-  Args:
-    spec: of the full policy.
-    sampler: how the rollouts were sampled.
-    options: kl_weight, kl_kind, average, readout_weight.
-    teacher: the full policy.
+  """Makes the divergence between a pruned and the full policy, in nats.
 
   Returns:
-    `(pruned params, scored batches) -> mean divergence`, in nats.
+    `(pruned params, scored batches) -> mean of kl_weight * divergence of the
+    tokens + readout_weight * divergence of the read-out`.
   """
 
   @functools.cache
@@ -119,7 +107,7 @@ def choose(
   layers: int,
   measure: Callable[[Any], float],
 ) -> Chosen:
-  """Removes the layer of least effect until few enough are left.
+  """Removes the layer of least effect until `layers` are left.
 
   Args:
     spec: of the full policy.

@@ -91,14 +91,7 @@ def make_rollout_step(
   options: RewardOptions,
   advantage_kind: advantages.Kind,
 ) -> Callable[..., tuple[PolicyBatch, dict[str, jax.Array]]]:
-  """Compiles `(params, rows, key) -> (PolicyBatch, metrics)`.
-
-  Args:
-    spec: tokens and shapes.
-    sampler: how to sample.
-    options: the reward.
-    advantage_kind: one of `advantages.KINDS`.
-  """
+  """Compiles `(params, rows, key) -> (PolicyBatch, metrics)`."""
   grammar = spec.grammar
 
   @jax.jit
