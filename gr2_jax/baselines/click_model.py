@@ -95,12 +95,9 @@ class Scaler:
 def fit_scaler(slates: slates_lib.Slates) -> Scaler:
   """Statistics of the real candidates; a constant column has deviation 1."""
   real = slates.evidence[slates.candidates >= 0].astype(np.float64)
-  deviation = real.std(axis=0)
-  deviation = np.where(deviation > 1e-6, deviation, 1.0)
-  return Scaler(
-    mean=real.mean(axis=0).astype(np.float32),
-    deviation=deviation.astype(np.float32),
-  )
+  mean, deviation = real.mean(axis=0), real.std(axis=0)
+  deviation = np.where(deviation > 1e-6, deviation, 1.0).astype(np.float32)
+  return Scaler(mean=mean.astype(np.float32), deviation=deviation)
 
 
 def make_batch(
@@ -137,12 +134,7 @@ def batch_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
 
 def make_model(config, items: int) -> Ranker:
   """The ranker of section `baselines.legacy`, for a catalog of `items`."""
-  return Ranker(
-    items=items,
-    embedding=config.embedding,
-    hidden=tuple(config.hidden),
-    dropout=config.dropout,
-  )
+  return Ranker(items, config.embedding, tuple(config.hidden), config.dropout)
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
@@ -160,11 +152,8 @@ def init(
   params = model.init(
     jax.random.key(seed), batch.candidates, batch.history, batch.features
   )['params']
-  return State(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=optimizer.init(params),
-  )
+  step, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
+  return State(step=step, params=params, opt_state=opt_state)
 
 
 def make_update(
@@ -194,11 +183,8 @@ def make_update(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    state = State(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-    )
+    params = optax.apply_updates(state.params, updates)
+    state = State(step=state.step + 1, params=params, opt_state=opt_state)
     return state, {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
 
   return update

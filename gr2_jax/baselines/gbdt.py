@@ -1,6 +1,6 @@
 """Gradient-boosted trees on the evidence: a ranker that reads no language.
 
-LambdaMART by LightGBM, which `fit` alone imports. Axis letters: K candidates,
+LambdaMART by LightGBM, imported only for training. Axis letters: K candidates,
 E evidence columns; n slates of a split.
 """
 
@@ -52,8 +52,8 @@ def fit(
     'force_row_wise': True,  # Not chosen by a timing.
     'verbosity': -1,
   }
-  data = _dataset(lightgbm, train, columns, None)
-  held_out = _dataset(lightgbm, validation, columns, data)
+  data = _dataset(train, columns, None)
+  held_out = _dataset(validation, columns, data)
   return lightgbm.train(
     parameters,
     data,
@@ -71,8 +71,14 @@ def score(booster: 'lightgbm.Booster', slates: slates_lib.Slates) -> np.ndarray:
   return scores
 
 
-def _dataset(lightgbm, slates, columns, reference):
+def _dataset(
+  slates: slates_lib.Slates,
+  columns: tuple[str, ...],
+  reference: 'lightgbm.Dataset | None',
+) -> 'lightgbm.Dataset':
   """The real candidates of a split, one row each, grouped by slate."""
+  import lightgbm
+
   real = slates.candidates >= 0
   return lightgbm.Dataset(
     slates.evidence[real],

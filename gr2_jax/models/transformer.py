@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from gr2_jax.ops import masking
 
 # Scale of what a layer adds to the residual stream at first. It does not drown
-# the embedding, so that every layer tells tokens apart from the first step.
+# the embedding, so that every layer can distinguish tokens from the start.
 _BRANCH_SCALE = 0.1
 ROPE_SCALINGS = ('', 'linear', 'llama3', 'yarn')
 
@@ -186,8 +186,8 @@ def find_memory(
 
   Their ids are `base` to `base + size - 1`; prompts are right-padded.
   """
-  ours = (prompt_PxT >= base) & (prompt_PxT < base + size)
-  return ours & masking.length_mask(length_P, prompt_PxT.shape[-1])
+  is_memory = (prompt_PxT >= base) & (prompt_PxT < base + size)
+  return is_memory & masking.length_mask(length_P, prompt_PxT.shape[-1])
 
 
 def readable_keys(memory_PxT: jax.Array) -> tuple[jax.Array, jax.Array]:

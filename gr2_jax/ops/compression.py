@@ -111,7 +111,7 @@ def verify(
   symbols: Symbols,
   spread: Array | float,
 ) -> jax.Array:
-  """Whether compressions are extracts of their sources.
+  """Verifies that compressions are extracts of their sources.
 
   The verdict is the first fault of this list:
 
@@ -150,10 +150,10 @@ def verify(
   anchor = inside & _is_anchor(tokens, symbols)
   order = jnp.cumsum(anchor, axis=-1) - 1
   slot = symbols.slot_base + order - 1
-  wanted = jnp.where(order == 0, symbols.candidates, slot)
+  expected = jnp.where(order == 0, symbols.candidates, slot)
   place = jnp.where(anchor, time, -1)
   malformed = (
-    jnp.any(anchor & (tokens != wanted), axis=-1)
+    jnp.any(anchor & (tokens != expected), axis=-1)
     | (jnp.sum(anchor, axis=-1) != count + 1)
     | (jnp.max(place, axis=-1) != stop - 1)
     | (stop != length - 1)
