@@ -121,8 +121,7 @@ class Prompter:
   @functools.cached_property
   def rest_tokens(self) -> int:
     """Most tokens of the second part of `split_memory`."""
-    slots = self.num_candidates * ('candidates' in self.layout)
-    longest = self._rest_marks + slots + self._candidate_tokens
+    longest = self._rest_marks + self._slots + self._candidate_tokens
     first = len(self.opening) + 1 + self.context.memory
     return min(longest, self.prompt_tokens - first)
 
@@ -145,23 +144,23 @@ class Prompter:
   @functools.cached_property
   def _candidate_tokens(self) -> int:
     """Most tokens of the candidates' lines, without slots."""
-    if 'candidates' not in self.layout:
-      return 0
     fields = self.context.fields('candidates', self.fields)
-    return self.num_candidates * self._longest(fields, self.context.columns)
+    return self._slots * self._longest(fields, self.context.columns)
 
   @functools.cached_property
   def _least_tokens(self) -> int:
     """Most tokens of a full prompt whose history is empty."""
-    lines = self.num_candidates * self._longest(self.fields)
-    return self._mark_tokens + lines * ('candidates' in self.layout)
+    return self._mark_tokens + self._slots * self._longest(self.fields)
 
   @functools.cached_property
   def _mark_tokens(self) -> int:
     """Tokens in a prompt of any form, slots included."""
     ends = len(self.opening) + len(self.closing) + self.ask_tokens
-    slots = self.num_candidates * ('candidates' in self.layout)
-    return ends + len(self.layout) + slots
+    return ends + len(self.layout) + self._slots
+
+  @property
+  def _slots(self) -> int:
+    return self.num_candidates * ('candidates' in self.layout)
 
   @property
   def ask_tokens(self) -> int:
@@ -187,7 +186,7 @@ class Prompter:
     return longest + self._own_tokens(fields, columns)
 
   def _own_tokens(self, fields: Fields, columns: int | None = None) -> int:
-    """Most tokens of a line that depend on the slate, not on the item."""
+    """Most tokens of a line that belong to the slate, not to the item."""
     width = len(self.bins.columns[:columns]) * fields.count('evidence')
     return width + fields.count('grade') + fields.count('age')
 
@@ -291,12 +290,10 @@ class Prompter:
     recent = slate['history'][max(0, end - self.history) : end]
     if not self.budget:
       return len(recent)
-    room = self.budget - self._least_tokens
+    room = self.budget - self._mark_tokens + self._slots
     if 'candidates' in self.layout:
-      spare = (1 + self._longest(self.fields)) * self.num_candidates
-      for item in slate['candidates'][: int(slate['count'])]:
-        spare -= 1 + self._length(item, self.fields)
-      room += spare
+      candidates = slate['candidates'][: int(slate['count'])]
+      room -= sum(1 + self._length(item, self.fields) for item in candidates)
     lengths = [self._length(item, self.history_fields) for item in recent]
     return int((np.cumsum(lengths[::-1]) <= room).sum())
 
