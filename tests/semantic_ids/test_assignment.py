@@ -240,7 +240,7 @@ def test_a_catalog_beyond_the_code_space_says_what_to_raise(kind):
   depth = {'fitted': 3, 'sinkhorn': 3}.get(kind, 2)
   fitted = np.zeros((27, depth), int)
   taken = np.array([[0, 0, 0], [0, 0, 0], [2, 1, 0]])  # two tuples
-  message = r'27 items beside 2 tuples.*3\^3 = 27.*codebook_size'
+  message = r'27 items beside 2 taken tuples.*3\^3 = 27.*codebook_size'
   with pytest.raises(ValueError, match=message):
     drawn(fitted, 3, kind=kind, levels=3, taken=taken)
   assignment.check_capacity(27, 3, 3)

@@ -184,7 +184,7 @@ def test_item_ids_come_back_and_fit_the_codes(tmp_path, sids):
   for change, message in (
     (lines[:2], '2 lines for 3 items'),
     ([*lines, lines[0]], ":4: 'a' has codes"),
-    ([lines[1], lines[0], lines[2]], ":1: 'é' has codes.*otherwise"),
+    ([lines[1], lines[0], lines[2]], ":1: 'é' has codes.*has others"),
     ([lines[0], lines[1][:9]], ':2: no item_id and codes there'),
     ([lines[0], '[1]'], ':2: no item_id and codes there'),
     ([lines[0], lines[1].replace('é', 'a'), lines[2]], "'a' occurs twice"),
