@@ -4,6 +4,7 @@ import pytest
 
 from gr2_jax.pipeline import artifacts
 from gr2_jax.semantic_ids import ids as ids_lib
+from gr2_jax.semantic_ids import training
 from gr2_jax.stages import tokenizer
 
 from .. import tiny_tokenizer
@@ -106,7 +107,7 @@ def test_a_catalog_that_stays_the_same_stays_the_same(base, tmp_path):
 
 def test_an_extension_that_was_killed_goes_on(base, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(tokenizer, 'load', tiny_tokenizer.die)
+    patch.setattr(training, 'load', tiny_tokenizer.die)
     with pytest.raises(KeyboardInterrupt):
       extend(base, tmp_path, range(35))
   extend(base, tmp_path, range(35))
