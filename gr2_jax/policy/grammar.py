@@ -113,10 +113,17 @@ class Ranking:
 class Grammar(Protocol):
   """A mask on the next token; hashable, so it may be static in a jit."""
 
-  slot_base: int
-  num_candidates: int
-  eos: int
-  pad: int
+  @property
+  def slot_base(self) -> int:
+    """Id of slot token 0; the others follow."""
+
+  @property
+  def num_candidates(self) -> int:
+    """K, the longest slate."""
+
+  @property
+  def pad(self) -> int:
+    """Id that follows <eos>."""
 
   def candidate_tokens(self, constraint_inputs: Any) -> jax.Array | None:
     """Token ids int32 [P, N] that may come; None: the whole vocabulary."""

@@ -1,7 +1,7 @@
-"""Internalise: a second RL pass, in which the policy answers at once.
+"""Internalize: a second RL pass, in which the policy answers at once.
 
-Reasoning is for training; what is served need not write it down. The pass
-starts from the policy that reasons and never shows it its reasoning again.
+Reasoning helps training, but a served policy need not write it. The pass starts
+from the policy that reasons and trains its direct answers.
 """
 
 import pathlib
@@ -22,7 +22,7 @@ def run(
     workdir: of this stage.
 
   Returns:
-    The chosen step, its validation numbers, and why training stopped.
+    The best step, its validation metrics, and why training stopped.
 
   Raises:
     ValueError: the policy would reason.

@@ -1,7 +1,7 @@
 """Mid-training: the catalog's language, its users' habits, and pointing.
 
 Five tasks. Four are documents, packed into rows ahead of time and mixed by
-tokens (`data/midtraining.py` says what each looks like):
+tokens (see `prompts/documents.py`):
 
 * `sequence`: semantic IDs of a history in the order of engagement;
 * `persona`: a history, and the user in words; either from the other;
@@ -15,12 +15,12 @@ The fifth has batches of its own:
   answers are free and unlimited, and it builds the circuit that compares
   candidates and copies a slot.
 
-Where the backbone is pretrained, the rows of the symbols added to it train
-alone at first, so that what is new does not disturb what is not.
+Where the backbone is pretrained, the rows of the added symbols train alone at
+first, so that they do not disturb the rest.
 
-The stage is judged by held-out losses, one a task, and by retrieval: how often
-the next item of a held-out history is among the first that a beam search over
-the catalog finds, beside the most popular items.
+Validation measures a held-out loss for each task, and retrieval: how often a
+beam search over the catalog ranks the next item of a held-out history high,
+compared with the most popular items.
 """
 
 import json
@@ -53,9 +53,9 @@ def run(
     workdir: of this stage.
 
   Returns:
-    The chosen step and its held-out numbers; the shares as used; what was
-    packed; the popularity baseline of retrieval; how many steps were of new
-    rows alone.
+    The best step and its held-out metrics; the shares of the tasks; a report of
+    the packing; the popularity baseline of retrieval; and the number of steps
+    that trained new rows alone.
 
   Raises:
     DataError: `text_file` is missing or no text.
@@ -172,7 +172,7 @@ def run(
 
 
 def shares(stage) -> dict[str, float]:
-  """Task -> its share of the mixture as it is used; they sum to one.
+  """Task -> its share of the mixture; the shares sum to one.
 
   Args:
     stage: section `midtrain`; without a `text_file`, `text` has no share.
@@ -207,7 +207,7 @@ def pointing_renderer(
 
   Args:
     prompter: token ids.
-    pointers: columns asked for on one slate.
+    pointers: columns to sort one slate by.
   """
   words = prompter.vocabulary
 
@@ -294,8 +294,8 @@ def _held_out_rows(
 def warm_steps(stage, pretrained: bool) -> int:
   """Steps in which new rows train alone.
 
-  They are `warm_rows`, at most a quarter of all, where training starts from a
-  pretrained backbone's parameters. From scratch every row is new, and those of
+  Where training starts from a pretrained backbone these are `warm_rows`, at
+  most a quarter of all steps. From scratch every row is new, and the rows of
   `init_from` have been trained.
   """
   if not pretrained or stage.init_from:

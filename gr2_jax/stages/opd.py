@@ -1,9 +1,9 @@
-"""On-policy distillation (Eq. 4): the student samples, a teacher is asked.
+"""On-policy distillation (Eq. 4): the student samples, a teacher scores.
 
-The surrogate of RL, on the same rewards, plus a divergence of the student from
-its teacher at every token the student wrote. The teacher is another artifact's
-policy (`opd.policy`), or the student's own start with a view of more than the
-student has.
+The loss is RL's surrogate, on the same rewards, plus the divergence of the
+student from its teacher at every token that the student wrote. The teacher is
+another artifact's policy (`opd.policy`), or the student's own start with a view
+of more than the student sees.
 """
 
 import pathlib
@@ -27,10 +27,10 @@ def run(
     workdir: of this stage.
 
   Returns:
-    The chosen step, its validation numbers, and why training stopped.
+    The best step, its validation metrics, and why training stopped.
 
   Raises:
-    ValueError: a teacher or a view that cannot be.
+    ValueError: a field has no meaning.
     ArtifactError: the teacher's artifact cannot be used.
   """
   stage = config.opd
@@ -50,7 +50,7 @@ def run(
 
 
 def check(stage) -> None:
-  """Raises a ValueError that names the field of `opd` that cannot be."""
+  """Raises a ValueError that names a field of `opd` without meaning."""
   if stage.view not in distillation.VIEWS:
     raise ValueError(
       f'opd.view={stage.view!r}: must be one of {", ".join(distillation.VIEWS)}'

@@ -1,9 +1,9 @@
-"""SFT: the teacher's reasoning, and a ranking, after the policy's own prompt.
+"""SFT: the teacher's reasoning and a ranking, after the policy's own prompt.
 
-Eq. 3 weighs reasoning and ranking apart. What the ranking is taught from is a
-choice: `trace`, the teacher's order; or `readout`, the order of the policy's
-own listwise read-out, which is trained on the labels at the slot tokens and
-distilled into the answer in the same update.
+Eq. 3 weighs reasoning and ranking separately. The target of the ranking is
+either the teacher's order (`rank_by='trace'`) or the order of the policy's own
+read-out (`readout`), which the same update trains on the labels at the slot
+tokens and distills into the answer.
 """
 
 import collections
@@ -41,7 +41,7 @@ class _Traced:
 def run(
   config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Trains from the mid-trained parameters; validation chooses.
+  """Trains from the mid-trained parameters; validation selects the step.
 
   Args:
     config: sections prompt, model, mesh, sft; seed.
@@ -49,10 +49,10 @@ def run(
     workdir: of this stage.
 
   Returns:
-    The chosen step and its validation numbers.
+    The best step and its validation metrics.
 
   Raises:
-    ValueError: `rank_by` is neither, or a context means nothing.
+    ValueError: `rank_by` or a context is unknown.
   """
   stage = config.sft
   if stage.rank_by not in RANK_BY:
@@ -63,7 +63,7 @@ def run(
     records.Records(inputs['traces'] / traces.ACCEPTED),
     slates_lib.SlateSource(inputs['slates'], 'train'),
   )
-  # Each form of the context has batches of its own, and so of its own length.
+  # Each form of the context has its own batches, of its own length.
   forms = collections.Counter(stage.contexts)
   pipelines = [
     loop.dataset(
@@ -116,22 +116,18 @@ def run(
 def renderer(spec: policy.PolicySpec, config):
   """`(trace and slate, rng) -> example`: a thinking and a direct completion.
 
-  Both are learned beside each other, so that either can be asked for. What
-  asks for them begins a completion here and ends the prompt in sampling: the
-  same sequence of tokens. With `privileged` a third one is told a positive, the
-  trace's first choice, and learns to put it first, with reasoning or, by a
-  coin, without.
-
-  Args:
-    spec: tokens.
-    config: sections prompt and sft.
+  Both are trained side by side, so that either can be requested. The control
+  tokens begin a completion here and end the prompt in sampling: the sequence is
+  the same. With `privileged` a third completion is given a positive, the first
+  choice of the trace, and learns to put it first, with reasoning or without, by
+  a coin.
   """
   prompter, words, stage = spec.prompter, spec.vocabulary, config.sft
   by_readout = stage.rank_by == 'readout'
   told = stage.privileged * prompt.TARGET_TOKENS
 
   def completion(ask, reasoning, answer, weights):
-    """Weights: l_r on reasoning, l_o on the ranking, 0 where it is replaced."""
+    """Weights: l_r on reasoning, l_o on the ranking, 0 on replaced slots."""
     weights = [
       *[0.0] * len(ask),
       *[stage.reasoning_weight] * len(reasoning),

@@ -213,7 +213,10 @@ class SampledScores(NamedTuple):
 class SampledTokens(_Teacher):
   """Compares log-probabilities of the sampled tokens, by `kl.sampled_kl`."""
 
-  vocabulary = ()  # nothing is compared over the vocabulary
+  @property
+  def vocabulary(self) -> tuple[()]:
+    """Empty: nothing is compared over the vocabulary."""
+    return ()
 
   def _score(self, batch: PolicyBatch, prompt: '_Prompt'):
     hidden, known, metrics = prompt.completions(batch)

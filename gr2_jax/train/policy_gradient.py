@@ -108,7 +108,10 @@ class PolicyBatch:
 class Teacher(Protocol):
   """A frozen policy that the trained one is held to; see `distillation`."""
 
-  def score(self, batch: PolicyBatch) -> tuple[PolicyBatch, dict[str, Any]]:
+  @property
+  def score(
+    self,
+  ) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict[str, Any]]]:
     """Adds the teacher's scores of the rollouts to a batch; and metrics."""
 
   @property

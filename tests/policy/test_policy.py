@@ -16,7 +16,7 @@ def spec(world):
   return tiny_world.spec(world)
 
 
-def test_a_setup_speaks_one_language(spec):
+def test_the_parts_of_a_spec_share_one_vocabulary(spec):
   words, grammar = spec.vocabulary, spec.grammar
   assert spec.model.vocab_size == len(words)
   assert words.decode([grammar.slot_base]) == '<slot0>'

@@ -120,7 +120,7 @@ def test_short_slates_rank_their_own_candidates(rank, slates):
         assert sorted(row[:count]) == list(range(count))
 
 
-def test_watches_of_a_known_slate():
+def test_metrics_of_a_known_slate():
   found = ranking_lib.slate_metrics(
     np.int32([[0, 1, 2], [2, 0, 1], [1, 0, 2]]),
     np.int8([[0, 0, 1], [0, 0, 1], [1, 0, 0]]),

@@ -17,7 +17,7 @@ V = tiny.MODEL.vocab_size
 TEMPERATURE = 0.7  # of `tiny.sampler`
 
 
-def teacher(view='same', reads_its_own=True, lacks=()):
+def teacher(view='same', own_prompts=True, lacks=()):
   """A wider policy whose vocabulary stands in another order."""
   table = np.random.default_rng(5).permutation(WIDER.vocab_size)[:V]
   table = table.astype(np.int32)
@@ -25,7 +25,7 @@ def teacher(view='same', reads_its_own=True, lacks=()):
   own = policy.Policy(
     tiny.spec(model=WIDER), tiny.params(WIDER, seed=3), tiny.one_device()
   )
-  return distillation.TeacherPolicy(own, view, table, reads_its_own)
+  return distillation.TeacherPolicy(own, view, table, own_prompts)
 
 
 def batch_for(config):
@@ -234,7 +234,7 @@ def test_a_policy_is_no_way_from_itself():
     assert abs(float(metrics['teacher_kl'])) < 1e-5
 
 
-def test_a_teacher_that_thinks_reads_its_own_reasoning_first():
+def test_a_teacher_that_thinks_own_prompts_reasoning_first():
   config = tiny.sampler(thinking=False)
   spec = tiny.spec(model=WIDER)
   spec.prompter.reasoning, spec.prompter.thinking_tokens = 4, 10
