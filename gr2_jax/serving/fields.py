@@ -177,7 +177,8 @@ class Object:
     if unknown := [name for name in value if name not in known]:
       shown = [descriptions.short(name) for name in unknown[:_UNKNOWN_SHOWN]]
       shown += ['...'] * (len(unknown) > _UNKNOWN_SHOWN)
-      place = _inside(where, f'field {", ".join(shown)}')
+      word = 'fields' if len(unknown) > 1 else 'field'
+      place = _inside(where, f'{word} {", ".join(shown)}')
       cure = f'known are {", ".join(known)}'
       raise log_lib.DataError(f'{place}: unknown: {cure}')
     values = {}

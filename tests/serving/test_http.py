@@ -131,7 +131,7 @@ def test_described_items_are_flagged(service, policy):
     ),
     (
       {'slates': [GOOD, GOOD | {'Time': 1, 'hystory_times': [3]}]},
-      r"slates\[1\], field 'Time', 'hystory_times': unknown: known are cand",
+      r"slates\[1\], fields 'Time', 'hystory_times': unknown: known are cand",
     ),
   ],
 )

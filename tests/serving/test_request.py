@@ -124,7 +124,7 @@ def test_a_missing_field_is_named(tmp_path, field):
 def test_misspelt_fields_of_a_slate_are_all_named(tmp_path):
   row = GOOD | {'scors': [2, 1], 'histroy_times': [1, 2, 3], 'time': 5}
   message = (
-    "slates.jsonl, line 2, field 'scors', 'histroy_times': unknown: known are "
+    "slates.jsonl, line 2, fields 'scors', 'histroy_times': unknown: known are "
     'candidates, history, items, history_grades, history_times, scores, time'
   )
   with pytest.raises(log_lib.DataError, match=message):
