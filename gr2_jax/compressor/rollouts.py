@@ -138,9 +138,9 @@ def requests(
     remote: whether a judge in words is to read of the slates.
 
   Returns:
-    `(slate, rng) -> dict`, the fields of `batches.requests` and `budget` and
-    `whole`, tokens of a compression at most and of the context. A copy is over
-    any budget.
+    `(slate, rng) -> dict`, the fields of `examples.generation_rows`, and
+    `budget` and `whole`, tokens of a compression at most and of the context. A
+    copy is over any budget.
   """
   keeps = tuple(budgets)
 

@@ -377,7 +377,7 @@ def to_slates(
 def of_record(
   slate: dict[str, np.ndarray], names: Sequence[str]
 ) -> dict[str, Any]:
-  """A record of `slates.source` as a JSON slate; `names` are the item ids."""
+  """A record of `SlateSource` as a JSON slate; `names` are the item ids."""
   count, length = int(slate['count']), int(slate['history_length'])
   now, ages = int(slate['time']), slate['history_ages'][:length].tolist()
   grades = slate['history_grades'][:length].tolist()
