@@ -71,7 +71,7 @@ def test_grades_and_times_stay_with_their_items(tmp_path):
     ('history', [1.5], '1.5: each must be text or a whole number'),
     ('history', [True], 'True: each must be text or a whole number'),
     ('scores', [1], '1 values, but candidates has 2: give one for each'),
-    ('scores', 1, '1: it must be a list of numbers'),
+    ('scores', 1, '1: it must be a list'),
     ('scores', [1, float('nan')], 'nan: each must be a finite number'),
     ('scores', [1, float('inf')], 'inf: each must be a finite number'),
     ('scores', [1, 1e39], '1e\\+39: each must be a finite number'),
