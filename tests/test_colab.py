@@ -8,6 +8,8 @@ import pytest
 
 from gr2_jax.stages import evaluate
 
+pytestmark = pytest.mark.slow
+
 _ROOT = pathlib.Path(__file__).parent.parent
 _TOUR = _ROOT / 'colab' / 'tour.ipynb'
 

@@ -14,6 +14,8 @@ from gr2_jax.pipeline import artifacts, reporting
 
 from . import tiny, tiny_world
 
+pytestmark = pytest.mark.slow
+
 _ROOT = pathlib.Path(__file__).parent.parent
 _COMMAND = [
   sys.executable, '-m', 'gr2_jax.main',

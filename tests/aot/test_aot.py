@@ -13,6 +13,8 @@ from gr2_jax.bench import plan as bench_plan
 from gr2_jax.bench import weak_scaling
 from gr2_jax.distributed import sharding
 
+pytestmark = pytest.mark.slow
+
 LOAD = abstract.Load(slates=8, prompt_tokens=32, text_rows=500)
 
 

@@ -1,6 +1,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_a_tree_is_read_on_another_mesh_as_it_was_written():
   done = subprocess.run(

@@ -8,6 +8,8 @@ from gr2_jax.bench import own_step, rl_step, tunix_step
 
 from .. import tiny
 
+pytestmark = pytest.mark.slow
+
 SIZE = own_step.Size(prompt=6, completion=3, prompts=2, group=4)
 
 

@@ -10,6 +10,8 @@ from gr2_jax.data import slates as slates_lib  # noqa: E402
 
 from ..serving import live  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def service():

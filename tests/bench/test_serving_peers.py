@@ -20,6 +20,8 @@ from gr2_jax.stages import baselines  # noqa: E402
 from .. import tiny  # noqa: E402
 from ..serving.conftest import reranker, slates  # noqa: E402, F401
 
+pytestmark = pytest.mark.slow
+
 GRAMMAR = tiny.GRAMMAR
 VOCABULARY = tiny.MODEL.vocab_size
 

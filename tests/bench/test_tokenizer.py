@@ -7,6 +7,8 @@ from absl.testing import flagsaver
 
 from gr2_jax.bench import tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def flags():

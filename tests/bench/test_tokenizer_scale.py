@@ -5,6 +5,8 @@ import pytest
 
 from gr2_jax.bench import tokenizer_scale
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_catalog_repeats_texts_and_has_unit_vectors(tmp_path):
   path = tmp_path / 'vectors.npy'

@@ -19,6 +19,8 @@ from gr2_jax.pipeline import artifacts, reporting
 
 from .. import tiny, tiny_world
 
+pytestmark = pytest.mark.slow
+
 _ROOT = pathlib.Path(__file__).parent.parent.parent
 _DEVICES = 4  # of all processes
 _STEPS = 20

@@ -17,6 +17,8 @@ from gr2_jax.hf import gguf_file
 from gr2_jax.models import transformer
 from gr2_jax.policy import sampling
 
+pytestmark = pytest.mark.slow
+
 gguf = pytest.importorskip('gguf')
 tokenizers = pytest.importorskip('tokenizers')
 torch = pytest.importorskip('torch')

@@ -10,6 +10,8 @@ import pytest
 
 from launch import local_multiprocess
 
+pytestmark = pytest.mark.slow
+
 _ROOT = pathlib.Path(__file__).parent.parent.parent
 
 # What the fake processes begin with: their flags, and a note of who they are.

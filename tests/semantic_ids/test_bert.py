@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from gr2_jax.semantic_ids import bert
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip('safetensors')
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

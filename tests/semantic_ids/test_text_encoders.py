@@ -21,6 +21,8 @@ from gr2_jax.semantic_ids import (
 
 from .. import tiny_data, tiny_pretrained
 
+pytestmark = pytest.mark.slow
+
 tokenizers = pytest.importorskip('tokenizers')
 safetensors = pytest.importorskip('safetensors.numpy')
 

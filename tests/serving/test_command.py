@@ -11,6 +11,10 @@ import sys
 import threading
 import time
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 TOKEN = 'a token of a test'
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from . import live
 
+pytestmark = pytest.mark.slow
+
 schemathesis = pytest.importorskip(
   'schemathesis', reason='needs the extra: gr2_jax[dev]'
 )

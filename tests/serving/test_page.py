@@ -9,15 +9,19 @@ import pytest
 
 from . import live
 
+
 webdriver = pytest.importorskip(
   'selenium.webdriver', reason='needs the extra: gr2_jax[dev]'
 )
 BROWSER = shutil.which('chromium') or shutil.which('google-chrome')
 DRIVER = shutil.which('chromedriver')
-pytestmark = pytest.mark.skipif(
-  not (BROWSER and DRIVER),
-  reason='no chromium and chromedriver (Debian: chromium, chromium-driver)',
-)
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    not (BROWSER and DRIVER),
+    reason='no chromium and chromedriver (Debian: chromium, chromium-driver)',
+  ),
+]
 
 
 @pytest.fixture(scope='module')

@@ -17,6 +17,8 @@ from gr2_jax.stages import backbone, baselines, evaluate, midtrain, sft, traces
 
 from .. import tiny, tiny_pretrained, tiny_world
 
+pytestmark = pytest.mark.slow
+
 
 def config(source, family, **changes):
   """The world's, for a checkpoint of `tiny_pretrained`."""

@@ -22,6 +22,8 @@ from gr2_jax.studies import compress as compress_lib
 
 from .. import chat_server, tiny, tiny_world
 
+pytestmark = pytest.mark.slow
+
 STUDY = dict(
   study_compress__forms=('last:1', 'random:0.5'),
   study_compress__keeps=(0.3, 0.6),

@@ -26,6 +26,8 @@ from gr2_jax.stages import backbone, export, midtrain
 
 from .. import tiny_pretrained, tiny_world
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 xgrammar = pytest.importorskip('xgrammar')

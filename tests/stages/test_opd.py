@@ -10,6 +10,8 @@ from gr2_jax.stages import opd
 
 from .. import tiny, tiny_world
 
+pytestmark = pytest.mark.slow
+
 
 def steps_of(workdir):
   rows = reporting.read_metrics(workdir / 'metrics.jsonl')

@@ -14,6 +14,8 @@ from gr2_jax.studies import prune as prune_lib
 
 from .. import tiny, tiny_world
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dict(
   model__num_layers=3,
   prune__start='sft',

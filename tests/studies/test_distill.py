@@ -10,6 +10,8 @@ from gr2_jax.studies import distill
 
 from .. import tiny_world
 
+pytestmark = pytest.mark.slow
+
 ROWS = ('SFT, rejection traces', 'OPD', 'OPD, then RL')
 SMALL = dict(d_model=8, num_layers=1, num_heads=1, num_kv_heads=1, d_ff=12)
 

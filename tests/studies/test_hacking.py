@@ -9,6 +9,8 @@ from gr2_jax.studies import hacking
 
 from .. import tiny_world
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dict(
   study_hacking__orders=('shuffled',),
   study_hacking__rewards=('auc+ndcg',),

@@ -7,6 +7,8 @@ from gr2_jax.studies import internalize as internalize_lib
 
 from .. import tiny_world
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dict(
   study_internalize__test_slates=8,
   internalize__steps=2,

@@ -13,6 +13,8 @@ from gr2_jax.studies import tokenizer
 
 from .. import tiny_world
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {  # technique -> what it changes
   'kmeans': ('init_items', 40),
   'ema': ('codebook', 'ema'),

@@ -89,9 +89,9 @@ def alone(teacher, source, index, attempt, privileged=False):
   """One row, sampled on its own: presentation, target, completion, ranking."""
   spec = teacher.policy.spec
   rng = np.random.default_rng((SEED, index, attempt))
-  row = examples.generation_rows(spec.prompter, '<think>', 'shuffled', privileged)(
-    source[index], rng
-  )
+  row = examples.generation_rows(
+    spec.prompter, '<think>', 'shuffled', privileged
+  )(source[index], rng)
   rng = np.random.default_rng((SEED, index, attempt))
   count = int(row['count'])
   order = prompt.presentation(count, 'shuffled', rng)
