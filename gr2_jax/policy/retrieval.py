@@ -29,7 +29,7 @@ from gr2_jax.semantic_ids import trie as trie_lib
 
 
 @struct.dataclass
-class Found:
+class SearchResults:
   """Results of a search, best first; items that share a tuple are one."""
 
   items: jax.Array  # int32 [P, G]; -1 where there are fewer
@@ -46,7 +46,7 @@ def search(
   *,
   sid_base: int,
   beams: int,
-) -> Found:
+) -> SearchResults:
   """Beam search over a catalog. Exact where no level has more than G prefixes.
 
   The history is encoded once; the beams are its group, and their few codes are
@@ -94,7 +94,7 @@ def search(
     node = jnp.where(score > -jnp.inf, node, -1)
     codes = jnp.take_along_axis(codes, parent[..., None], 1)
     codes = jnp.concatenate([codes, code[..., None]], -1)
-  return Found(items=trie.item(node), score=score)
+  return SearchResults(items=trie.item(node), score=score)
 
 
 def _completes(
@@ -223,7 +223,7 @@ class Retriever:
     spec: tokens and shapes.
     mesh: devices of the parameters.
     sids: the catalog's.
-    asked: the questions.
+    held_out: the questions.
     batch_size: questions at a time.
     beams: G.
   """
@@ -233,16 +233,16 @@ class Retriever:
     spec: policy.PolicySpec,
     mesh: jax.sharding.Mesh,
     sids: ids_lib.SemanticIds,
-    asked: Questions,
+    held_out: Questions,
     batch_size: int,
     beams: int,
   ):
     self._mesh, self._batch_size = mesh, batch_size
     self._trie = trie_lib.build_trie(sids)
-    self._asked = asked
+    self._held_out = held_out
     codes = np.concatenate([sids.codes, np.full((1, sids.levels), -1)])
-    self._excluded = codes[asked.seen].astype(np.int32)
-    self._target = sids.find(sids.codes[asked.target])
+    self._excluded = codes[held_out.seen].astype(np.int32)
+    self._target = sids.find(sids.codes[held_out.target])
     self._search = jax.jit(
       functools.partial(
         search,
@@ -256,14 +256,14 @@ class Retriever:
     """See `summary`."""
     parts = []
     with sharding.activate(self._mesh):
-      for begin in range(0, len(self._asked), self._batch_size):
+      for begin in range(0, len(self._held_out), self._batch_size):
         index = np.arange(begin, begin + self._batch_size)
-        index = np.minimum(index, len(self._asked) - 1)
-        arrays = self._asked.prompt, self._asked.length, self._excluded
+        index = np.minimum(index, len(self._held_out) - 1)
+        arrays = self._held_out.prompt, self._held_out.length, self._excluded
         batch = sharding.shard_batch(
           tuple(x[index] for x in arrays), self._mesh
         )
-        found = self._search(params, self._trie, *batch)
-        parts.append(processes.gather_to_host(found.items))
-    items = np.concatenate(parts)[: len(self._asked)]
+        results = self._search(params, self._trie, *batch)
+        parts.append(processes.gather_to_host(results.items))
+    items = np.concatenate(parts)[: len(self._held_out)]
     return summary(items, self._target)

@@ -3,12 +3,12 @@
 In on-policy distillation (Eq. 4) the student samples and the teacher only
 scores. RL scores the same way where the policy is held to its own start. A
 teacher may be any policy made from the same slates and semantic IDs, of any
-size. Its view sets it apart from the student:
+size. Its view sets it above the student:
 
 | view | the teacher |
 |---|---|
 | `same` | reads what the student reads: it is another, better policy |
-| `privileged` | is told a positive, as `sft.privileged` trains it |
+| `privileged` | is given a positive, as `sft.privileged` trains it |
 | `thinking` | reasons first, where the student answers at once |
 | `readout` | ranks by the scores at its slot tokens; reasons as it does |
 | `whole` | reads the whole context, where the student reads a form of it |

@@ -1,8 +1,8 @@
 """The learner of every language-model stage: state, losses, jitted update.
 
-Prompts [P, Tp] and completions [P, G, Tc] stay apart: a prompt is encoded once
-and its G completions attend to it, exactly as in sampling. Logits exist only at
-the positions that a loss reads, a chunk of time at a time.
+Prompts [P, Tp] and completions [P, G, Tc] are separate: a prompt is encoded
+once and its G completions attend to it, exactly as in sampling. Logits exist
+only at the positions that a loss reads, a chunk of time at a time.
 
 Axes: P prompts, G group, T time, K candidates, V vocabulary, D model width.
 """
