@@ -9,7 +9,6 @@ import pytest
 
 from . import live
 
-
 webdriver = pytest.importorskip(
   'selenium.webdriver', reason='needs the extra: gr2_jax[dev]'
 )

@@ -99,9 +99,10 @@ def test_midtraining_starts_from_the_backbone(chain, tmp_path):
   midtrain.run(own, tiny_world.inputs(chain.found, 'midtrain'), tmp_path)
   spec = tiny_world.spec(chain.found, own)
   tiny.assert_trees_close(
-    spec.load_params(tmp_path, tiny_world.mesh()), spec.load_params(chain.found['backbone'], tiny_world.mesh()),
+    spec.load_params(tmp_path, tiny_world.mesh()),
+    spec.load_params(chain.found['backbone'], tiny_world.mesh()),
     1e-9,
-  )  # fmt: skip
+  )
 
 
 def test_rows_start_at_the_words_of_a_symbol(chain):
