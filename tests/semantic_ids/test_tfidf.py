@@ -67,12 +67,12 @@ def test_same_text_gives_the_same_row_wherever_it_stands():
 
 def test_deterministic_across_processes_with_other_hash_seeds(tmp_path):
   program = (
-    'import pathlib, sys; from gr2_jax.data import text; '
+    'import pathlib, sys; from gr2_jax.semantic_ids import tfidf; '
     f'c = {TITLES!r}, {CATEGORIES!r}, {YEARS!r}; '
-    'space = text.fit(*c, dim=4, seed=3); '
+    'space = tfidf.fit(*c, dim=4, seed=3); '
     'path = pathlib.Path(sys.argv[1]); '
     'space = space if path.exists() else (space.save(path) or space); '
-    'x = text.embed(space, *c), text.embed(text.load(path), *c); '
+    'x = tfidf.embed(space, *c), tfidf.embed(tfidf.load(path), *c); '
     'sys.stdout.write(" ".join(each.tobytes().hex() for each in x))'
   )
   outputs = {
