@@ -13,7 +13,7 @@ from configs import common
 RECIPE = {
   'prompt.fields': ('evidence',),
   'prompt.history': 0,
-  'traces.believes': ('incoming_score',),
+  'traces.evidence_columns': ('incoming_score',),
   'traces.noise': 0.1,
   'sft.rank_by': 'trace',
   'sft.listwise_weight': 0.0,

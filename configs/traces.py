@@ -1,4 +1,4 @@
-"""Stage `traces`: reasoning of a teacher about the training slates."""
+"""Stage `traces`: a teacher's reasoning about the training slates."""
 
 from ml_collections import ConfigDict
 
@@ -17,7 +17,7 @@ def section(test: bool = False) -> ConfigDict:
   config.slates = 0  # training slates, a random sample; 0: all
   config.kind = 'rejection'  # rejection (Eq. 2) or targeted (Eq. 1)
   config.tries = 8  # most answers per slate before it is dropped
-  config.believes = (  # evidence columns that the heuristic teacher reads
+  config.evidence_columns = (  # of the heuristic teacher
     'co_short',
     'directed',
     'genre',

@@ -1,4 +1,4 @@
-"""A server that speaks the chat-completions protocol, faults included."""
+"""A test server for chat completions that can also fail."""
 
 import contextlib
 import dataclasses
@@ -27,12 +27,12 @@ class Answer:
   body: object = None  # JSON, or text as it is
   status: int = 200
   headers: dict = dataclasses.field(default_factory=dict)
-  cut: bool = False  # the connection is closed inside the body
-  silent: bool = False  # nothing is sent until the client has gone
+  cut: bool = False  # close the connection inside the body
+  silent: bool = False  # send nothing until the client disconnects
 
 
 class Server:
-  """`answer(body, number) -> Answer` decides; number counts requests."""
+  """Replies with `answer(body, number)`, where `number` counts requests."""
 
   def __init__(self, answer):
     self.answer, self.requests, self.keys = answer, [], []
@@ -64,25 +64,25 @@ def serve(answer):
     def do_POST(self):
       size = int(self.headers['content-length'])
       body = json.loads(self.rfile.read(size))
-      found = server.handle(body, dict(self.headers.items()))
+      answer = server.handle(body, dict(self.headers.items()))
       with server.lock:
         server.under_way -= 1
-      if found.silent:
+      if answer.silent:
         server.over.wait(5)
         self.close_connection = True
         return
-      content = found.body
+      content = answer.body
       if not isinstance(content, str):
         content = json.dumps(content)
       content = content.encode()
-      self.send_response(found.status)
+      self.send_response(answer.status)
       self.send_header('content-type', 'application/json')
-      self.send_header('content-length', str(len(content) + 9 * found.cut))
-      for name, value in found.headers.items():
+      self.send_header('content-length', str(len(content) + 9 * answer.cut))
+      for name, value in answer.headers.items():
         self.send_header(name, value)
       self.end_headers()
       self.wfile.write(content)
-      if found.cut:
+      if answer.cut:
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
@@ -116,14 +116,14 @@ def settings(server, **changes):
 
 
 def candidates(body):
-  """How many candidates a request shows, and which is the target."""
+  """The number of candidates in a request, and its target."""
   text = body['messages'][1]['content']
   target = re.search(r'engaged with \[(\d+)\] next', text)
   return len(re.findall(r'^\[\d+\]', text, re.M)), target and int(target[1])
 
 
 def ranks(body, number=0):
-  """A good answer: the target first, if it is shown, then by number."""
+  """A valid answer: the target, if any, then the others by number."""
   del number
   count, target = candidates(body)
   order = sorted(range(1, count + 1), key=lambda n: (n != target, n))

@@ -141,6 +141,7 @@ STAGES: dict[str, Stage] = {
 RENAMED = {
   '*.reward_divergence_patience': 'divergence',
   '*.selection_metric': 'choose',
+  'traces.evidence_columns': 'believes',
 }
 
 

@@ -31,7 +31,7 @@ from gr2_jax.distributed import processes, sharding
 from gr2_jax.pipeline import artifacts
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import compressed, examples, prompt
-from gr2_jax.teachers import dialogue, endpoint, remote
+from gr2_jax.teachers import dialogue, endpoint, ledger
 from gr2_jax.teachers import judge as judge_lib
 from gr2_jax.train import distillation, learner, loop, on_policy
 
@@ -102,16 +102,16 @@ def judge_in_words(
   if not processes.is_main_process():  # Process 0 asks.
     yield compressor_judge.Remote(words, mesh, None), dict
     return
-  settings = remote.settings('compress', stage, temperature=0.0)
+  settings = endpoint.settings('compress', stage, temperature=0.0)
   who = [config.seed, 'compress', stage.endpoint, stage.model]
   with (
-    remote.book('compress', stage, workdir, who) as book,
+    ledger.from_config('compress', stage, workdir, who) as book,
     endpoint.Endpoint(settings, book) as model,
   ):
     ask = judge_lib.Judge(judge_lib.COMPRESSION, model)
     yield (
       compressor_judge.Remote(words, mesh, ask),
-      lambda: {'asked': remote.spent(stage, book.usage())},
+      lambda: {'asked': ledger.with_cost(stage, book.usage())},
     )
 
 

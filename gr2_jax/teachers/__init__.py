@@ -1,1 +1,1 @@
-"""Who writes or judges reasoning."""
+"""Authors and judges of reasoning."""

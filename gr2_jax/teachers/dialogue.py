@@ -1,17 +1,20 @@
-"""Slates as words for a model that is not ours, and its words as our tokens.
+"""Slates as chats for an outside model, and its answers as the policy's tokens.
 
-The outside model sees no semantic IDs: candidates are [1], [2], .. in the
-order of presentation, items of the history [h1], [h2], .., oldest first, each
-with title, category path and year. It reasons in prose that cites these, then
-ranks in one line. A citation becomes what our policies cite by: the slot token
-of a candidate, the semantic ID of an item of the history.
+The outside model receives no semantic IDs: candidates are numbered [1], [2], ..
+in the order of presentation, items of the history [h1], [h2], .., oldest first,
+each with title, category path and year. It cites them in prose and ends with a
+ranking in one line. A cited candidate becomes its slot token, a cited item of
+the history its semantic ID.
 
-Axes: K candidates.
+In all functions `slate` is one record of `slates.SlateSource`, whose labels are
+not read, and `order`, int [count], holds the incoming ranks of its candidates
+in the order of presentation.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -36,61 +39,45 @@ from the history as if you did not know: do not mention that you were told."""
 _RANKING = re.compile(r'^\W*ranking\W*?:', re.IGNORECASE | re.MULTILINE)
 _NUMBERS = re.compile(r'[\s\[(*`]*\d{1,6}(?:[\s,;>\[\]()*`]+\d{1,6})*\W*')
 _CITATION = re.compile(r'\[\s*(h?\d{1,6}(?:\s*,\s*h?\d{1,6})*)\s*\]')
-_CONCLUSION = 3  # picks that a reasoning span ends with
+_CONCLUSION = 3  # candidates at the end of a reasoning span
+
+Slate = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What an outside model answered.
+  """A parsed answer of an outside model."""
 
-  Attributes:
-    reasoning: its prose, citations as it wrote them.
-    ranking: int32, incoming ranks, best first; empty where the verdict is not
-      `parsing.VALID`.
-    verdict: index into `parsing.VERDICTS`.
-  """
-
-  reasoning: str
-  ranking: np.ndarray
-  verdict: int
+  reasoning: str  # prose with the model's citations
+  ranking: np.ndarray  # int32, incoming ranks, best first; [0] unless valid
+  verdict: int  # index into `parsing.VERDICTS`
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """A reasoning span in our tokens."""
+  """A reasoning span in the policy's tokens."""
 
   ids: list[int]  # slots are incoming ranks
-  clipped: bool  # the prose was longer
-  unknown: int  # citations of what is not there; they are left out
+  clipped: bool  # whether prose was truncated
+  unknown: int  # dropped citations of items that the slate lacks
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-  """Renders slates of one data set as chats, and reads the answers.
+  """Renders the slates of one data set as chats and reads the answers."""
 
-  Attributes:
-    prompter: of the policy: its layout, its history, its tokens.
-    catalog: titles, category paths, years.
-    system: who the model is told to be; may be empty.
-    words: of the reasoning, at most, as the model is told.
-    knowledge: whether it is told what tends to hold (KP).
-  """
-
-  prompter: prompt.Prompter
+  prompter: prompt.Prompter  # layout, history and tokens of the policy
   catalog: log_lib.Catalog
-  system: str
-  words: int
-  knowledge: bool
+  system: str  # system message; may be empty
+  words: int  # longest reasoning that the chat requests
+  knowledge: bool  # whether the system message has general rules (KP)
 
   def messages(
-    self, slate, order: np.ndarray, target: int | None = None
+    self, slate: Slate, order: np.ndarray, target: int | None = None
   ) -> list[Message]:
-    """The chat that asks for reasoning and a ranking.
+    """The chat that requests reasoning and a ranking.
 
-    Args:
-      slate: one record of `slates.SlateSource`.
-      order: int [count], incoming ranks in the order of presentation.
-      target: incoming rank of the candidate that is shown as the target.
+    `target` is the incoming rank of a candidate that is revealed as the target.
     """
     count = len(order)
     example = ', '.join(map(str, range(count, 0, -1)))
@@ -105,14 +92,13 @@ class Dialogue:
       {'role': 'user', 'content': '\n\n'.join(user)},
     ]
 
-  def describe(self, slate, order: np.ndarray, symbols: bool = False) -> str:
-    """History and candidates, a line an item, in the policy's layout.
+  def describe(
+    self, slate: Slate, order: np.ndarray, symbols: bool = False
+  ) -> str:
+    """History and candidates, one line per item, in the policy's layout.
 
-    Args:
-      slate: one record of `slates.SlateSource`; of labels nothing is read.
-      order: int [count], incoming ranks in the order of presentation.
-      symbols: whether a line ends with what the policy reads of it and words
-        lack: semantic ID, evidence, grade, age.
+    With `symbols` a line also has the policy's symbols for its item: semantic
+    ID, evidence, grade, age.
     """
     lines = {
       'history': [
@@ -125,88 +111,68 @@ class Dialogue:
       ],
     }
     if symbols:
-      read = self.prompter.lines(slate)
-      own = {
-        'history': read.history,
-        'candidates': [read.candidates[rank] for rank in order],
+      fields = self.prompter.lines(slate)
+      extras = {
+        'history': fields.history,
+        'candidates': [fields.candidates[rank] for rank in order],
       }
-      for block, shown in lines.items():
+      for block, texts in lines.items():
         lines[block] = [
-          ' | '.join(filter(None, [line, self._symbols(more)]))
-          for line, more in zip(shown, own[block], strict=True)
+          ' | '.join(filter(None, [text, self._symbols(extra)]))
+          for text, extra in zip(texts, extras[block], strict=True)
         ]
     return _blocks({block: lines[block] for block in self.prompter.layout})
 
   def read(self, text: str, order: np.ndarray) -> Answer:
-    """Parses an answer; what is before the ranking is the reasoning.
-
-    Args:
-      text: as the model wrote it. A span of thoughts before the answer, closed
-        by </think>, is left out.
-      order: of presentation.
-    """
+    """Parses an answer; drops thoughts that end with </think>."""
     text = text.rpartition('</think>')[2]
-    found = [*_RANKING.finditer(text)][-1:]
-    reasoning = text[: found[0].start()] if found else text
-    reasoning = re.sub(r'^\W*reasoning\W*?:', '', reasoning, flags=re.I)
-    tail = text[found[0].end() :] if found else ''
-    numbers = []
-    if _NUMBERS.fullmatch(tail):
-      numbers = [int(n) for n in re.findall(r'\d+', tail)]
-    count = len(order)
-    if not numbers:
-      verdict = parsing.WRONG_FORMAT
-    elif not all(1 <= n <= count for n in numbers):
-      verdict = parsing.OUT_OF_SET
-    elif len(set(numbers)) < len(numbers):
-      verdict = parsing.REPETITION
-    elif len(numbers) < count:
-      verdict = parsing.MISSING
-    else:
-      verdict = parsing.VALID
+    headings = [match.span() for match in _RANKING.finditer(text)]
+    start, end = headings[-1] if headings else (len(text), len(text))
+    tail = text[end:]
+    reasoning = re.sub(r'^\W*reasoning\W*?:', '', text[:start], flags=re.I)
+    digits = re.findall(r'\d+', tail) if _NUMBERS.fullmatch(tail) else []
+    numbers, count = [int(n) for n in digits], len(order)
+    faults = {
+      parsing.WRONG_FORMAT: not numbers,
+      parsing.OUT_OF_SET: not all(1 <= n <= count for n in numbers),
+      parsing.REPETITION: len(set(numbers)) < len(numbers),
+      parsing.MISSING: len(numbers) < count,
+    }
+    verdict = next((v for v, found in faults.items() if found), parsing.VALID)
     places = np.array(numbers if verdict == parsing.VALID else [], int) - 1
     ranking = np.asarray(order)[places].astype(np.int32)
     return Answer(' '.join(reasoning.split()), ranking, verdict)
 
-  def span(self, answer: Answer, slate, order: np.ndarray) -> Span:
-    """A valid answer's reasoning in our tokens.
+  def span(self, answer: Answer, slate: Slate, order: np.ndarray) -> Span:
+    """Converts the reasoning of a valid answer to the policy's tokens.
 
-    It ends with the slots of the first picks, as that of every teacher here,
-    so that a policy can be held to its conclusion; prose gives way to them.
-
-    Args:
-      answer: of `read`.
-      slate: which it is about.
-      order: of presentation.
+    The span ends with the slots of the first candidates of the ranking, like
+    those of all teachers, so that a policy can be rewarded for a consistent
+    conclusion. Prose is truncated to leave room for them.
     """
     words, room = self.prompter.vocabulary, self.prompter.reasoning
-    end = [words.slot_base + int(rank) for rank in answer.ranking[:_CONCLUSION]]
-    end = end[:room]
+    ranks = answer.ranking[: min(_CONCLUSION, room)]
+    end = [words.slot_base + int(rank) for rank in ranks]
     room -= len(end)
     ids, clipped, unknown = [], False, 0
-    for piece in self._pieces(answer.reasoning, slate, order):
+    for piece, divisible in self._pieces(answer.reasoning, slate, order):
       if piece is None:
         unknown += 1
-      elif clipped or len(ids) + len(piece.ids) > room:
-        if piece.divisible and not clipped:
-          ids += piece.ids[: room - len(ids)]
+      elif clipped or len(ids) + len(piece) > room:
+        if divisible and not clipped:
+          ids += piece[: room - len(ids)]
         clipped = True
       else:
-        ids += piece.ids
+        ids += piece
     while ids and words.is_slot(ids[-1]):
       ids.pop()
     return Span(ids + end, clipped, unknown)
 
-  def show(self, ids: np.ndarray, slate, order: np.ndarray) -> str:
-    """Tokens of a reasoning span as words, with citations: `span` reversed.
+  def show(self, ids: np.ndarray, slate: Slate, order: np.ndarray) -> str:
+    """The inverse of `span`: prose with citations.
 
-    Args:
-      ids: of a stored trace, slots are incoming ranks.
-      slate: which it is about.
-      order: of presentation.
-
-    Returns:
-      Prose. What cites no item of the slate shows as the symbols it is.
+    In `ids` slots are incoming ranks. Semantic IDs of items that the slate
+    lacks appear as symbols.
     """
     slots = {
       (self.prompter.vocabulary.slot_base + int(rank),): f'[{place}]'
@@ -214,18 +180,14 @@ class Dialogue:
     }
     return self._cite(ids, slots | self._identifiers(slate, order))
 
-  def show_context(self, ids: np.ndarray, slate, order: np.ndarray) -> str:
-    """Tokens of a compression as words, a line a candidate; any tokens.
+  def show_context(
+    self, ids: np.ndarray, slate: Slate, order: np.ndarray
+  ) -> str:
+    """A compressed context as a block of history and one of candidates.
 
-    Args:
-      ids: as the compressor wrote them, slots are places; what stands behind
-        an <eos> is left out.
-      slate: which it is about.
-      order: of presentation.
-
-    Returns:
-      A block of the history and one of candidates. A whole semantic ID shows as
-      the item of the slate it is of, other symbols as they are.
+    In `ids`, any tokens up to an <eos>, slots are places in the order of
+    presentation. A whole semantic ID of an item of the slate appears as its
+    citation, other symbols as they are.
     """
     words, names = self.prompter.vocabulary, self._identifiers(slate, order)
     lines: dict[str, list[str]] = {'history': []}
@@ -233,8 +195,8 @@ class Dialogue:
     block = 'history'
 
     def end(name: str = '') -> None:
-      told = ' '.join(filter(None, [name, self._cite(line, names)]))
-      lines[block] += [told] if told else []
+      text = ' '.join(filter(None, [name, self._cite(line, names)]))
+      lines[block] += [text] if text else []
       line.clear()
 
     for token in map(int, ids):
@@ -252,9 +214,9 @@ class Dialogue:
     return _blocks(lines)
 
   def _identifiers(
-    self, slate, order: np.ndarray
+    self, slate: Slate, order: np.ndarray
   ) -> dict[tuple[int, ...], str]:
-    """Semantic IDs of a slate's items -> how they are cited."""
+    """Maps the semantic IDs of a slate's items to their citations."""
     sids = self.prompter.items['sid']
     names = {
       sids[slate['candidates'][rank]]: f'[{place}]'
@@ -264,24 +226,24 @@ class Dialogue:
     return names | {sids[item]: f'[h{place}]' for place, item in shown}
 
   def _cite(self, ids: Iterable[int], names: dict[tuple[int, ...], str]) -> str:
-    """Tokens as words, some runs of them by name."""
+    """Decodes tokens, with a name for each run of tokens in `names`."""
     words = self.prompter.vocabulary
-    ids, shown, text = [int(i) for i in ids], [], []
+    ids, parts, text = [int(i) for i in ids], [], []
     while ids:
       sizes = (words.layout.levels, 1)
       size = next((n for n in sizes if tuple(ids[:n]) in names), 0)
       if size or not 0 <= ids[0] < len(words):
         name = names.get(tuple(ids[:size]), '<?>')
-        shown += [words.decode(text), name]
+        parts += [words.decode(text), name]
         ids, text = ids[size or 1 :], []
       else:
         text.append(ids.pop(0))
-    return ' '.join(filter(None, [*shown, words.decode(text)]))
+    return ' '.join(filter(None, [*parts, words.decode(text)]))
 
   def _symbols(self, line: context.Line) -> str:
-    """What of a line is no text."""
-    told = (ids for f, ids in line.items() if f not in ('title', 'categories'))
-    return self.prompter.vocabulary.decode([i for ids in told for i in ids])
+    """The fields of a line that are not text."""
+    fields = (v for f, v in line.items() if f not in ('title', 'categories'))
+    return self.prompter.vocabulary.decode([i for ids in fields for i in ids])
 
   def _line(self, name: str, item: int) -> str:
     year = int(self.catalog.years[item])
@@ -290,29 +252,29 @@ class Dialogue:
       ' > '.join(self.catalog.categories[item]),
       str(year or ''),
     ]
-    shown = filter(None, (' '.join(part.split()) for part in parts))
-    return f'[{name}] {" | ".join(shown)}'
+    texts = filter(None, (' '.join(part.split()) for part in parts))
+    return f'[{name}] {" | ".join(texts)}'
 
   def _pieces(
-    self, text: str, slate, order: np.ndarray
-  ) -> Iterator['_Piece | None']:
-    """Prose and citations in turn; None for what is not there."""
+    self, text: str, slate: Slate, order: np.ndarray
+  ) -> Iterator[tuple[list[int] | None, bool]]:
+    """Yields prose (divisible) and citations; None for an unknown citation."""
     words, sids = self.prompter.vocabulary, self.prompter.items['sid']
     history = self.prompter.shown(slate)
     at = 0
     for match in _CITATION.finditer(text):
-      yield _Piece(self._encode(text[at : match.start()]), True)
+      yield self._encode(text[at : match.start()]), True
       at = match.end()
       for name in re.findall(r'h?\d+', match.group(1)):
         place = int(name.removeprefix('h')) - 1
         past = name.startswith('h')
         if not 0 <= place < len(history if past else order):
-          yield None
+          yield None, False
         elif past:
-          yield _Piece(list(sids[history[place]]), False)
+          yield list(sids[history[place]]), False
         else:
-          yield _Piece([words.slot_base + int(order[place])], False)
-    yield _Piece(self._encode(text[at:]), True)
+          yield [words.slot_base + int(order[place])], False
+    yield self._encode(text[at:]), True
 
   def _encode(self, text: str) -> list[int]:
     text = text.strip()
@@ -320,16 +282,8 @@ class Dialogue:
 
 
 def _blocks(lines: dict[str, list[str]]) -> str:
-  """Blocks with their headings, those of no line too."""
+  """Joins blocks under headings; an empty block has the line (none)."""
   return '\n\n'.join(
-    '\n'.join([f'{block.capitalize()}:', *(own or ['(none)'])])
-    for block, own in lines.items()
+    '\n'.join([f'{block.capitalize()}:', *(texts or ['(none)'])])
+    for block, texts in lines.items()
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-  """Tokens of prose, or of one citation."""
-
-  ids: list[int]
-  divisible: bool  # may be cut anywhere

@@ -1,13 +1,13 @@
 """A language model behind an OpenAI-compatible endpoint.
 
-What fails and may pass (429, 5xx, time-outs, cut connections, bodies that are
-no answer) is asked again, a bounded number of times, after waits that double;
-what cannot pass (a wrong key, an unknown model) stops the run. The key comes
-from the environment and goes into the request's header, nowhere else: it is
-struck out of whatever the server says.
+Transient failures (429, 5xx, timeouts, broken connections, malformed bodies)
+are retried a bounded number of times, after waits that double. Permanent ones
+(a wrong key, an unknown model) stop the run. The key comes from the environment
+and appears only in the header of requests: it is removed from all server text.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import email.utils
 import itertools
@@ -26,72 +26,84 @@ from gr2_jax.teachers import ledger as ledger_lib
 Message = dict[str, str]  # role and content
 T = TypeVar('T')
 
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds between tries
-_PASSING = (408, 409, 425, 429)  # and 500 and above: may pass
-_DECLINED = (400, 413, 422)  # this request, where others are answered
-_SHOWN = 200  # characters of what a server says
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds between attempts
+_TRANSIENT = (408, 409, 425, 429)  # HTTP statuses, beside 500 and above
+_DECLINED = (400, 413, 422)  # faults of one request, not of the endpoint
+_EXCERPT = 200  # characters of a server's text in an error
 
 
 class EndpointError(ValueError):
-  """The endpoint cannot be used; the message says why, never the key."""
+  """The endpoint cannot be used; the message never contains the key."""
 
 
 class Unanswered(Exception):
-  """No answer to this request after all tries."""
+  """All attempts at a request failed."""
 
 
 class Declined(Unanswered):
-  """The server does not take this request; asking again is no use."""
+  """The server rejects this request; a retry would not help."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How to reach and ask a model.
+  """Address, request fields and limits of an endpoint."""
 
-  Attributes:
-    base_url: e.g. http://localhost:8000/v1.
-    model: its name there.
-    key_variable: the environment variable that holds the key; '': no key.
-    fields: of every request, beside model and messages.
-    answer_tokens: of an answer, at most; what is set aside for it.
-    concurrency: requests under way at once.
-    timeout: seconds without a byte until a request counts as lost.
-    retries: of a request, after the first try.
-    section: of the config, where all this is said.
-  """
-
-  base_url: str
+  base_url: str  # e.g. http://localhost:8000/v1
   model: str
-  key_variable: str
-  fields: Mapping[str, Any]
-  answer_tokens: int
-  concurrency: int
-  timeout: float
-  retries: int
-  section: str = 'traces'
+  key_variable: str  # environment variable that holds the key; '': no key
+  fields: Mapping[str, Any]  # of each request, beside model and messages
+  answer_tokens: int  # longest answer; reserved in the ledger
+  concurrency: int  # requests in flight
+  timeout: float  # seconds without a byte before a request fails
+  retries: int  # per request, after the first attempt
+  section: str = 'traces'  # of the config, for errors
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fault:
-  """Why a try failed."""
+  """The failure of one attempt."""
 
-  what: str
+  message: str
   status: int | None = None  # of HTTP
-  wait: float = 0.0  # seconds that the server asks for
-  may_cost: bool = True  # tokens may have been written
-  hopeless: bool = False
+  wait: float = 0.0  # seconds that the server demands
+  may_cost: bool = True  # the model may have written tokens
+  permanent: bool = False
 
 
-class Endpoint:
-  """Asks a model; safe to use from many threads.
-
-  Args:
-    settings: how.
-    ledger: keeps the answers and counts the tokens.
-    pause: waits for some seconds; None: until `stop` at most.
+def settings(section: str, stage: Any, temperature: float) -> Settings:
+  """Reads the fields of `configs.common.endpoint` from section `stage`.
 
   Raises:
-    EndpointError: the settings cannot be meant, or there is no key.
+    ValueError: `stage.request` is not a JSON object.
+  """
+  try:
+    fields = {
+      'temperature': temperature,
+      'max_tokens': stage.answer_tokens,
+    } | json.loads(stage.request or '{}')
+  except (ValueError, TypeError) as e:
+    raise ValueError(
+      f'{section}.request must be a JSON object or empty ({e})'
+    ) from e
+  same = ('model', 'key_variable', 'answer_tokens', 'concurrency', 'timeout')
+  return Settings(
+    base_url=stage.endpoint,
+    fields={k: v for k, v in fields.items() if v is not None},
+    section=section,
+    **{name: stage[name] for name in (*same, 'retries')},
+  )
+
+
+class Endpoint(contextlib.AbstractContextManager):
+  """A client of one endpoint, which threads may share.
+
+  Args:
+    settings: address and limits.
+    ledger: stores the answers and counts the tokens.
+    pause: sleeps for some seconds; None: sleeps until `map` is aborted at most.
+
+  Raises:
+    EndpointError: invalid settings, or no key in the environment.
     ModuleNotFoundError: the extra `teacher` is not installed.
   """
 
@@ -118,71 +130,75 @@ class Endpoint:
       base_url=settings.base_url,
       timeout=settings.timeout,
       max_retries=0,
-      # Of the account that the environment is set up for, not this one's.
+      # The environment may name them for another account than the key's.
       default_headers={
         'OpenAI-Organization': openai.Omit(),
         'OpenAI-Project': openai.Omit(),
       },
     )
 
-  def ask(self, messages: Sequence[Message], *name: object) -> ledger_lib.Reply:
-    """The answer to a request: the ledger's, or a new one.
+  def complete(
+    self, messages: Sequence[Message], *name: object
+  ) -> ledger_lib.Reply:
+    """Returns the answer to a chat, from the ledger or from the server.
 
-    Args:
-      messages: of the chat.
-      *name: tells requests apart that have the same messages.
+    The name distinguishes requests with equal messages.
 
     Raises:
-      Unanswered: every try failed, or the endpoint was stopped.
-      Declined: the server does not take it.
-      EndpointError: no request can be answered.
-      ledger.OverLimit: it might exceed the limit on tokens.
+      Unanswered: all attempts failed, or `map` was aborted.
+      Declined: the server rejects the request.
+      EndpointError: the server can answer no request.
+      ledger.OverLimit: the answer might exceed the limit on tokens.
     """
     s = self.settings
     key = ledger_lib.key(s.base_url, s.model, dict(s.fields), messages, name)
-    found = self._ledger.get(key)
-    if found is not None:
-      return found
-    # A token is a byte at least; a chat template puts a few around each turn.
+    stored = self._ledger.get(key)
+    if stored is not None:
+      return stored
+    # A token has at least one byte; chat templates add a few tokens per turn.
     need = s.answer_tokens + sum(
       32 + len(m['content'].encode()) for m in messages
     )
-    attempt = 0
-    while True:
+    result = _Fault('')
+    for attempt in range(max(s.retries, 0) + 1):
+      if attempt:
+        wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
+        self._pause(max(wait * random.uniform(0.5, 1.0), result.wait))
       if self._stopped.is_set():
         raise Unanswered('stopped')
       self._ledger.reserve(need)
-      charged, reply = need, None  # Whatever interrupts us: it may have cost.
+      charged, reply = need, None  # An interrupted request may have a cost.
       try:
-        reply = self._try(messages)
-        if isinstance(reply, ledger_lib.Reply):
+        result = self._try(messages)
+        if isinstance(result, ledger_lib.Reply):
+          reply = result
           charged = reply.prompt_tokens + reply.completion_tokens or need
-        elif not reply.may_cost:
+        elif not result.may_cost:
           charged = 0
       finally:
-        answer = reply if isinstance(reply, ledger_lib.Reply) else None
-        self._ledger.settle(need, charged, key, answer)
-      if answer is not None:
-        return answer
-      self._give_up(reply, attempt)
-      wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)
-      self._pause(max(wait * random.uniform(0.5, 1.0), reply.wait))
-      attempt += 1
+        self._ledger.settle(need, charged, key, reply)
+      if reply is not None:
+        return reply
+      if result.permanent and result.status in _DECLINED:
+        raise Declined(result.message)
+      if result.permanent:
+        raise EndpointError(
+          f'{s.base_url}, model {s.model!r}: {result.message}; check the '
+          f'endpoint, the model and the key in ${s.key_variable or "(none)"}'
+        )
+    raise Unanswered(f'{result.message} ({attempt + 1} attempts)')
 
   def map(
     self, work: Callable[[T], object], items: Iterable[T]
-  ) -> Iterator[tuple[T, concurrent.futures.Future]]:
-    """Runs `work` on items, `concurrency` at a time.
+  ) -> Iterator[tuple[T, Any, Unanswered | None]]:
+    """Runs `work` on items in threads, `concurrency` at a time.
 
-    Items are drawn as they are needed. If the caller stops or fails, what
-    waits to be tried again is given up, and what is under way is awaited.
-
-    Args:
-      work: asks, in a thread of its own.
-      items: of the work.
+    Items are drawn lazily. If the caller stops or `work` fails otherwise than
+    with `Unanswered`, retries are abandoned and requests in flight are awaited.
 
     Yields:
-      An item and its finished future, in the order in which they finish.
+      An item, and the result of `work` or its `Unanswered` error, in the order
+      of completion.
     """
     limit, items, running = self.settings.concurrency, iter(items), {}
     pool = concurrent.futures.ThreadPoolExecutor(limit)
@@ -196,25 +212,32 @@ class Endpoint:
           running, return_when=concurrent.futures.FIRST_COMPLETED
         )
         for future in done:
-          yield running.pop(future), future
+          item, error = running.pop(future), future.exception()
+          if not isinstance(error, Unanswered | None):
+            raise error
+          yield item, None if error else future.result(), error
     except BaseException:
       self._stopped.set()
       raise
     finally:
       pool.shutdown(wait=True, cancel_futures=True)
 
-  def close(self) -> None:
-    """Closes the connections."""
-    self._client.close()
-
-  def __enter__(self) -> 'Endpoint':
-    return self
+  def raise_if_down(
+    self, failures: int, noun: str, error: Unanswered | None
+  ) -> None:
+    """Raises an EndpointError after too many failures in a row."""
+    if failures >= 2 * self.settings.concurrency:
+      raise EndpointError(
+        f'{self.settings.base_url}: {failures} {noun} in a row without an '
+        f'answer, the last: {error}. The earlier answers are stored: repeat '
+        'the command to continue'
+      )
 
   def __exit__(self, *unused_exception) -> None:
-    self.close()
+    self._client.close()
 
   def _try(self, messages: Sequence[Message]) -> ledger_lib.Reply | _Fault:
-    """One request. Errors of the client are not chained: they may hold keys."""
+    """Sends a request. Client errors are not chained: they may hold keys."""
     openai, seconds = self._openai, self.settings.timeout
     try:
       raw = self._client.chat.completions.with_raw_response.create(
@@ -226,30 +249,30 @@ class Endpoint:
     except openai.APITimeoutError:
       return _Fault(f'no answer within {seconds:g} s')
     except openai.APIStatusError as e:
-      return self._refused(e.response)
+      return self._status_fault(e.response)
     except openai.APIConnectionError as e:
       cause = e.__cause__
-      what = f'{type(cause).__name__}: {cause}' if cause else str(e)
-      refused = isinstance(cause, OSError) or 'ConnectError' in what
-      return _Fault(f'connection: {self._clean(what)}', may_cost=not refused)
+      message = f'{type(cause).__name__}: {cause}' if cause else str(e)
+      refused = isinstance(cause, OSError) or 'ConnectError' in message
+      return _Fault(f'connection: {self._clean(message)}', may_cost=not refused)
     except openai.OpenAIError as e:
       return _Fault(self._clean(f'{type(e).__name__}: {e}'))
 
-  def _refused(self, response) -> _Fault:
-    """What a status of 400 and above means."""
+  def _status_fault(self, response: Any) -> _Fault:
+    """Interprets an HTTP status of 400 and above."""
     status, text = response.status_code, response.text
     try:
-      told = json.loads(text)['error']
-      text, code = told.get('message') or text, told.get('code')
+      error = json.loads(text)['error']
+      text, code = error.get('message') or text, error.get('code')
     except (ValueError, TypeError, KeyError, AttributeError):
       code = None
-    passing = status in _PASSING or status >= 500
+    transient = status in _TRANSIENT or status >= 500
     return _Fault(
       f'HTTP {status}: {self._clean(str(text))}',
       status=status,
       wait=_retry_after(response.headers.get('retry-after')),
       may_cost=False,
-      hopeless=not passing or code == 'insufficient_quota',
+      permanent=not transient or code == 'insufficient_quota',
     )
 
   def _read(self, text: str) -> ledger_lib.Reply | _Fault:
@@ -269,32 +292,19 @@ class Endpoint:
       return _Fault(f'not a chat completion: {self._clean(text)!r}')
     finish = 'refusal' if refusal else str(choice.get('finish_reason'))
     return ledger_lib.Reply(
-      self._strike(content or ''), self._strike(finish), *counts
+      self._without_key(content or ''), self._without_key(finish), *counts
     )
 
-  def _give_up(self, fault: _Fault, attempt: int) -> None:
-    """Raises where trying again is no use."""
-    s = self.settings
-    if fault.status in _DECLINED and fault.hopeless:
-      raise Declined(fault.what)
-    if fault.hopeless:
-      raise EndpointError(
-        f'{s.base_url}, model {s.model!r}: {fault.what}; check the endpoint, '
-        f'the model and the key in ${s.key_variable or "(none)"}'
-      )
-    if attempt >= s.retries:
-      raise Unanswered(f'{fault.what} (tried {attempt + 1} times)')
-
-  def _strike(self, text: str) -> str:
+  def _without_key(self, text: str) -> str:
     return text.replace(self._key, '[key]') if self._key else text
 
   def _clean(self, text: str) -> str:
-    """One short line of what a server said."""
-    return ' '.join(self._strike(text).split())[:_SHOWN]
+    """Shortens a server's text to one line without the key."""
+    return ' '.join(self._without_key(text).split())[:_EXCERPT]
 
 
 def _check(settings: Settings) -> None:
-  """Refuses what cannot be meant; repeats nothing that may hold a key."""
+  """Rejects invalid settings; repeats no value that may contain a key."""
   url, section = urllib.parse.urlsplit(settings.base_url), settings.section
   if url.scheme not in ('http', 'https') or not url.hostname:
     raise EndpointError(
@@ -303,12 +313,12 @@ def _check(settings: Settings) -> None:
     )
   if url.username or url.password or url.query or url.fragment:
     raise EndpointError(
-      f'{section}.endpoint holds credentials or a query: leave them out, and '
+      f'{section}.endpoint contains credentials or a query: remove them, and '
       'put the key into the environment variable that '
       f'{section}.key_variable names'
     )
   if not settings.model:
-    raise EndpointError(f'{section}.model is empty: name the model to ask')
+    raise EndpointError(f'{section}.model is empty: set the name of the model')
   for name in ('concurrency', 'timeout', 'answer_tokens'):
     if not getattr(settings, name) > 0:
       raise EndpointError(f'{section}.{name} must be above 0')
@@ -321,19 +331,19 @@ def _read_key(settings: Settings) -> str:
   if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', variable):
     raise EndpointError(
       f'{field} must be the name of an environment variable, not the key '
-      'itself; config.json of this run holds what you wrote'
+      'itself; config.json of this run contains the value that you set'
     )
   key = os.environ.get(variable, '').strip()
   if not key:
     raise EndpointError(
-      f'the environment variable {variable} ({field}) is not set: put the key '
-      'of the endpoint there'
+      f'the environment variable {variable} ({field}) is not set: store the '
+      'key of the endpoint there'
     )
   return key
 
 
 def _retry_after(value: str | None) -> float:
-  """Seconds that a header asks for, a number or a date; bounded."""
+  """Reads a wait from a header, in seconds or as a date; bounded."""
   try:
     seconds = float(value)
   except (TypeError, ValueError):

@@ -1,10 +1,9 @@
-"""Judges that are asked in words: any model behind an endpoint.
+"""Language models behind an endpoint that mark reasoning and compressions.
 
-One judges reasoning, on the axes that `ops/judge` verifies: history grounding,
-consistency, flow, identifier correctness. One judges compressed contexts: what
-of the history they keep, how well they can be ranked from, whether they can be
-at all. Marks are in [0, 1], and are opinions: a judge reads what is said, and
-may be wrong or flattered. None is told a label.
+Reasoning is marked on the axes of `ops/judge`: history grounding, consistency,
+flow, identifier correctness. Compressed contexts are marked for the history
+that they preserve and for the ranking that they allow. Marks lie in [0, 1].
+They are opinions, not verified facts. No judge receives a label.
 """
 
 import contextlib
@@ -18,9 +17,9 @@ import numpy as np
 from gr2_jax.teachers import dialogue as dialogue_lib
 from gr2_jax.teachers import endpoint as endpoint_lib
 
-_TRIES = 2  # answers per request
+_TRIES = 2  # requests per text until an answer is readable
 
-_ASK_REASONING = """\
+_REASONING = """\
 You judge reasoning about which candidates suit a user. You are given the \
 user's history, the candidates, a reasoning that cites items by their numbers \
 in brackets, and the ranking it led to. Judge four things, each from 0 (not at \
@@ -36,8 +35,7 @@ consistency: 1
 flow: 0.75
 identifiers: 0.5"""
 
-
-_ASK_COMPRESSION = """\
+_COMPRESSION = """\
 You judge how much a short form of a text keeps. The full text has a user's \
 history and candidates, a line an item: title, category path, year, and \
 behind these symbols such as <a3>, a part of the item's code whose first \
@@ -59,45 +57,32 @@ solvable: 1"""
 
 @dataclasses.dataclass(frozen=True)
 class Rubric:
-  """What a judge is asked for.
+  """The instructions of a judge and the axes of its marks."""
 
-  Attributes:
-    ask: what it is told.
-    axes: names of its marks, each in [0, 1].
-    binary: those of them that must be 0 or 1.
-  """
-
-  ask: str
-  axes: tuple[str, ...]
-  binary: tuple[str, ...] = ()
+  instructions: str
+  axes: tuple[str, ...]  # each in [0, 1]
+  binary: tuple[str, ...] = ()  # axes that must be 0 or 1
 
 
 REASONING = Rubric(
-  _ASK_REASONING, ('grounding', 'consistency', 'flow', 'identifiers')
+  _REASONING, ('grounding', 'consistency', 'flow', 'identifiers')
 )
 COMPRESSION = Rubric(
-  _ASK_COMPRESSION, ('preservation', 'ranking', 'solvable'), ('solvable',)
+  _COMPRESSION, ('preservation', 'ranking', 'solvable'), ('solvable',)
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Reasoning to be judged, of a trace or of a rollout.
+  """Reasoning of a trace or of a rollout."""
 
-  Attributes:
-    slate: one record of `slates.SlateSource`.
-    order: int [count], incoming ranks in the order of presentation.
-    reasoning: token ids; slots are incoming ranks.
-    ranking: int [count], incoming ranks, best first.
-  """
-
-  slate: Any
-  order: np.ndarray
-  reasoning: np.ndarray
-  ranking: np.ndarray
+  slate: dialogue_lib.Slate
+  order: np.ndarray  # int [count], incoming ranks in presentation order
+  reasoning: np.ndarray  # token ids; slots are incoming ranks
+  ranking: np.ndarray  # int [count], incoming ranks, best first
 
   def shown(self, dialogue: dialogue_lib.Dialogue) -> str:
-    """As the judge reads it."""
+    """The text for the judge."""
     place = np.argsort(self.order)[self.ranking] + 1
     reasoning = dialogue.show(self.reasoning, self.slate, self.order)
     return '\n\n'.join(
@@ -111,137 +96,85 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-  """A compressed context to be judged.
+  """A compressed context; its slate may lack labels."""
 
-  Attributes:
-    slate: one record of `slates.SlateSource`; it may lack labels, none is read.
-    order: int [count], incoming ranks in the order of presentation.
-    tokens: ids, as the compressor wrote them; slots are places.
-  """
-
-  slate: Any
-  order: np.ndarray
-  tokens: np.ndarray
+  slate: dialogue_lib.Slate
+  order: np.ndarray  # int [count], incoming ranks in presentation order
+  tokens: np.ndarray  # token ids; slots are places
 
   def shown(self, dialogue: dialogue_lib.Dialogue) -> str:
-    """As the judge reads it."""
+    """The text for the judge."""
     full = dialogue.describe(self.slate, self.order, symbols=True)
     short = dialogue.show_context(self.tokens, self.slate, self.order)
     return f'# The full text\n\n{full}\n\n# The short form\n\n{short}'
 
 
 class Judge:
-  """Asks for marks, several requests at a time.
-
-  Args:
-    rubric: which.
-    endpoint: where the judge is.
-  """
+  """Marks texts by one rubric, with several requests in flight."""
 
   def __init__(self, rubric: Rubric, endpoint: endpoint_lib.Endpoint):
     self._rubric, self._endpoint = rubric, endpoint
-    self._unanswered = 0  # in a row, over all calls
+    self._failures = 0  # in a row, over all calls
 
   def __call__(self, texts: Iterable[str]) -> np.ndarray:
-    """Marks of each text, in its order; equal ones are asked about once.
-
-    Args:
-      texts: n of them, each with all that is to be judged.
+    """Marks n texts; equal texts share one request.
 
     Returns:
-      float64 [n, axes]; a row of NaN where there is no readable answer.
+      float64 [n, axes]; NaN in the rows without a readable answer.
 
     Raises:
-      endpoint.EndpointError: the endpoint cannot be used, or left many in a row
-        without an answer.
+      endpoint.EndpointError: the endpoint cannot be used, or failed many times
+        in a row.
       ledger.OverLimit: the next request might exceed the limit on tokens.
     """
     texts = list(texts)
-    found: dict[str, list[float] | None] = dict.fromkeys(texts)
-    asked = self._endpoint.map(self._ask, list(found))
-    with contextlib.closing(asked) as done:
-      for text, future in done:
-        error = future.exception()
-        if not isinstance(error, endpoint_lib.Unanswered | None):
-          raise error
-        self._watch(error)
-        found[text] = None if error else future.result()
-    axes = self._rubric.axes
-    rows = [found[text] or [np.nan] * len(axes) for text in texts]
-    return np.array(rows, np.float64).reshape(-1, len(axes))
+    marks: dict[str, list[float] | None] = dict.fromkeys(texts)
+    results = self._endpoint.map(self._mark, list(marks))
+    with contextlib.closing(results):
+      for text, result, error in results:
+        if not isinstance(error, endpoint_lib.Declined):
+          self._failures = self._failures + 1 if error else 0
+          self._endpoint.raise_if_down(self._failures, 'requests', error)
+        marks[text] = result
+    missing = [np.nan] * len(self._rubric.axes)
+    rows = [marks[text] or missing for text in texts]
+    return np.array(rows, np.float64).reshape(-1, len(missing))
 
-  def _ask(self, text: str) -> list[float] | None:
-    """Asks until an answer is readable, in a thread."""
+  def _mark(self, text: str) -> list[float] | None:
+    """Repeats a request until an answer is readable; runs in a thread."""
     messages = [
-      {'role': 'system', 'content': self._rubric.ask},
+      {'role': 'system', 'content': self._rubric.instructions},
       {'role': 'user', 'content': text},
     ]
     for attempt in range(_TRIES):
-      reply = self._endpoint.ask(messages, 'judge', attempt)
+      reply = self._endpoint.complete(messages, 'judge', attempt)
       if marks := read(reply.text, self._rubric):
         return marks
     return None
 
-  def _watch(self, error: endpoint_lib.Unanswered | None) -> None:
-    """Raises where the endpoint is down: better than marks that all lack."""
-    if isinstance(error, endpoint_lib.Declined):
-      return
-    self._unanswered = self._unanswered + 1 if error else 0
-    settings = self._endpoint.settings
-    if self._unanswered >= 2 * settings.concurrency:
-      raise endpoint_lib.EndpointError(
-        f'{settings.base_url}: {self._unanswered} requests in a row without an '
-        f'answer, the last: {error}; the answers so far are kept, the same '
-        'command goes on from here'
-      )
-
-
-def judge(
-  cases: Iterable[Case],
-  dialogue: dialogue_lib.Dialogue,
-  endpoint: endpoint_lib.Endpoint,
-) -> np.ndarray:
-  """Marks of reasoning.
-
-  Args:
-    cases: n of them.
-    dialogue: words for slates and tokens.
-    endpoint: where the judge is.
-
-  Returns:
-    float64 [n, 4], of `REASONING`; see `Judge`, also for what it raises.
-  """
-  texts = (case.shown(dialogue) for case in cases)
-  return Judge(REASONING, endpoint)(texts)
-
 
 def read(text: str, rubric: Rubric = REASONING) -> list[float] | None:
-  """The marks in an answer; None where one lacks or is out of its range."""
+  """Reads the marks of an answer; None if one is missing or out of range."""
   text = text.rpartition('</think>')[2]
   marks = []
   for axis in rubric.axes:
     form = rf'{axis}\W*?[:=]\s*(\d+(?:\.\d+)?)(?!\d|[.,]\d|\s*[%/])'
-    found = re.findall(form, text, re.I)
-    if not found or not 0 <= float(found[-1]) <= 1:
+    matches = re.findall(form, text, re.I)
+    if not matches or not 0 <= float(matches[-1]) <= 1:
       return None
-    marks.append(float(found[-1]))
+    marks.append(float(matches[-1]))
     if axis in rubric.binary and marks[-1] not in (0, 1):
       return None
   return marks
 
 
 def summary(marks: np.ndarray, rubric: Rubric = REASONING) -> dict[str, Any]:
-  """Mean of each axis and of all, over the cases that have marks.
-
-  Args:
-    marks: of `judge`.
-    rubric: which they are of.
-  """
-  told = marks[~np.isnan(marks).any(1)]
-  means = told.mean(0).tolist() if len(told) else [None] * len(rubric.axes)
+  """Mean of each axis and of all axes, over the rows of `Judge` with marks."""
+  valid = marks[~np.isnan(marks).any(1)]
+  means = valid.mean(0).tolist() if len(valid) else [None] * len(rubric.axes)
   return {
     **dict(zip(rubric.axes, means, strict=True)),
-    'total': float(told.mean()) if len(told) else None,
-    'judged': len(told),
-    'unjudged': len(marks) - len(told),
+    'total': float(valid.mean()) if len(valid) else None,
+    'judged': len(valid),
+    'unjudged': len(marks) - len(valid),
   }

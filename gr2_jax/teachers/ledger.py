@@ -1,17 +1,23 @@
-"""Answers that were paid for, on disk, and the tokens that they took.
+"""Paid answers on disk, and the tokens that they cost.
 
-One JSON object a line, appended and flushed to the disk before the answer is
-used, so that a killed run asks for no answer twice. A last line that a kill
-has torn is dropped. A line is an answer, or tokens that a request may have
-taken that was never answered.
+Each line is a JSON object: an answer, or the tokens that a failed request may
+have cost. A line is flushed to the disk before its answer is used, so that a
+killed run repeats no request. A torn last line is dropped.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gr2_jax.pipeline import artifacts
+
+ANSWERS = 'answers'  # folder beside the folders of the stages
 
 
 class OverLimit(ValueError):
@@ -20,39 +26,42 @@ class OverLimit(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What a model said.
+  """An answer of a model; token counts are the server's, 0 if it sends none."""
 
-  Attributes:
-    text: of the answer; empty where there is none.
-    finish: why it ends: stop, length, refusal, content_filter, ...
-    prompt_tokens: read by the model, as the server counts them.
-    completion_tokens: written by it; 0, both, where the server does not say.
-  """
-
-  text: str
-  finish: str
+  text: str  # may be empty
+  finish: str  # reason of its end: stop, length, refusal, content_filter, ...
   prompt_tokens: int
   completion_tokens: int
 
 
 def key(*parts: object) -> str:
-  """A name for the answer to a request: 32 hex digits."""
+  """Hashes the parts of a request to 32 hex digits."""
   content = json.dumps(parts, sort_keys=True).encode()
   return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-class Ledger:
-  """Answers by key, and a limit on tokens that holds over resumed runs.
+def usage(replies: Iterable[Reply]) -> dict[str, int]:
+  """Totals of replies: answers, prompt_tokens, completion_tokens."""
+  replies = list(replies)
+  return {
+    'answers': len(replies),
+    'prompt_tokens': sum(reply.prompt_tokens for reply in replies),
+    'completion_tokens': sum(reply.completion_tokens for reply in replies),
+  }
 
-  Safe to use from many threads; one process at a time.
+
+class Ledger(contextlib.AbstractContextManager):
+  """Answers by key, and a limit on tokens that includes earlier runs.
+
+  Threads may share it; processes may not.
 
   Args:
-    path: the file; made where it does not exist.
-    limit: tokens in all, prompts and answers; None: no limit.
-    section: of the config, whose `token_limit` that is.
+    path: the file; created if missing.
+    limit: on prompt and answer tokens together; None: no limit.
+    section: config section of the limit, for errors.
 
   Raises:
-    ValueError: a line before the last one is damaged; names it.
+    ValueError: a line before the last one is damaged.
   """
 
   def __init__(
@@ -64,53 +73,41 @@ class Ledger:
     self.path = pathlib.Path(path)
     self._limit, self._section = limit, section
     self._replies: dict[str, Reply] = {}
-    self._charged = self._reserved = 0
+    self.charged = 0  # tokens spent in this run and in earlier ones
+    self._reserved = 0
     self._changed = threading.Condition()
     self.path.parent.mkdir(parents=True, exist_ok=True)
     self._file = self.path.open('a+b')
     self._load()
 
-  @property
-  def charged(self) -> int:
-    """Tokens taken so far, in this run and in those before it."""
-    return self._charged
-
   def __len__(self) -> int:
     return len(self._replies)
 
   def usage(self) -> dict[str, int]:
-    """What its answers took: answers, prompt_tokens, completion_tokens."""
+    """The totals of all answers."""
     with self._changed:
-      replies = [*self._replies.values()]
-    return {
-      'answers': len(replies),
-      'prompt_tokens': sum(reply.prompt_tokens for reply in replies),
-      'completion_tokens': sum(reply.completion_tokens for reply in replies),
-    }
+      return usage(self._replies.values())
 
   def get(self, name: str) -> Reply | None:
-    """The answer of that key, if there is one."""
+    """The answer with that key, if any."""
     return self._replies.get(name)
 
   def reserve(self, tokens: int) -> None:
-    """Sets tokens aside, before asking; waits for others' if need be.
-
-    Args:
-      tokens: the most that the request may take.
+    """Reserves tokens for a request; waits while other reservations block it.
 
     Raises:
-      OverLimit: it does not fit.
+      OverLimit: the tokens do not fit into the limit.
     """
     with self._changed:
       while self._limit is not None and (
-        self._charged + self._reserved + tokens > self._limit
+        self.charged + self._reserved + tokens > self._limit
       ):
         if not self._reserved:
           raise OverLimit(
             f'{self.path}: {self._section}.token_limit={self._limit}, '
-            f'{self._charged} tokens are spent and the next request may take '
-            f'{tokens}; the {len(self)} answers are kept: give the same '
-            'command with a higher limit, and it goes on from here'
+            f'{self.charged} tokens are spent and the next request may cost '
+            f'{tokens}. The {len(self)} answers are stored: repeat the command '
+            'with a higher limit to continue'
           )
         self._changed.wait()
       self._reserved += tokens
@@ -122,17 +119,10 @@ class Ledger:
     name: str | None = None,
     reply: Reply | None = None,
   ) -> None:
-    """Gives back what was set aside and writes down what came of it.
-
-    Args:
-      reserved: as for `reserve`.
-      charged: tokens that the request took.
-      name: key of the answer.
-      reply: the answer; None where none came.
-    """
+    """Ends a reservation; stores the cost, and the reply if there is one."""
     with self._changed:
       self._reserved -= reserved
-      self._charged += charged
+      self.charged += charged
       try:
         if reply is not None or charged:
           line = {'charged': charged}
@@ -145,32 +135,52 @@ class Ledger:
       finally:
         self._changed.notify_all()
 
-  def close(self) -> None:
-    """Closes the file."""
+  def __exit__(self, *unused_exception) -> None:
     self._file.close()
 
-  def __enter__(self) -> 'Ledger':
-    return self
-
-  def __exit__(self, *unused_exception) -> None:
-    self.close()
-
   def _load(self) -> None:
-    """Reads the whole lines and cuts off a torn one."""
+    """Reads all complete lines and removes a torn one."""
     self._file.seek(0)
     content = self._file.read()
-    whole = content.rfind(b'\n') + 1
-    self._file.truncate(whole)
-    for number, line in enumerate(content[:whole].splitlines(), 1):
+    size = content.rfind(b'\n') + 1
+    self._file.truncate(size)
+    for number, line in enumerate(content[:size].splitlines(), 1):
       try:
         row = json.loads(line)
-        self._charged += int(row.pop('charged'))
+        self.charged += int(row.pop('charged'))
         if row:
           name = row.pop('key')
           self._replies[name] = Reply(**row)
       except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(
           f'{self.path}:{number}: not an answer '
-          f'({type(e).__name__}: {line[:60]!r}); delete the line, and what it '
-          'held is asked for again'
+          f'({type(e).__name__}: {line[:60]!r}); delete the line to repeat its '
+          'request'
         ) from e
+
+
+def from_config(
+  section: str, stage: Any, workdir: pathlib.Path, identity: Sequence[object]
+) -> Ledger:
+  """Opens a ledger in the folder that all stages share.
+
+  Args:
+    section: name of `stage`, for errors.
+    stage: section with `token_limit`.
+    workdir: folder of the stage.
+    identity: JSON values that name the ledger, such as its models.
+  """
+  name = key(artifacts.dumps(identity))[:8]
+  path = workdir.parent / ANSWERS / f'{name}.jsonl'
+  return Ledger(path, stage.token_limit or None, section)
+
+
+def with_cost(stage: Any, usage: dict[str, Any]) -> dict[str, Any]:
+  """Adds model and cost to a usage report; the cost is None without prices."""
+  cost = None
+  if stage.prompt_price or stage.answer_price:
+    cost = (
+      usage['prompt_tokens'] * stage.prompt_price
+      + usage['completion_tokens'] * stage.answer_price
+    ) / 1e6
+  return {'model': stage.model, **usage, 'cost': cost}

@@ -1,9 +1,9 @@
 """A teacher that is a policy of this codebase, of any size.
 
-It samples under the permutation mask, so that every answer is a ranking, and
-it may be wrong only in what it puts first: then it is asked again, another
-presentation and other draws. Both are functions of (seed, slate, try), so what
-it says about a slate does not depend on who else is in the batch.
+It samples under the permutation mask, so that each answer is a ranking. If its
+first candidate is wrong, it samples again from another presentation. All draws
+are functions of (seed, slate, try), so that a trace does not depend on the
+other rows of a batch.
 
 Axes: B batch, T completion tokens, K candidates.
 """
@@ -37,23 +37,23 @@ def _answer(
   key: jax.Array,
   batch: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-  """Completions [B, T] and rankings [B, K] in slots, each row from its key."""
+  """Samples completions [B, T] and rankings [B, K] in slots."""
 
-  def alone(row):
-    own = jax.random.fold_in(key, row['index'])
-    found = sampling.sample(
+  def sample_row(row: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    row_key = jax.random.fold_in(key, row['index'])
+    rollouts = sampling.sample(
       model,
       params,
       row['prompt'][None],
       row['prompt_length'][None],
       row['count'][None],
-      jax.random.fold_in(own, row['attempt']),
+      jax.random.fold_in(row_key, row['attempt']),
       grammar,
       config,
     )
-    return found.tokens[0, 0], found.length[0, 0]
+    return rollouts.tokens[0, 0], rollouts.length[0, 0]
 
-  tokens, length = jax.vmap(alone)(batch)
+  tokens, length = jax.vmap(sample_row)(batch)
   slots = np.broadcast_to(
     np.arange(grammar.num_candidates), (len(tokens), grammar.num_candidates)
   )
@@ -65,49 +65,39 @@ def _answer(
 
 @dataclasses.dataclass(frozen=True)
 class PolicyTeacher:
-  """Asks a policy, in batches of one shape.
-
-  Attributes:
-    policy: the teacher.
-    student: whose tokens the traces are written in.
-    tokens: int32 [V of the teacher], the student's token for each of the
-      teacher's, see `vocabulary.translate`.
-    order: in which the teacher sees the candidates, of `prompt.ORDERS`.
-    temperature: of its answers.
-    batch_size: slates asked about at a time, B.
-  """
+  """Samples traces in batches of one shape."""
 
   policy: policy.Policy
-  student: prompt.Prompter
+  student: prompt.Prompter  # the traces are in its tokens
+  # int32 [V], the student's token for each of the teacher's; see
+  # `vocabulary.translate`.
   tokens: np.ndarray
-  order: str
+  order: str  # presentation of the candidates, one of `prompt.ORDERS`
   temperature: float
-  batch_size: int
+  batch_size: int  # B
 
   def traces(
     self, slates: Any, indices: Iterable[int], kind: str, tries: int, seed: int
   ) -> Iterator[tuple[int, heuristic.Trace]]:
-    """See `heuristic.Teacher`. In the order in which slates are settled.
+    """See `heuristic.Teacher`; yields traces in the order of completion.
 
-    With `targeted` the prompt names a positive, and an answer that puts
-    another candidate first, even another positive, is no answer to it.
+    With `targeted` the prompt names one positive; no other may come first.
     """
     prompter = self.policy.spec.prompter
     render = examples.generation_rows(
       prompter, '<think>', self.order, privileged=kind == 'targeted'
     )
-    # First in, first out: only the last batches have fewer than they hold.
+    # First in, first out, so that only the last batches are not full.
     waiting = collections.deque((index, 1) for index in indices)
     while waiting:
       size = min(self.batch_size, len(waiting))
-      asked = [waiting.popleft() for _ in range(size)]
+      labels = [waiting.popleft() for _ in range(size)]
       rows = [
         render(slates[index], np.random.default_rng((seed, index, attempt)))
-        for index, attempt in asked
+        for index, attempt in labels
       ]
-      tokens, rankings = self._ask(rows, asked, seed)
       for (index, attempt), row, completion, ranking in zip(
-        asked, rows, tokens, rankings, strict=True
+        labels, rows, *self._answer_rows(rows, labels, seed), strict=True
       ):
         first = ranking[0]
         if kind == 'targeted':
@@ -118,32 +108,30 @@ class PolicyTeacher:
           waiting.append((index, attempt + 1))
           continue
         ids, unknown = self._span(completion, row)
-        yield (
-          index,
-          heuristic.Trace(
-            reasoning=ids[: self.student.reasoning],
-            ranking=row['incoming'][ranking[: row['count']]],
-            tries=attempt,
-            verdict=verdict if right else 'rejected',
-            unknown=unknown,
-            clipped=max(0, len(ids) - self.student.reasoning),
-          ),
+        room = self.student.reasoning
+        trace = heuristic.Trace(
+          reasoning=ids[:room],
+          ranking=row['incoming'][ranking[: row['count']]],
+          tries=attempt,
+          verdict=verdict if right else 'rejected',
+          unknown=unknown,
+          clipped=max(0, len(ids) - room),
         )
+        yield index, trace
 
-  def _ask(
-    self, rows: list[dict], asked: list[tuple[int, int]], seed: int
+  def _answer_rows(
+    self, rows: list[dict], labels: list[tuple[int, int]], seed: int
   ) -> tuple[np.ndarray, np.ndarray]:
-    """One answer to every row, on the host; the last row fills up the batch."""
+    """Answers rows on the host; copies of the last row fill the batch."""
     spec = self.policy.spec
     missing = self.batch_size - len(rows)
     batch = {
       name: np.stack([row[name] for row in rows + rows[-1:] * missing])
       for name in ('prompt', 'prompt_length', 'count')
     }
-    labels = np.array(asked + asked[-1:] * missing, np.int32)
-    batch |= {'index': labels[:, 0], 'attempt': labels[:, 1]}
-    # Rows are sampled one by one, so the rules for batches do not apply; the
-    # mesh splits the rows.
+    numbers = np.array(labels + labels[-1:] * missing, np.int32)
+    batch |= {'index': numbers[:, 0], 'attempt': numbers[:, 1]}
+    # Each row is a batch of its own, and the mesh splits the rows.
     mesh = self.policy.mesh
     with jax.set_mesh(mesh):
       tokens, rankings = _answer(
@@ -160,10 +148,10 @@ class PolicyTeacher:
   def _span(
     self, completion: np.ndarray, row: dict[str, np.ndarray]
   ) -> tuple[list[int], int]:
-    """The reasoning in the student's tokens, slots as incoming ranks.
+    """Translates reasoning to the student's tokens, slots as incoming ranks.
 
-    Left out and counted: what the student has no token for, what would end its
-    reasoning or its answer, and slots that name no candidate.
+    Drops and counts tokens that the student lacks, tokens that would end its
+    reasoning or its answer, and slots without a candidate.
     """
     words, count = self.student.vocabulary, int(row['count'])
     end = self.policy.spec.grammar.think_end
@@ -179,7 +167,7 @@ class PolicyTeacher:
 
 def restore(
   artifact: os.PathLike[str] | str,
-  mesh,
+  mesh: Any,
   student: prompt.Prompter,
   inputs: dict[str, pathlib.Path],
   *,
@@ -187,41 +175,41 @@ def restore(
   temperature: float,
   batch_size: int,
 ) -> PolicyTeacher:
-  """A finished policy as a teacher; it sees slates as it was trained to.
+  """Restores a finished policy as a teacher, with its own settings of prompts.
 
   Args:
     artifact: of one of `policy.TRAINERS`.
     mesh: section `mesh`.
-    student: whose tokens the traces are to be written in.
-    inputs: of the student's stage: slates, tokenizer, backbone.
+    student: see `PolicyTeacher`.
+    inputs: slates, tokenizer and backbone of the student's stage.
     kind: targeted or rejection.
-    temperature: of its answers.
-    batch_size: slates asked about at a time.
+    temperature: see `PolicyTeacher`.
+    batch_size: see `PolicyTeacher`.
 
   Raises:
-    ArtifactError: there is no such artifact, it is of other slates or another
-      tokenizer, or it is to be told targets and was not trained with any.
+    ArtifactError: no such artifact, other slates or another tokenizer, or
+      targeted traces from a policy that was trained without targets.
   """
   path = pathlib.Path(artifact)
   teacher = policy.restore(path, mesh, same_as=inputs)
-  found = artifacts.read_run(path)
-  if kind == 'targeted' and not _knows_targets(path, found):
+  run = artifacts.read_run(path)
+  if kind == 'targeted' and not _saw_targets(path, run):
     raise artifacts.ArtifactError(
-      f'traces.policy={path} was never told a target: train it with '
-      "sft.privileged, or ask it with traces.kind='rejection'"
+      f'traces.policy={path} was trained without targets in its prompts: train '
+      "it with sft.privileged, or set traces.kind='rejection'"
     )
   return PolicyTeacher(
     policy=teacher,
     student=student,
     tokens=vocabulary.translate(teacher.spec.vocabulary, student.vocabulary),
-    order=found['config']['prompt']['order'],
+    order=run['config']['prompt']['order'],
     temperature=temperature,
     batch_size=batch_size,
   )
 
 
-def _knows_targets(path: pathlib.Path, run: dict[str, Any]) -> bool:
-  """Whether the SFT that a policy comes from named targets in prompts."""
+def _saw_targets(path: pathlib.Path, run: dict[str, Any]) -> bool:
+  """Whether prompts in the SFT of a policy or its ancestor named targets."""
   while 'sft' not in run['config']:
     upstream = [run['inputs'].get(name) for name in ('sft', 'opd')]
     if not any(upstream):
@@ -232,6 +220,6 @@ def _knows_targets(path: pathlib.Path, run: dict[str, Any]) -> bool:
 
 
 def _target(prompter: prompt.Prompter, row: dict[str, np.ndarray]) -> int:
-  """The slot that a privileged prompt names, before what asks for an answer."""
+  """The slot that a privileged prompt names, before its last control tokens."""
   at = int(row['prompt_length']) - len(prompter.asks['<think>']) - 1
   return int(row['prompt'][at]) - prompter.vocabulary.slot_base

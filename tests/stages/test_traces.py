@@ -45,7 +45,7 @@ def test_every_slate_is_kept_or_rejected_and_counted(world, tmp_path):
   np.testing.assert_allclose(results['first_try'], first / len(slates))
 
 
-def test_how_hard_the_slates_were_that_were_lost(world, tmp_path):
+def test_hardness_of_kept_and_lost_slates(world, tmp_path):
   results, kept, lost = run(world, tmp_path, noise=4.0, tries=3)
   slates = slates_lib.read(world['slates'], 'train')
   for pile, rows in (('kept', kept), ('lost', lost)):
@@ -124,12 +124,12 @@ def test_a_policy_is_a_teacher(world, tmp_path):
   assert not (tmp_path / traces.PARTS).exists()
 
 
-def test_a_killed_run_of_a_policy_asks_only_for_what_is_missing(
+def test_a_killed_run_of_a_policy_repeats_only_missing_traces(
   world, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(traces, '_PART', 6)
   whole, *_ = ask_policy(world, tmp_path / 'whole')
-  plain = policy.PolicyTeacher._ask
+  plain = policy.PolicyTeacher._answer_rows
   asked = []
 
   def dies(self, rows, labels, seed):
@@ -139,7 +139,7 @@ def test_a_killed_run_of_a_policy_asks_only_for_what_is_missing(
     return plain(self, rows, labels, seed)
 
   with monkeypatch.context() as patch:
-    patch.setattr(policy.PolicyTeacher, '_ask', dies)
+    patch.setattr(policy.PolicyTeacher, '_answer_rows', dies)
     with pytest.raises(KeyboardInterrupt):
       ask_policy(world, tmp_path / 'killed')
   parts = list((tmp_path / 'killed' / traces.PARTS).iterdir())
@@ -154,7 +154,7 @@ def test_a_killed_run_of_a_policy_asks_only_for_what_is_missing(
     asked.update(index for index, _ in labels)
     return plain(self, rows, labels, seed)
 
-  monkeypatch.setattr(policy.PolicyTeacher, '_ask', spy)
+  monkeypatch.setattr(policy.PolicyTeacher, '_answer_rows', spy)
   resumed, *_ = ask_policy(world, tmp_path / 'killed')
   assert resumed == whole
   assert len(asked) == 40 - len(known)
@@ -262,7 +262,7 @@ def test_a_model_behind_an_endpoint_is_a_teacher(world, tmp_path):
 
 
 @pytest.mark.usefixtures('_key')
-def test_what_is_no_permutation_is_kept_apart_with_its_reason(world, tmp_path):
+def test_invalid_answers_are_stored_with_their_verdict(world, tmp_path):
   def answer(body, number):
     if number % 2:
       return chat_server.ranks(body)
@@ -280,7 +280,7 @@ def test_what_is_no_permutation_is_kept_apart_with_its_reason(world, tmp_path):
 
 @pytest.mark.usefixtures('_key')
 @pytest.mark.parametrize('torn', [False, True])
-def test_a_run_that_breaks_asks_only_for_what_is_missing(world, tmp_path, torn):
+def test_a_broken_run_repeats_only_missing_requests(world, tmp_path, torn):
   def answer(body, number):
     broken = number in (5, 6)
     return (
@@ -309,7 +309,7 @@ def test_a_run_that_breaks_asks_only_for_what_is_missing(world, tmp_path, torn):
 
 
 @pytest.mark.usefixtures('_key')
-def test_a_higher_limit_goes_on_from_the_answers(world, tmp_path):
+def test_a_higher_limit_reuses_the_answers(world, tmp_path):
   with chat_server.serve(chat_server.ranks) as server:
     remote(world, tmp_path / 'a' / 'traces', server)
     need = 50 + max(

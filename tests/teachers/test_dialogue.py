@@ -133,7 +133,7 @@ def test_a_span_ends_in_the_first_picks_once(words):
   assert span(words, '').ids == slots
 
 
-def test_what_is_not_there_is_left_out_and_counted(words):
+def test_unknown_citations_are_dropped_and_counted(words):
   found = span(words, 'as [h4] so [5] [0] and <slot3> <answer>')
   assert found.unknown == 3
   vocabulary = words.prompter.vocabulary

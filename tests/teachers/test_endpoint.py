@@ -35,7 +35,7 @@ def ask(tmp_path, answer, limit=None, times=1, **changes):
   ):
     for number in range(times):
       try:
-        found.append(model.ask(MESSAGES, number))
+        found.append(model.complete(MESSAGES, number))
       except Exception as e:
         found.append(e)
   return found, waits, server, book
@@ -58,7 +58,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize('fault', FAULTS)
-def test_what_may_pass_is_asked_again(tmp_path, fault):
+def test_transient_faults_are_retried(tmp_path, fault):
   found, waits, server, book = ask(
     tmp_path, lambda _, n: FAULTS[fault] if n < 3 else GOOD
   )
@@ -70,14 +70,14 @@ def test_what_may_pass_is_asked_again(tmp_path, fault):
 
 
 @pytest.mark.parametrize('fault', FAULTS)
-def test_tries_are_bounded(tmp_path, fault):
+def test_retries_are_bounded(tmp_path, fault):
   found, waits, server, _ = ask(tmp_path, lambda *_: FAULTS[fault], retries=2)
   assert isinstance(found[0], endpoint.Unanswered)
-  assert '(tried 3 times)' in str(found[0])
+  assert '(3 attempts)' in str(found[0])
   assert (len(server.requests), len(waits)) == (3, 2)
 
 
-def test_a_server_that_says_nothing_is_left(tmp_path):
+def test_a_silent_server_times_out(tmp_path):
   silent = Answer(silent=True)
   found, _, server, _ = ask(
     tmp_path, lambda _, n: silent if n == 1 else GOOD, timeout=0.1
@@ -86,7 +86,7 @@ def test_a_server_that_says_nothing_is_left(tmp_path):
   assert len(server.requests) == 2
 
 
-def test_a_server_that_is_not_there_costs_nothing(tmp_path):
+def test_a_refused_connection_costs_nothing(tmp_path):
   with chat_server.serve(lambda *_: GOOD) as gone:
     pass
   with (
@@ -96,7 +96,7 @@ def test_a_server_that_is_not_there_costs_nothing(tmp_path):
     ) as model,
   ):
     with pytest.raises(endpoint.Unanswered, match='connection'):
-      model.ask(MESSAGES)
+      model.complete(MESSAGES)
     assert book.charged == 0
 
 
@@ -112,21 +112,21 @@ def test_a_server_that_is_not_there_costs_nothing(tmp_path):
     ('Fri, 01 Jan 2010 00:00:00 GMT', 0.5, 1),
   ],
 )
-def test_the_server_says_how_long_to_wait(tmp_path, header, low, high):
+def test_retry_after_sets_the_wait(tmp_path, header, low, high):
   busy = Answer('', status=429, headers={'retry-after': header})
   _, waits, *_ = ask(tmp_path, lambda _, n: busy if n == 1 else GOOD)
   assert low <= waits[0] <= high
 
 
 @pytest.mark.parametrize('status', [401, 403, 404])
-def test_what_cannot_pass_stops_at_once(tmp_path, status):
+def test_permanent_faults_stop_at_once(tmp_path, status):
   found, waits, server, _ = ask(tmp_path, lambda *_: Answer('', status=status))
   assert isinstance(found[0], endpoint.EndpointError)
   assert f'HTTP {status}' in str(found[0])
   assert (len(server.requests), waits) == (1, [])
 
 
-def test_an_empty_account_is_not_waited_for(tmp_path):
+def test_an_empty_account_is_not_retried(tmp_path):
   told = {'error': {'message': 'pay', 'code': 'insufficient_quota'}}
   found, *_ = ask(tmp_path, lambda *_: Answer(told, status=429))
   assert isinstance(found[0], endpoint.EndpointError)
@@ -139,14 +139,14 @@ def test_a_request_may_be_declined(tmp_path, status):
   assert len(server.requests) == 1
 
 
-def test_an_answer_is_asked_for_once(tmp_path):
+def test_a_stored_answer_needs_no_request(tmp_path):
   first, _, server, _ = ask(tmp_path, lambda *_: GOOD, times=2)
   url = server.url
   with (
     ledger.Ledger(tmp_path / 'answers.jsonl', None) as book,
     endpoint.Endpoint(chat_server.settings(server), book) as model,
   ):
-    assert [model.ask(MESSAGES, n) for n in (0, 1)] == first, url
+    assert [model.complete(MESSAGES, n) for n in (0, 1)] == first, url
   assert len(server.requests) == 2  # It is gone.
 
 
@@ -158,12 +158,12 @@ def test_an_answer_is_asked_for_once(tmp_path):
     (completion('ye', 'length'), 'length', 'ye'),
   ],
 )
-def test_how_an_answer_ends_is_told(tmp_path, answer, finish, text):
+def test_a_reply_has_its_finish_reason(tmp_path, answer, finish, text):
   (reply,), *_ = ask(tmp_path, lambda *_: Answer(answer))
   assert (reply.finish, reply.text) == (finish, text)
 
 
-def test_without_a_count_the_most_is_charged(tmp_path):
+def test_without_counts_the_reservation_is_charged(tmp_path):
   body = completion('yes')
   del body['usage']
   found, _, _, book = ask(tmp_path, lambda *_: Answer(body))
@@ -253,41 +253,39 @@ def test_no_more_requests_at_once_than_allowed(tmp_path):
     ledger.Ledger(tmp_path / 'a.jsonl', None) as book,
     endpoint.Endpoint(chat_server.settings(server), book) as model,
   ):
-    done = model.map(lambda n: model.ask(MESSAGES, n).text, range(20))
-    assert sorted((n, f.result()) for n, f in done) == [
-      (n, 'yes') for n in range(20)
-    ]
+    done = model.map(lambda n: model.complete(MESSAGES, n).text, range(20))
+    assert sorted(done) == [(n, 'yes', None) for n in range(20)]
     assert server.most == 3
 
 
-def test_a_caller_that_stops_waits_for_what_is_under_way_only(tmp_path):
+def test_a_stopped_caller_waits_only_for_requests_in_flight(tmp_path):
   busy = Answer('', status=429, headers={'retry-after': '60'})
   with (
     chat_server.serve(lambda _, n: GOOD if n == 1 else busy) as server,
     ledger.Ledger(tmp_path / 'a.jsonl', None) as book,
     endpoint.Endpoint(chat_server.settings(server), book) as model,
   ):
-    done = model.map(lambda n: model.ask(MESSAGES, n), range(1000))
+    done = model.map(lambda n: model.complete(MESSAGES, n), range(1000))
     next(done)
     done.close()
     assert len(server.requests) <= 6
     with pytest.raises(endpoint.Unanswered, match='stopped'):
-      model.ask(MESSAGES, 'more')
+      model.complete(MESSAGES, 'more')
 
 
 KILLED = """
 import sys
-from gr2_jax.data import endpoint, ledger
+from gr2_jax.teachers import endpoint, ledger
 url, path = sys.argv[1:]
 settings = endpoint.Settings(url, 'm', '', {}, 50, 1, 60.0, 3)
 model = endpoint.Endpoint(settings, ledger.Ledger(path, None))
-work = lambda n: model.ask([{'role': 'user', 'content': 'well?'}], n)
-for _, future in model.map(work, range(10)):
-  future.result()
+work = lambda n: model.complete([{'role': 'user', 'content': 'well?'}], n)
+for _, _, error in model.map(work, range(10)):
+  assert error is None
 """
 
 
-def test_a_killed_process_asks_only_for_what_is_missing(tmp_path):
+def test_a_killed_process_repeats_only_missing_requests(tmp_path):
   path, fifth = tmp_path / 'a.jsonl', threading.Event()
 
   def answer(_, number):
@@ -311,6 +309,6 @@ def test_a_killed_process_asks_only_for_what_is_missing(tmp_path):
     ):
       assert len(book) == 4
       for number in range(10):
-        model.ask(MESSAGES, number)
+        model.complete(MESSAGES, number)
       assert len(book) == 10
     assert len(server.requests) == 5 + 6

@@ -40,7 +40,7 @@ def ask(tmp_path, words, answer, kind='targeted', tries=3, own=None, **changes):
       chat_server.settings(server, **changes), book, lambda _: None
     ) as model,
   ):
-    teacher = http.Remote(words, model, 'shuffled')
+    teacher = http.HttpTeacher(words, model, 'shuffled')
     traces = list(teacher.traces(own, range(len(own)), kind, tries, 0))
     assert sorted(i for i, _ in traces) == list(range(len(own)))
   return dict(traces), teacher.report(), server
@@ -57,7 +57,7 @@ def test_targeted_is_shown_a_target_and_puts_it_first(tmp_path, words):
   assert server.most <= 3
 
 
-def test_rejection_sees_no_target_and_asks_until_it_is_first(tmp_path, words):
+def test_rejection_hides_the_target_until_it_is_first(tmp_path, words):
   traces, report, server = ask(
     tmp_path, words, chat_server.ranks, kind='rejection', tries=2
   )
@@ -86,9 +86,7 @@ def test_rejection_sees_no_target_and_asks_until_it_is_first(tmp_path, words):
     (completion('RANKING: 1, 2'), 'missing'),
   ],
 )
-def test_an_answer_that_is_none_is_asked_for_again(
-  tmp_path, words, body, verdict
-):
+def test_an_unfit_answer_is_requested_again(tmp_path, words, body, verdict):
   own = slates(1)
 
   def second(request, number):
@@ -105,9 +103,7 @@ def test_an_answer_that_is_none_is_asked_for_again(
   assert len(server.requests) == 2
 
 
-def test_a_slate_without_an_answer_is_asked_about_again_at_the_end(
-  tmp_path, words
-):
+def test_a_slate_without_an_answer_is_repeated_at_the_end(tmp_path, words):
   own, failed = slates(), []
 
   def answer(request, number):
@@ -122,7 +118,7 @@ def test_a_slate_without_an_answer_is_asked_about_again_at_the_end(
   assert len(traces) == 12
 
 
-def test_a_slate_that_is_never_answered_is_told(tmp_path, words):
+def test_a_slate_that_is_never_answered_is_reported(tmp_path, words):
   own = slates()
   title = dialogue.Dialogue.describe(words, own[5], range(4)).splitlines()[1:4]
 

@@ -55,7 +55,8 @@ def test_each_case_gets_its_marks_or_none(tmp_path, monkeypatch):
     ledger.Ledger(tmp_path / 'a.jsonl', None) as book,
     endpoint.Endpoint(chat_server.settings(server), book) as model,
   ):
-    marks = judge.judge(cases, words, model)
+    mark = judge.Judge(judge.REASONING, model)
+    marks = mark(case.shown(words) for case in cases)
   assert marks[:, 0].tolist()[:2] == [0.5, 0.25]
   assert np.isnan(marks[2]).all()
   np.testing.assert_array_equal(marks[:3], marks[3:])

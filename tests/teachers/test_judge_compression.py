@@ -121,7 +121,7 @@ def test_what_is_kept_whole_is_shown_whole(words):
     assert f'[h{place}] {catalog.titles[item]}' in short
 
 
-def test_no_tokens_are_too_odd_to_be_shown(words):
+def test_any_tokens_can_be_shown(words):
   vocabulary, rng = words.prompter.vocabulary, np.random.default_rng(0)
   own, told = slate(), set()
   for size in range(60):
@@ -165,7 +165,7 @@ def cases(words, seeds):
 
 
 @pytest.mark.usefixtures('_key')
-def test_equal_compressions_are_asked_about_once(words, tmp_path):
+def test_equal_compressions_share_a_request(words, tmp_path):
   unread = cases(words, [1])[0].shown(words)
 
   def answer(body, number):
@@ -195,7 +195,7 @@ def test_equal_compressions_are_asked_about_once(words, tmp_path):
 
 
 @pytest.mark.usefixtures('_key')
-def test_what_is_declined_has_no_marks_and_stops_nothing(words, tmp_path):
+def test_declined_requests_have_no_marks_and_stop_nothing(words, tmp_path):
   def answer(body, number):
     del body
     if number <= 4:

@@ -8,7 +8,7 @@ from gr2_jax.teachers import ledger
 REPLY = ledger.Reply('yes', 'stop', 3, 4)
 
 
-def test_answers_and_tokens_are_there_again(tmp_path):
+def test_answers_and_tokens_are_restored(tmp_path):
   with ledger.Ledger(tmp_path / 'deep' / 'a.jsonl', None) as book:
     assert book.get('one') is None
     book.reserve(10)
@@ -45,7 +45,7 @@ def test_a_damaged_line_is_named(tmp_path, line):
     ledger.Ledger(path, None)
 
 
-def test_the_limit_holds_over_runs_and_counts_what_is_set_aside(tmp_path):
+def test_the_limit_holds_over_runs_and_counts_reservations(tmp_path):
   path = tmp_path / 'a.jsonl'
   with ledger.Ledger(path, 100) as book:
     book.reserve(60)

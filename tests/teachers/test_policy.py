@@ -113,7 +113,7 @@ def alone(teacher, source, index, attempt, privileged=False):
   return order, target, ids[:end], slots
 
 
-def test_a_trace_is_what_the_slate_alone_would_get(teacher, source):
+def test_a_trace_equals_that_of_the_slate_alone(teacher, source):
   """As the sampler has it, in a batch of one, slots renamed."""
   found = ask(teacher, source, range(12), tries=3)
   words = teacher.student.vocabulary
@@ -152,9 +152,7 @@ def same(one, two):
   assert dataclasses.replace(one, **drop) == dataclasses.replace(two, **drop)
 
 
-def test_a_slate_is_asked_again_until_the_first_choice_is_right(
-  teacher, source
-):
+def test_a_slate_is_repeated_until_its_first_choice_is_right(teacher, source):
   once, often = (ask(teacher, source, range(40), tries) for tries in (1, 4))
   for index in once:
     for trace, tries in ((once[index], 1), (often[index], 4)):
@@ -173,22 +171,20 @@ def test_a_slate_is_asked_again_until_the_first_choice_is_right(
   )
 
 
-def test_a_seed_decides_what_is_said(teacher, source):
+def test_traces_depend_on_the_seed(teacher, source):
   one, two = (ask(teacher, source, range(8), seed=s) for s in (SEED, 4))
   assert sum(one[i].reasoning != two[i].reasoning for i in one) > 4
 
 
-def test_only_those_that_are_wrong_are_asked_again(
-  teacher, source, monkeypatch
-):
+def test_only_wrong_answers_are_repeated(teacher, source, monkeypatch):
   asked = []
-  plain = policy_lib.PolicyTeacher._ask
+  plain = policy_lib.PolicyTeacher._answer_rows
 
   def spy(self, rows, labels, seed):
     asked.append(list(labels))
     return plain(self, rows, labels, seed)
 
-  monkeypatch.setattr(policy_lib.PolicyTeacher, '_ask', spy)
+  monkeypatch.setattr(policy_lib.PolicyTeacher, '_answer_rows', spy)
   found = ask(teacher, source, range(40), tries=4)
   every = [label for batch in asked for label in batch]
   assert sorted(every) == [
@@ -214,7 +210,7 @@ def test_a_target_is_named_and_must_come_first(told, world, student, source):
   assert verdicts == {'targeted', 'rejected'}
 
 
-def test_a_mesh_that_splits_parameters_says_the_same(
+def test_a_mesh_that_splits_parameters_gives_the_same_traces(
   told, teacher, world, student, source
 ):
   mesh = ConfigDict(dict(data=2, fsdp=2, tensor=2))
@@ -279,7 +275,7 @@ def test_another_vocabulary_is_translated(
   assert unknown
 
 
-def test_a_teacher_of_other_slates_is_refused(told, world, student):
+def test_a_teacher_of_other_slates_is_rejected(told, world, student):
   for stage in ('slates', 'tokenizer'):
     other = world[stage].with_name(f'{stage}-other')
     with pytest.raises(
@@ -288,7 +284,7 @@ def test_a_teacher_of_other_slates_is_refused(told, world, student):
       restore(told, world | {stage: other}, student)
 
 
-def test_a_teacher_that_was_never_told_targets_is_refused(
+def test_a_teacher_trained_without_targets_is_rejected(
   finished, world, student
 ):
   plain = finished('plain', **{'sft.privileged': False})
@@ -298,7 +294,7 @@ def test_a_teacher_that_was_never_told_targets_is_refused(
 
 
 @pytest.mark.parametrize('between', ['opd', ''])
-def test_what_a_policy_was_told_is_found_through_its_origins(
+def test_training_with_targets_is_found_through_earlier_stages(
   told, world, student, between
 ):
   """RL from SFT, and from OPD from SFT: as their config.json says."""
@@ -317,7 +313,7 @@ def test_what_a_policy_was_told_is_found_through_its_origins(
   restore(path, world, student, kind='targeted')
 
 
-def test_a_policy_without_sft_was_told_nothing(told, world, student):
+def test_a_policy_without_sft_saw_no_targets(told, world, student):
   path = told.with_name('midtrained')
   path.mkdir()
   run = artifacts.read_run(told)
@@ -326,7 +322,7 @@ def test_a_policy_without_sft_was_told_nothing(told, world, student):
   (path / 'config.json').write_text(json.dumps(run))
   (path / 'results.json').write_text('{}')
   (path / policy.PARAMS).symlink_to(told / policy.PARAMS)
-  with pytest.raises(artifacts.ArtifactError, match='was never told a target'):
+  with pytest.raises(artifacts.ArtifactError, match='trained without targets'):
     restore(path, world, student, kind='targeted')
 
 
