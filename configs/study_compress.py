@@ -33,9 +33,9 @@ def section(test: bool = False) -> ConfigDict:
     'random:0.1',
     'random:0.05',
   )
-  config.keeps = (0.05, 0.1, 0.2)  # shares of tokens that the compressor keeps
+  config.ratios = (0.05, 0.1, 0.2)  # shares of tokens that the compressor keeps
   # Forms whose policy is distilled from the full context. `text` is the
-  # compressor's at `compress.keep`.
+  # compressor's at `compress.ratio`.
   config.distilled = (
     'text',
     'memory:4+candidates:evidence',
@@ -50,7 +50,7 @@ def section(test: bool = False) -> ConfigDict:
   config.margin = 0.01  # tolerated loss of N@5 and R@1
   config.resamples = 200 if test else 2000  # bootstrap samples
   if test:
-    config.forms, config.keeps = config.forms[2:6:3], (0.1,)
+    config.forms, config.ratios = config.forms[2:6:3], (0.1,)
     config.distilled = config.distilled[:3:2]
     config.reinforced = config.reinforced[1:]
   return config

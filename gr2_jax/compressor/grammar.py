@@ -1,7 +1,8 @@
-"""What a compression may be: a part of its prompt's tokens, in their order.
+"""The grammar of compressions: some of a prompt's tokens, in their order.
 
-`Extraction` is a `policy.grammar.Grammar`: the same mask serves the sampler and
-the learner.
+`Extraction` is a `policy.grammar.Grammar`: the sampler and the learner share
+its mask. Anchors are the tokens that every compression keeps: `<candidates>`
+and the slots.
 
 Axes: P prompts, S prompt tokens, N tokens to choose from.
 """
@@ -9,52 +10,56 @@ Axes: P prompts, S prompt tokens, N tokens to choose from.
 import dataclasses
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from gr2_jax.ops import masking
 from gr2_jax.policy import grammar
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Source:
-  """What may be extracted of every prompt."""
+  """The prompts, and the places in them that the mask looks up.
+
+  Arrays of [P, S + 1] have an entry for the place behind the prompt.
+  """
 
   tokens: jax.Array  # int32 [P, S], the prompts
-  before: jax.Array  # int32 [P, S], where each stood last; -1: nowhere
-  begin: jax.Array  # int32 [P], where the history begins
-  mark: jax.Array  # int32 [P, S + 1], the first mark from each place on
-  marks_left: jax.Array  # int32 [P, S + 1], marks from each place on
+  before: jax.Array  # int32 [P, S], last earlier place of the token; -1: none
+  begin: jax.Array  # int32 [P], first place of the history
+  anchor: jax.Array  # int32 [P, S + 1], first anchor at or after each place
+  anchors_left: jax.Array  # int32 [P, S + 1], anchors at or after each place
   count: jax.Array  # int32 [P], candidates
-  shortest: jax.Array  # int32 [P], tokens of the shortest line
-  budget: jax.Array  # int32 [P], tokens of a compression, <eos> included
+  shortest: jax.Array  # int32 [P], tokens of the shortest candidate line
+  budget: jax.Array  # int32 [P], most tokens of a compression, <eos> included
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class ExtractionProgress:
-  """Where in its prompt each compression stands."""
+  """The state of each compression before its next token."""
 
-  place: jax.Array  # int32 [...], first of the tokens that are still left
+  place: jax.Array  # int32 [...], first place of the prompt that is still left
   used: jax.Array  # int32 [...], tokens written
-  line: jax.Array  # int32 [...], of them in this candidate's line
-  first: jax.Array  # int32 [...], in the first candidate's; -1 before its end
+  line: jax.Array  # int32 [...], tokens written of the current line
+  first: jax.Array  # int32 [...], tokens of the first line; -1 before its end
   done: jax.Array  # bool [...], <eos> was emitted
 
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-  """A prompt's context in fewer tokens; constraint_inputs: `Source`.
+  """Compressions of a context; constraint_inputs: `Source`.
 
-  A compression keeps some tokens of the history, then `<candidates>`, then of
-  every candidate's line some tokens and its slot, then <eos>: what it keeps
-  stands in the order of the prompt, and the marks, `<candidates>` and every
-  slot, are always kept. It holds its budget, where the marks alone do, and uses
-  it: what the history leaves is shared out among the lines, of which the first
-  is at most `slack` tokens short of its share, or as long as the shortest line
-  can be. No line is shorter than the first, where it can be as long, nor more
-  than `slack` tokens longer: how much is said of a candidate does not tell how
-  good it is.
+  A compression consists of tokens of the history, `<candidates>`, tokens of
+  each candidate's line followed by its slot, and <eos>. Tokens stay in the
+  order of the prompt, and every anchor is kept.
+
+  A compression uses its budget and does not exceed it, unless the anchors alone
+  do. The lines share equally the tokens that the history leaves. The first line
+  is at most `slack` tokens shorter than its share, or than the shortest line of
+  the prompt. Every other line is at least as long as the first, if the prompt
+  has that many tokens, and at most `slack` longer. So the length of a line does
+  not reveal how good its candidate is.
   """
 
   history: int
@@ -73,18 +78,18 @@ class Extraction:
     count_P: jax.Array,
     budget_P: jax.Array,
   ) -> Source:
-    """Finds what can be kept of prompts whose history comes first."""
+    """Analyzes prompts in which the history comes before the candidates."""
     S = prompt_PxS.shape[1]
     real = masking.length_mask(length_P, S)
     slot = prompt_PxS - self.slot_base
     is_slot = real & (slot >= 0) & (slot < count_P[:, None])
-    is_mark = is_slot | (real & (prompt_PxS == self.candidates))
-    place = jnp.where(is_mark, jnp.arange(S), S)
-    before = jax.lax.cummax(jnp.where(is_mark, jnp.arange(S), -1), axis=1)
+    is_anchor = is_slot | (real & (prompt_PxS == self.candidates))
+    place = jnp.where(is_anchor, jnp.arange(S), S)
+    before = jax.lax.cummax(jnp.where(is_anchor, jnp.arange(S), -1), axis=1)
     before = jnp.pad(before, [(0, 0), (1, 0)], constant_values=-1)[:, :-1]
     line = jnp.where(is_slot, jnp.arange(S) - before - 1, S)
-    mark = jax.lax.cummin(place, axis=1, reverse=True)
-    left = jnp.cumsum(is_mark[:, ::-1], axis=1)[:, ::-1]
+    anchor = jax.lax.cummin(place, axis=1, reverse=True)
+    left = jnp.cumsum(is_anchor[:, ::-1], axis=1)[:, ::-1]
     opened = jnp.argmax(prompt_PxS == self.history, axis=1)
     end = [(0, 0), (0, 1)]
     same = prompt_PxS[:, :, None] == prompt_PxS[:, None, :]
@@ -93,8 +98,8 @@ class Extraction:
       tokens=prompt_PxS,
       before=jnp.max(jnp.where(same, jnp.arange(S), -1), axis=-1),
       begin=(opened + 1).astype(jnp.int32),
-      mark=jnp.pad(mark, end, constant_values=S).astype(jnp.int32),
-      marks_left=jnp.pad(left, end).astype(jnp.int32),
+      anchor=jnp.pad(anchor, end, constant_values=S).astype(jnp.int32),
+      anchors_left=jnp.pad(left, end).astype(jnp.int32),
       count=count_P,
       shortest=line.min(1).astype(jnp.int32),
       budget=budget_P,
@@ -106,8 +111,8 @@ class Extraction:
       constraint_inputs.tokens, [(0, 0), (0, 1)], constant_values=self.eos
     )
 
-  def least(self, count: Any) -> Any:
-    """Tokens of a compression that keeps nothing but the marks and <eos>."""
+  def min_tokens(self, count: Any) -> Any:
+    """Tokens of a compression of anchors and <eos> alone."""
     return count + 2
 
   def start(
@@ -131,20 +136,19 @@ class Extraction:
     token: jax.Array,
   ) -> ExtractionProgress:
     """Progress after `token` [P, ...]."""
-    S = constraint_inputs.tokens.shape[1]
+    source, S = constraint_inputs, constraint_inputs.tokens.shape[1]
     place = jnp.arange(S)
-    tokens = grammar.spread(constraint_inputs.tokens, (*token.shape, S))
+    tokens = grammar.spread(source.tokens, (*token.shape, S))
     here = (tokens == token[..., None]) & (place >= progress.place[..., None])
-    found = jnp.min(jnp.where(here, place, S), axis=-1)
+    match = jnp.min(jnp.where(here, place, S), axis=-1)
     slot = token - self.slot_base
     closes = (slot >= 0) & (slot < self.num_slots)
     opened = token == self.candidates
-    in_line = _taken(
-      constraint_inputs.marks_left, progress.place
-    ) <= grammar.spread(constraint_inputs.count, token.shape)
+    anchors = _at(source.anchors_left, progress.place)
+    in_line = anchors <= grammar.spread(source.count, token.shape)
     ends_first = closes & (progress.first < 0)
     return ExtractionProgress(
-      place=jnp.minimum(found + 1, S).astype(jnp.int32),
+      place=jnp.minimum(match + 1, S).astype(jnp.int32),
       used=progress.used + 1,
       line=jnp.where(closes | opened | ~in_line, 0, progress.line + 1),
       first=jnp.where(ends_first, progress.line, progress.first),
@@ -158,53 +162,42 @@ class Extraction:
     remaining: jax.Array,
     size: int,
   ) -> jax.Array:
-    """Which tokens can be kept next.
+    """The mask on the prompt's places, then <eos>: bool [P, ..., N = S + 1].
 
-    Args:
-      constraint_inputs: of the prompts.
-      progress: [P, ...].
-      remaining: int32 [P, ...], tokens left in the sampler's budget, this one
-        included.
-      size: N = S + 1, of the candidate tokens.
-
-    Returns:
-      bool [P, ..., N], at least one True everywhere; of a token that the menu
-      has several times the first place that is left.
+    At least one is True. Of a repeated token's remaining places, only the first
+    can be. `remaining`, int32 [P, ...], counts the tokens left to the sampler,
+    this one included.
     """
-    S, shape = size - 1, remaining.shape
+    source, S, shape = constraint_inputs, size - 1, remaining.shape
     at, line, first = progress.place, progress.line, progress.first
-    mark = _taken(constraint_inputs.mark, at)
-    marks = _taken(constraint_inputs.marks_left, at)
-    budget = grammar.spread(constraint_inputs.budget, shape) - progress.used
-    # Tokens beside the marks and <eos> that there is room for.
-    spare = jnp.minimum(remaining, budget) - marks - 1
-    in_line = marks <= grammar.spread(constraint_inputs.count, shape)
-    share = (spare + line) // jnp.maximum(marks, 1)
-    shortest = jnp.minimum(
-      share, grammar.spread(constraint_inputs.shortest, shape)
-    )
-    opens = first < 0
-    wanted = jnp.where(opens, shortest, first)
-    most = jnp.minimum(share, wanted + self.slack)
-    full = (spare <= 0) | (in_line & (line >= most))
-    # Tokens that this line is short of, and that it must not skip.
-    least = wanted - jnp.where(opens, self.slack, 0)
-    short = jnp.minimum(least, share) - line
-    short = jnp.where(in_line & ~full, jnp.clip(short, 0, mark - at), 0)
+    anchor = _at(source.anchor, at)
+    anchors = _at(source.anchors_left, at)
+    budget = grammar.spread(source.budget, shape) - progress.used
+    # Tokens that still fit, besides the anchors and <eos>.
+    spare = jnp.minimum(remaining, budget) - anchors - 1
+    in_line = anchors <= grammar.spread(source.count, shape)
+    share = (spare + line) // jnp.maximum(anchors, 1)
+    shortest = jnp.minimum(share, grammar.spread(source.shortest, shape))
+    is_first = first < 0
+    target = jnp.where(is_first, shortest, first)
+    longest = jnp.minimum(share, target + self.slack)
+    full = (spare <= 0) | (in_line & (line >= longest))
+    # Tokens that this line still needs, so it must leave as many unskipped.
+    minimum = target - jnp.where(is_first, self.slack, 0)
+    short = jnp.minimum(minimum, share) - line
+    short = jnp.where(in_line & ~full, jnp.clip(short, 0, anchor - at), 0)
     place = jnp.arange(S)
-    end = mark - jnp.maximum(short - 1, 0)
+    end = anchor - jnp.maximum(short - 1, 0)
     window = (place >= at[..., None]) & (place < end[..., None])
     window = (window & ~full[..., None]) | (
-      (place == mark[..., None]) & (short == 0)[..., None]
+      (place == anchor[..., None]) & (short == 0)[..., None]
     )
-    window &= (
-      grammar.spread(constraint_inputs.before, window.shape) < at[..., None]
-    )
-    ends = (marks == 0)[..., None]
+    window &= grammar.spread(source.before, window.shape) < at[..., None]
+    ends = (anchors == 0)[..., None]
     return jnp.concatenate([window & ~ends, ends], axis=-1)
 
 
-def _taken(x_PxS: jax.Array, place: jax.Array) -> jax.Array:
-  """x[p, place[p, ..]]: int32 [P, ...]."""
+def _at(x_PxS: jax.Array, place: jax.Array) -> jax.Array:
+  """x[p, place[p, ...]]: [P, ...]."""
   flat = place.reshape(place.shape[0], -1)
   return jnp.take_along_axis(x_PxS, flat, axis=1).reshape(place.shape)

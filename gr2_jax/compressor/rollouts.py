@@ -1,14 +1,13 @@
-"""The compressor: a policy that rewrites a slate's context, and its judge.
+"""Rollouts of the compressor: sampled, verified, judged and rewarded.
 
-Asked for a share of its tokens, it writes the context anew (`Extraction`, or,
-unconstrained, whatever it likes). What it wrote is verified id by id, read by a
-frozen ranker in place of the whole, and paid (Eq. 10-11):
+The prompt is a full context and the ratio to compress it to. The compressor
+writes a new context, by the grammar `Extraction` or unconstrained. The new
+context is verified id by id, judged, and rewarded (Eq. 10-11):
 
   r = (a r_comp + (1 - a) r_judge) l
 
-All of it is one compiled function, from the prompt to the advantage, unless a
-judge in words is asked in the ranker's place (`compressor_judge`). A context
-that cannot be compressed, or of which nothing valid was written, stays whole.
+With a ranker as the judge, everything from the prompt to the advantage is one
+compiled function.
 
 Axes: P prompts, G compressions of each, S prompt tokens, T compression tokens,
 K candidates.
@@ -20,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from gr2_jax.compressor import grammar as grammar_lib
@@ -29,16 +29,13 @@ from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import prompt, vocabulary
 from gr2_jax.train import policy_gradient
 
-_COUNTED = 512  # training contexts of which an average one's tokens are known
+_CONTEXTS = 512  # training contexts whose tokens are averaged
+
+Rows = dict[str, jax.Array]
 
 
 def grammar(prompter: prompt.Prompter, slack: int) -> grammar_lib.Extraction:
   """The grammar of the compressions of a data set's prompts.
-
-  Args:
-    prompter: of the data set.
-    slack: tokens by which a candidate's line may be longer than the first, and
-      the first shorter than its share.
 
   Raises:
     ValueError: the prompts do not begin with the history.
@@ -46,7 +43,7 @@ def grammar(prompter: prompt.Prompter, slack: int) -> grammar_lib.Extraction:
   words = prompter.vocabulary
   if prompter.layout != ('history', 'candidates'):
     raise ValueError(
-      f'prompt.layout={prompter.layout}: the compressor reads the history '
+      f'prompt.layout={prompter.layout}: the compressor needs the history '
       "first: ('history', 'candidates')"
     )
   return grammar_lib.Extraction(
@@ -62,30 +59,22 @@ def grammar(prompter: prompt.Prompter, slack: int) -> grammar_lib.Extraction:
 
 
 def budgets(
-  prompter: prompt.Prompter, slates: Any, keeps: Collection[float]
+  prompter: prompt.Prompter, slates: Any, ratios: Collection[float]
 ) -> dict[float, int]:
-  """How many tokens a share of the context is.
+  """Converts ratios to tokens of a compression, <eos> included.
 
-  The share is of an average context of the training slates, so that a slate
-  costs its readers the same whether its user is known for long or not.
-
-  Args:
-    prompter: of the data set.
-    slates: random access to the training slates.
-    keeps: shares.
-
-  Returns:
-    Share -> tokens of a compression at most, <eos> included.
+  A ratio is a share of the average context of the training `slates`, so that
+  slates cost the same, however long a user's history is.
   """
-  few = np.linspace(0, len(slates) - 1, _COUNTED).astype(int)
-  orders = (np.arange(int(slates[i]['count'])) for i in few)
+  indices = np.linspace(0, len(slates) - 1, _CONTEXTS).astype(int)
+  orders = (np.arange(int(slates[i]['count'])) for i in indices)
   mean = np.mean(
     [
       context_tokens(prompter, prompter.prompt(slates[i], order)['prompt'])
-      for i, order in zip(few, orders, strict=True)
+      for i, order in zip(indices, orders, strict=True)
     ]
   )
-  return {keep: int(keep * mean) for keep in keeps}
+  return {ratio: int(ratio * mean) for ratio in ratios}
 
 
 def sampler(
@@ -96,18 +85,18 @@ def sampler(
   temperature: float = 0.0,
   constrained: bool = True,
 ) -> sampling.SamplingOptions:
-  """A sampler with room for the largest budget, and for every slate's marks."""
-  least = grammar.least(grammar.num_candidates)
+  """A sampler with room for the largest budget, and for every anchor."""
+  minimum = grammar.min_tokens(grammar.num_candidates)
   return sampling.SamplingOptions(
     group=group,
-    max_tokens=max(least, *budgets.values()),
+    max_tokens=max(minimum, *budgets.values()),
     temperature=temperature,
     constrained=constrained,
   )
 
 
 def symbols(words: vocabulary.Vocabulary) -> compression.Symbols:
-  """The token ids that compressions are verified by."""
+  """The token ids that the verification of compressions reads."""
   return compression.Symbols(
     history=words.control['<history>'],
     candidates=words.control['<candidates>'],
@@ -123,48 +112,48 @@ def context_tokens(prompter: prompt.Prompter, ids: np.ndarray) -> int:
   return len(ids) - len(prompter.opening) - len(prompter.closing)
 
 
-def requests(
+def generation_rows(
   prompter: prompt.Prompter,
   budgets: Mapping[float, int],
   order: str,
-  remote: bool = False,
+  in_words: bool = False,
 ) -> Callable[..., dict[str, np.ndarray]]:
-  """Rendering for the compressor: whole contexts, and how much is to be left.
+  """Renders full contexts as prompts of the compressor.
 
   Args:
-    prompter: of the data set.
-    budgets: share of the tokens -> how many; one is drawn for each prompt.
-    order: in which candidates are shown, of `prompt.ORDERS`.
-    remote: whether a judge in words is to read of the slates.
+    prompter: of full contexts.
+    budgets: tokens of each ratio; a prompt draws one of them.
+    order: of the candidates, see `prompt.ORDERS`.
+    in_words: adds the fields that `judge.HttpJudge` reads.
 
   Returns:
-    `(slate, rng) -> dict`, the fields of `examples.generation_rows`, and
-    `budget` and `whole`, tokens of a compression at most and of the context. A
-    copy is over any budget.
+    `(slate, rng) -> row`: the fields of `examples.generation_rows`, `budget`,
+    the most tokens of a compression, and `whole`, the tokens of the context.
+    The budget is below `whole`, so that a copy exceeds it.
   """
-  keeps = tuple(budgets)
+  ratios = tuple(budgets)
 
   def render(slate, rng):
     shown = prompt.presentation(int(slate['count']), order, rng)
     row = prompter.prompt(slate, shown, rng)
-    keep = keeps[int(rng.integers(len(keeps)))]
+    ratio = ratios[int(rng.integers(len(ratios)))]
     whole = context_tokens(prompter, row['prompt'])
-    ids = [*row['prompt'], *prompter.ask('<compress>', ratio=keep)]
+    ids = [*row['prompt'], *prompter.ask('<compress>', ratio=ratio)]
     return row | {
       'prompt': prompt.pad(ids, prompter.prompt_tokens + 1, 'prompt'),
       'prompt_length': np.int32(len(ids)),
-      'budget': np.int32(min(budgets[keep], whole - 1)),
+      'budget': np.int32(min(budgets[ratio], whole - 1)),
       'whole': np.int32(whole),
-      **(judge.told(slate) if remote else {}),
+      **(judge.slate_fields(slate) if in_words else {}),
     }
 
   return render
 
 
 def constraint_inputs(
-  grammar: grammar_lib.Extraction, rows: dict[str, jax.Array]
+  grammar: grammar_lib.Extraction, rows: Rows
 ) -> grammar_lib.Source:
-  """What may be kept of prompts of `requests`."""
+  """The grammar's inputs for rows of `generation_rows`."""
   return grammar.source(
     rows['prompt'], rows['prompt_length'], rows['count'], rows['budget']
   )
@@ -172,229 +161,181 @@ def constraint_inputs(
 
 def imitation_loss(
   spec: policy.PolicySpec,
-  grammar: grammar_lib.Extraction,
-  config: sampling.SamplingOptions,
-  stage,
-):
-  """Cross entropy of given compressions, under the sampler's own mask.
-
-  Of several of a slate only the one counts that the ranker finds most like
-  what it is held to, see `judge.make_likeness`.
-
-  Args:
-    spec: the policy's.
-    grammar: of `grammar`.
-    config: of `sampler`, of temperature 1.
-    stage: section `compress`.
-
-  Returns:
-    `(params, ranker, rows) -> (loss, metrics)`; rows have `tokens` int32
-    [P, G, T] and `length` int32 [P, G] beside the fields of `requests`.
-  """
-  target, likeness = judge.make_likeness(spec, symbols(spec.vocabulary), stage)
-
-  def loss_fn(params, ranker, rows):
-    tokens, length = rows['tokens'], rows['length']
-    source = constraint_inputs(grammar, rows)
-    like = likeness(ranker, target(ranker, rows), rows['count'], tokens, length)
-    best = jnp.argmax(like, axis=1)[:, None]
-    batch = policy_gradient.PolicyBatch(
-      prompt=rows['prompt'],
-      prompt_length=rows['prompt_length'],
-      constraint_inputs=source,
-      tokens=jnp.take_along_axis(tokens, best[..., None], axis=1),
-      length=jnp.take_along_axis(length, best, axis=1),
-      logp=None,
-      advantage=None,
-      use=None,
-    )
-    scores = policy_gradient.score(spec.model, params, batch, grammar, config)
-    written = masking.length_mask(batch.length, tokens.shape[-1])
-    loss = losses.token_cross_entropy(scores.logp, written).mean()
-    return loss, {
-      'entropy': masking.masked_mean(scores.entropy, written),
-      'likeness_drawn': like.mean(),
-      'likeness_best': like.max(axis=1).mean(),
-    }
-
-  return loss_fn
-
-
-def make_draw(
-  spec: policy.PolicySpec,
-  grammar: grammar_lib.Extraction,
-  config: sampling.SamplingOptions,
-  stage,
-) -> Callable[..., judge.Drawn]:
-  """How compressions are sampled and verified.
-
-  Args:
-    spec: the policy's.
-    grammar: of `grammar`.
-    config: how to roll out.
-    stage: slack, ellipsis_cost.
-
-  Returns:
-    `(params, rows, key) -> Drawn`; pure.
-  """
-  verify = make_verify(spec, stage)
-
-  def draw(params, rows, key) -> judge.Drawn:
-    source = constraint_inputs(grammar, rows)
-    rollouts = sampling.sample(
-      spec.model,
-      params,
-      rows['prompt'],
-      rows['prompt_length'],
-      source,
-      key,
-      grammar,
-      config,
-    )
-    return verify(rows, source, rollouts)
-
-  return draw
-
-
-def make_verify(spec: policy.PolicySpec, stage) -> Callable[..., judge.Drawn]:
-  """What can be said of compressions without a judge.
-
-  Args:
-    spec: the policy's.
-    stage: slack, ellipsis_cost.
-
-  Returns:
-    `(rows, constraint_inputs, rollouts) -> Drawn`; pure.
-  """
-  marks = symbols(spec.vocabulary)
-
-  def verify(rows, source, rollouts) -> judge.Drawn:
-    tokens, length = rollouts.tokens, rollouts.length
-    shown = rows['prompt'], rows['prompt_length']
-    return judge.Drawn(
-      source=source,
-      rollouts=rollouts,
-      verdict=compression.verify(
-        tokens, length, *shown, rows['count'], rows['budget'], marks,
-        2 * stage.slack,
-      ),
-      saved=compression.compression_reward(length, rows['whole']),
-      preservation=compression.preservation(
-        shown[0],
-        compression.source_segments(*shown, marks) == 0,
-        tokens,
-        compression.segments(tokens, length, marks) == 0,
-      ),
-      ellipsis=compression.ellipsis_factor(
-        tokens, length, marks, stage.ellipsis_cost
-      ),
-    )  # fmt: skip
-
-  return verify
-
-
-def make_judged(
-  spec: policy.PolicySpec,
-  grammar: grammar_lib.Extraction,
-  config: sampling.SamplingOptions,
-  stage,
+  options: sampling.SamplingOptions,
+  stage: ml_collections.ConfigDict,
+  params: Any,
   ranker: Any,
-  remote: judge.Remote | None,
-  use: Callable[..., Any],
-) -> Callable[..., Any]:
-  """Compiles sampling, judging, and what is to become of it.
+  rows: Rows,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Cross entropy of given compressions, under the sampler's mask; and metrics.
 
-  With a ranker as the judge this is one compiled function; with another, two,
-  and the host between them.
+  Rows have `tokens` int32 [P, G, T] and `length` int32 [P, G] besides the
+  fields of `generation_rows`. Of the compressions of a slate, only the one with
+  the highest `judge.likeness` counts.
+  """
+  rules = grammar(spec.prompter, stage.slack)
+  tokens, length = rows['tokens'], rows['length']
+  target = judge.likeness_target(spec, stage.judge_by, ranker, rows)
+  like = judge.likeness(spec, ranker, target, rows['count'], tokens, length)
+  best = jnp.argmax(like, axis=1)[:, None]
+  batch = policy_gradient.PolicyBatch(
+    prompt=rows['prompt'],
+    prompt_length=rows['prompt_length'],
+    constraint_inputs=constraint_inputs(rules, rows),
+    tokens=jnp.take_along_axis(tokens, best[..., None], axis=1),
+    length=jnp.take_along_axis(length, best, axis=1),
+    logp=None,
+    advantage=None,
+    use=None,
+  )
+  scores = policy_gradient.score(spec.model, params, batch, rules, options)
+  written = masking.length_mask(batch.length, tokens.shape[-1])
+  return losses.token_cross_entropy(scores.logp, written).mean(), {
+    'entropy': masking.masked_mean(scores.entropy, written),
+    'likeness_drawn': like.mean(),
+    'likeness_best': like.max(axis=1).mean(),
+  }
+
+
+def sample(
+  spec: policy.PolicySpec,
+  options: sampling.SamplingOptions,
+  stage: ml_collections.ConfigDict,
+  params: Any,
+  rows: Rows,
+  key: jax.Array,
+) -> judge.Verified:
+  """Samples compressions of rows of `generation_rows`, and verifies them."""
+  rules = grammar(spec.prompter, stage.slack)
+  source = constraint_inputs(rules, rows)
+  prompts = rows['prompt'], rows['prompt_length']
+  rollouts = sampling.sample(
+    spec.model, params, *prompts, source, key, rules, options
+  )
+  return verify(spec, stage, rows, source, rollouts)
+
+
+def verify(
+  spec: policy.PolicySpec,
+  stage: ml_collections.ConfigDict,
+  rows: Rows,
+  source: grammar_lib.Source,
+  rollouts: sampling.Rollouts,
+) -> judge.Verified:
+  """Verifies compressions, and computes their rewards but the judge's."""
+  ids = symbols(spec.vocabulary)
+  tokens, length = rollouts.tokens, rollouts.length
+  context = rows['prompt'], rows['prompt_length']
+  return judge.Verified(
+    source=source,
+    rollouts=rollouts,
+    verdict=compression.verify(
+      tokens, length, *context, rows['count'], rows['budget'], ids,
+      2 * stage.slack,
+    ),
+    saved=compression.compression_reward(length, rows['whole']),
+    preservation=compression.preservation(
+      context[0],
+      compression.source_segments(*context, ids) == 0,
+      tokens,
+      compression.segments(tokens, length, ids) == 0,
+    ),
+    ellipsis=compression.ellipsis_factor(
+      tokens, length, ids, stage.ellipsis_cost
+    ),
+  )  # fmt: skip
+
+
+def make_judged_rollouts(
+  spec: policy.PolicySpec,
+  options: sampling.SamplingOptions,
+  stage: ml_collections.ConfigDict,
+  ranker: Any,
+  http_judge: judge.HttpJudge | None,
+  finish: Callable[[Rows, judge.Verified, judge.Judgment], Any],
+) -> Callable[..., Any]:
+  """Compiles sampling, verification, judgment, and what follows from it.
 
   Args:
-    spec: the policy's.
-    grammar: of `grammar`.
-    config: how to roll out.
+    spec: of the policy.
+    options: of sampling.
     stage: section `compress`.
-    ranker: parameters of the ranker; None where nobody judges.
-    remote: who judges in its place, if any.
-    use: `(rows, Drawn, Judgement) -> result`; pure.
+    ranker: parameters of the ranker that judges; None if nothing is judged.
+    http_judge: judges instead of the ranker, on the host, between two compiled
+      functions.
+    finish: computes the result; pure.
 
   Returns:
     `(params, rows, key) -> result`.
   """
-  draw = make_draw(spec, grammar, config, stage)
+  draw = functools.partial(sample, spec, options, stage)
 
-  def finish(rows, drawn: judge.Drawn, judged: compression.Judged):
-    return use(rows, drawn, judge.pay(drawn, judged, stage.compression_weight))
+  def conclude(rows, verified, judged: compression.Judged):
+    weight = stage.compression_weight
+    return finish(rows, verified, judge.judgment(verified, judged, weight))
 
-  if remote is None:
-    read = judge.nobody
-    if ranker is not None:
-      read = judge.make_ranker(spec, symbols(spec.vocabulary), stage)
+  if http_judge is None:
 
     @jax.jit
-    def whole(ranker, params, rows, key):
-      drawn = draw(params, rows, key)
-      judged = read(ranker, rows, drawn.rollouts, drawn.preservation)
-      return finish(rows, drawn, judged)
+    def judged_by_ranker(ranker, params, rows, key):
+      verified = draw(params, rows, key)
+      judged = judge.judge_by_ranker(
+        spec, stage, ranker, rows, verified.rollouts, verified.preservation
+      )
+      return conclude(rows, verified, judged)
 
-    return functools.partial(whole, ranker)
+    return functools.partial(judged_by_ranker, ranker)
 
   @jax.jit
   def begin(params, rows, key):
-    """Compressions, and which of them the best marks would earn anything."""
-    drawn = draw(params, rows, key)
-    best = jnp.ones_like(drawn.saved)
-    most = compression.reward(drawn.verdict, best, best, drawn.ellipsis, 0.0)
-    return drawn, most > 0
+    """Compressions, and which could earn a reward, with the best marks."""
+    verified = draw(params, rows, key)
+    best = jnp.ones_like(verified.saved)
+    highest = compression.reward(
+      verified.verdict, best, best, verified.ellipsis, 0.0
+    )
+    return verified, highest > 0
 
-  end = jax.jit(finish)
+  end = jax.jit(conclude)
 
-  def in_turn(params, rows, key):
-    drawn, paid = begin(params, rows, key)
-    return end(rows, drawn, remote(rows, drawn.rollouts, paid))
+  def judged_by_http(params, rows, key):
+    verified, eligible = begin(params, rows, key)
+    return end(rows, verified, http_judge(rows, verified.rollouts, eligible))
 
-  return in_turn
+  return judged_by_http
 
 
 def make_rollout_step(
   spec: policy.PolicySpec,
-  grammar: grammar_lib.Extraction,
-  config: sampling.SamplingOptions,
-  stage,
+  options: sampling.SamplingOptions,
+  stage: ml_collections.ConfigDict,
   ranker: Any,
-  remote: judge.Remote | None = None,
+  http_judge: judge.HttpJudge | None = None,
 ) -> Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, jax.Array]]]:
-  """Compiles rollouts and what they teach.
+  """Compiles `(params, rows, key) -> (PolicyBatch, metrics)`.
 
-  Args:
-    spec: the policy's.
-    grammar: of `grammar`.
-    config: how to roll out.
-    stage: section `compress`.
-    ranker: parameters of the ranker that judges.
-    remote: who judges in its place, if any.
-
-  Returns:
-    `(params, rows, key) -> (PolicyBatch, watches)`.
+  Arguments as of `make_judged_rollouts`.
   """
 
-  def learn(rows, drawn: judge.Drawn, judged: judge.Judgement):
-    rollouts = drawn.rollouts
+  def finish(rows: Rows, verified: judge.Verified, judged: judge.Judgment):
+    rollouts = verified.rollouts
     flat = advantages.zero_variance(judged.reward)
     batch = policy_gradient.PolicyBatch(
       prompt=rows['prompt'],
       prompt_length=rows['prompt_length'],
-      constraint_inputs=drawn.source,
+      constraint_inputs=verified.source,
       tokens=rollouts.tokens,
       length=rollouts.length,
       logp=rollouts.logp,
       advantage=advantages.group_advantage(judged.reward, kind=stage.advantage),
       use=~flat,
     )
-    written = masking.length_mask(rollouts.length, config.max_tokens)
-    watches = judge.watch(judged) | {
+    written = masking.length_mask(rollouts.length, options.max_tokens)
+    metrics = judge.metrics(judged) | {
       'flat_groups': flat.mean(),
       'length': rollouts.length.mean(),
       'sampler_entropy': masking.masked_mean(rollouts.entropy, written),
     }
-    return batch, watches
+    return batch, metrics
 
-  return make_judged(spec, grammar, config, stage, ranker, remote, learn)
+  return make_judged_rollouts(spec, options, stage, ranker, http_judge, finish)

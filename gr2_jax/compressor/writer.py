@@ -1,8 +1,7 @@
-"""Contexts written by a trained compressor, slate after slate, to be kept.
+"""Writes and stores the contexts of all slates with a trained compressor.
 
-Greedy, and judged on the way where someone judges. A context that cannot be
-compressed, or of which nothing valid was written, stays whole, and the record
-says why.
+Decoding is greedy. A context stays full if it cannot be compressed or if its
+compression is invalid; its record holds the reason.
 
 Axes: n slates, K candidates, T compression tokens.
 """
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from gr2_jax.compressor import judge
@@ -25,68 +25,50 @@ from gr2_jax.prompts import compressed, examples
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-  """Greedy compressions of some slates, on the host.
+  """Greedy compressions of some slates, on the host."""
 
-  Attributes:
-    tokens: int32 [n, T].
-    length: int32 [n], with <eos>.
-    presented: int32 [n, K], incoming rank of each slot.
-    count: int32 [n].
-    judged: of `Judgement`, each [n].
-  """
-
-  tokens: np.ndarray
-  length: np.ndarray
-  presented: np.ndarray
-  count: np.ndarray
-  judged: judge.Judgement
+  tokens: np.ndarray  # int32 [n, T]
+  length: np.ndarray  # int32 [n], with <eos>
+  presented: np.ndarray  # int32 [n, K], incoming rank of each slot
+  count: np.ndarray  # int32 [n], candidates
+  judged: judge.Judgment  # [n]
 
 
 def make_write(
   spec: policy.PolicySpec,
   mesh: jax.sharding.Mesh,
   ranker: Any,
-  config,
-  stage,
+  config: ml_collections.ConfigDict,
+  stage: ml_collections.ConfigDict,
   budgets: Mapping[float, int],
-  remote: judge.Remote | None = None,
+  http_judge: judge.HttpJudge | None = None,
 ) -> Callable[..., Iterator[Written]]:
-  """How slates are compressed greedily, a batch after another.
+  """Compiles the compressor's greedy decoding.
 
-  Args:
-    spec: the policy's.
-    mesh: where the parameters lie.
-    ranker: parameters of the ranker that judges; None where nobody does.
-    config: section prompt.
-    stage: section `compress`.
-    budgets: of `rollouts.budgets`, of the one share that is asked for.
-    remote: who judges in the ranker's place, if any.
+  `budgets` has the tokens of the one ratio to write; the other arguments are as
+  of `rollouts.make_judged_rollouts`.
 
   Returns:
-    `(params, slates, seed, desc) -> iterator of Written`; the presentation is a
-    function of (seed, index), and an empty `desc` shows no progress.
+    `(params, slates, seed, desc) -> iterator of Written`. The presentation is a
+    function of (seed, index); without `desc` there is no progress bar.
   """
-  render = rollouts_lib.requests(
-    spec.prompter, budgets, config.prompt.order, remote is not None
+  render = rollouts_lib.generation_rows(
+    spec.prompter, budgets, config.prompt.order, http_judge is not None
   )
   grammar = rollouts_lib.grammar(spec.prompter, stage.slack)
   greedy = rollouts_lib.sampler(grammar, budgets, constrained=stage.constrained)
 
-  def tell(rows, drawn: judge.Drawn, judged: judge.Judgement):
+  def fields(rows, verified: judge.Verified, judged: judge.Judgment):
     del rows
-    rollouts = drawn.rollouts
-    return {
-      'tokens': rollouts.tokens,
-      'length': rollouts.length,
-      **judged._asdict(),
-    }
+    rollouts = verified.rollouts
+    return rollouts.tokens, rollouts.length, judged
 
-  answer = rollouts_lib.make_judged(
-    spec, grammar, greedy, stage, ranker, remote, tell
+  decode = rollouts_lib.make_judged_rollouts(
+    spec, greedy, stage, ranker, http_judge, fields
   )
 
   def write(params, slates, seed: int, desc: str = '') -> Iterator[Written]:
-    key = jax.random.key(0)  # The greedy draw nothing.
+    key = jax.random.key(0)  # Greedy decoding draws nothing.
     with (
       reporting.progress(
         len(slates), desc or 'compress', unit='slate', quiet=not desc
@@ -97,15 +79,11 @@ def make_write(
         slates, render, stage.eval_batch_size, seed
       ):
         rows = sharding.shard_batch(batch, mesh)
-        found = processes.gather_to_host(answer(params, rows, key))
-        found = {name: x[:n, 0] for name, x in found.items()}
+        host = processes.gather_to_host(decode(params, rows, key))
+        tokens, length, judged = jax.tree.map(lambda x, n=n: x[:n, 0], host)
         bar.update(n)
         yield Written(
-          tokens=found.pop('tokens'),
-          length=found.pop('length'),
-          presented=batch['incoming'][:n],
-          count=batch['count'][:n],
-          judged=judge.Judgement(**found),
+          tokens, length, batch['incoming'][:n], batch['count'][:n], judged
         )
 
   return write
@@ -114,19 +92,17 @@ def make_write(
 def store(
   spec: policy.PolicySpec, slates: Any, parts: Iterable[Written]
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Records of `compressions` of what was written, in order.
+  """Converts compressions of `slates` to records of `prompts.compressed`.
 
-  Args:
-    spec: the ranker's, whose prompts have the whole context.
-    slates: those that were compressed.
-    parts: of `make_write`.
+  `spec` is the ranker's, whose prompts have the full context; `parts` are in
+  the order of the slates.
   """
   too_short = compressed.FAULTS.index('too_short')
-  at = 0
+  start = 0
   for part in parts:
     for row, count in enumerate(part.count.tolist()):
       whole = spec.prompter.context.reduce(
-        spec.prompter.lines(slates[at + row]), None
+        spec.prompter.lines(slates[start + row]), None
       )
       fault, length = int(part.judged.verdict[row]), int(part.length[row])
       written = whole
@@ -137,6 +113,6 @@ def store(
           part.presented[row, :count],
         )
       elif fault == compression.OVER_BUDGET and length == count + 2:
-        fault = too_short  # Nothing but the marks, and these did not fit.
+        fault = too_short  # The anchors alone exceed the budget.
       yield compressed.record(written, whole, fault)
-    at += len(part.count)
+    start += len(part.count)

@@ -141,6 +141,9 @@ STAGES: dict[str, Stage] = {
 RENAMED = {
   '*.reward_divergence_patience': 'divergence',
   '*.selection_metric': 'choose',
+  'compress.ratio': 'keep',
+  'compress.ratios': 'keeps',
+  'study_compress.ratios': 'keeps',
   'traces.evidence_columns': 'believes',
 }
 

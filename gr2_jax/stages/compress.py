@@ -1,30 +1,30 @@
 """Compress: a policy that rewrites contexts into a fifth of their tokens.
 
-It starts from the parameters of the ranker that is to read it. First it
-imitates compressions by rule, of every length that it may be asked for: what
-this ranker reads first, of several the one that keeps its view of the whole
-best. Then it learns, as any policy here, from its own: each is verified, read
-by that ranker, frozen, and paid by what is left of the slate (Eq. 10-11). Last
-it writes the contexts of all slates, once and for all: `rl.context=text` and
-the like have later stages read them.
+It starts from the parameters of the ranker that will read its output. First it
+imitates compressions by rule, for each of the ratios: of several, the one that
+changes the ranker's read-out least. Then it learns by RL: its compressions are
+verified, read by the frozen ranker, and rewarded (Eq. 10-11). Last it writes
+the contexts of all slates, once; later stages read them with `rl.context=text`
+and the like.
 
 Axes: n slates.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from scipy import stats
 
-from gr2_jax.compressor import extracts, rollouts, rule, writer
-from gr2_jax.compressor import judge as compressor_judge
+from gr2_jax.compressor import judge, rollouts, rule, writer
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
@@ -36,393 +36,336 @@ from gr2_jax.teachers import judge as judge_lib
 from gr2_jax.train import distillation, learner, loop, on_policy
 
 IMITATION = 'imitation'
-JUDGED, MARKS = 'validation', 'judged.npz'  # the split whose marks are kept
+JUDGED, JUDGMENTS = 'validation', 'judged.npz'  # a split, and its judgments
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+  """Arguments of `run`, and what is made from them."""
+
+  config: ConfigDict
+  inputs: dict[str, pathlib.Path]
+  workdir: pathlib.Path
+  spec: policy.PolicySpec
+  mesh: jax.sharding.Mesh
+  ranker: Any  # parameters of the ranker that reads
+
+  @property
+  def stage(self) -> ConfigDict:
+    """Section `compress`."""
+    return self.config.compress
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
   """Trains the compressor, then writes the contexts of every split.
 
   Args:
     config: sections prompt, model, mesh, compress; seed.
-    inputs: slates, tokenizer, backbone, and the stage that `compress.start`
-      names: the ranker that reads.
-    workdir: of this stage; gets one file of `compressions` a split.
+    inputs: slates, tokenizer, backbone, and the ranker `compress.start`.
+    workdir: of this stage; gets one file of `prompts.compressed` per split.
 
   Returns:
-    The chosen step and its validation numbers; per split what was written and
-    what stayed whole; `longest`, tokens of the longest context; how well
-    preservation and the judge's numbers go with the ranking downstream; and of
-    a judge behind an endpoint, tokens and cost.
+    The best step and its validation metrics; `splits`, the report of each;
+    `longest`, tokens of the longest context; `judge`, how well the judge
+    agrees with the ranking downstream; and, of a judge behind an endpoint,
+    `asked`, its tokens and cost.
 
   Raises:
-    ValueError: a judge or a share of tokens that cannot be.
+    ValueError: a judge or a ratio is invalid.
     endpoint.EndpointError: the endpoint cannot be used.
     ledger.OverLimit: the next request might exceed the limit on tokens.
   """
   check(config.compress)
   spec = policy.load(config, inputs)
   mesh = sharding.make_mesh(**config.mesh)
-  with judge_in_words(config, spec, mesh, workdir) as (judge, spent):
-    return _run(config, inputs, workdir, spec, mesh, judge) | spent()
+  with http_judge(config, spec, mesh, workdir) as (judges, usage):
+    ranker = spec.load_params(inputs[config.compress.start], mesh)
+    setup = _Setup(config, inputs, workdir, spec, mesh, ranker)
+    return _run(setup, judges) | usage()
 
 
 @contextlib.contextmanager
-def judge_in_words(
-  config,
+def http_judge(
+  config: ConfigDict,
   spec: policy.PolicySpec,
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
-):
-  """The judge behind an endpoint, while it is needed.
-
-  Args:
-    config: sections prompt, compress; seed.
-    spec: the ranker's.
-    mesh: where the rows lie.
-    workdir: of this stage; the answers are kept beside it.
+) -> Iterator[tuple[judge.HttpJudge | None, Callable[[], dict[str, Any]]]]:
+  """Opens the judge behind an endpoint, and its answers beside `workdir`.
 
   Yields:
-    A `compressor_judge.Remote`, None where the ranker judges; and a function
-    whose result says under `asked` what was asked for so far, in this run and
-    in those before it with the same judge and seed.
+    The judge, None if the ranker judges; and a function that returns, under
+    `asked`, the usage of all runs with the same judge and seed.
   """
   stage = config.compress
   if stage.judge != 'remote':
     yield None, dict
     return
-  words = dialogue.Dialogue(
-    prompter=spec.prompter,
-    catalog=spec.catalog,
-    system=config.prompt.system,
-    words=0,
-    knowledge=False,
-  )
-  if not processes.is_main_process():  # Process 0 asks.
-    yield compressor_judge.Remote(words, mesh, None), dict
+  system = config.prompt.system
+  words = dialogue.Dialogue(spec.prompter, spec.catalog, system, 0, False)
+  if not processes.is_main_process():  # Process 0 sends the requests.
+    yield judge.HttpJudge(words, mesh, None), dict
     return
   settings = endpoint.settings('compress', stage, temperature=0.0)
-  who = [config.seed, 'compress', stage.endpoint, stage.model]
+  identity = [config.seed, 'compress', stage.endpoint, stage.model]
   with (
-    ledger.from_config('compress', stage, workdir, who) as book,
-    endpoint.Endpoint(settings, book) as model,
+    ledger.from_config('compress', stage, workdir, identity) as answers,
+    endpoint.Endpoint(settings, answers) as model,
   ):
     ask = judge_lib.Judge(judge_lib.COMPRESSION, model)
     yield (
-      compressor_judge.Remote(words, mesh, ask),
-      lambda: {'asked': ledger.with_cost(stage, book.usage())},
+      judge.HttpJudge(words, mesh, ask),
+      lambda: {'asked': ledger.with_cost(stage, answers.usage())},
     )
 
 
-def _run(
-  config,
-  inputs: dict[str, pathlib.Path],
-  workdir: pathlib.Path,
-  spec: policy.PolicySpec,
-  mesh: jax.sharding.Mesh,
-  judge: compressor_judge.Remote | None,
-) -> dict[str, Any]:
-  """See `run`."""
-  stage = config.compress
-  grammar = rollouts.grammar(spec.prompter, stage.slack)
-  train = policy.source(inputs, 'train')
-  ranks = spec.load_params(inputs[stage.start], mesh)
-  known = rollouts.budgets(spec.prompter, train, (*stage.keeps, stage.keep))
-  budgets = {keep: known[keep] for keep in stage.keeps}
-  asked = {stage.keep: known[stage.keep]}
-  write = writer.make_write(spec, mesh, ranks, config, stage, asked, judge)
-  validate = validator(stage, policy.source(inputs, 'validation'), write)
+def _run(setup: _Setup, judges: judge.HttpJudge | None) -> dict[str, Any]:
+  """Imitation, RL, and writing; see `run`."""
+  stage, spec, ranker = setup.stage, setup.spec, setup.ranker
+  train = policy.source(setup.inputs, 'train')
+  tokens = rollouts.budgets(spec.prompter, train, (*stage.ratios, stage.ratio))
+  budgets = {ratio: tokens[ratio] for ratio in stage.ratios}
+  budget = {stage.ratio: tokens[stage.ratio]}
+  make_write = functools.partial(writer.make_write, spec, setup.mesh)
+  write = make_write(ranker, setup.config, stage, budget, judges)
+  validate = _validator(setup, write)
 
   # Imitation.
-  imitation = workdir / IMITATION
+  imitation = setup.workdir / IMITATION
   if not processes.broadcast_flag((imitation / 'done.json').exists()):
-    found = _imitate(
-      config, inputs, imitation, spec, mesh, budgets, ranks, validate
-    )
-    logging.info('compress: a line keeps first: %s', found['ranked'])
+    results = _imitate(setup, budgets, validate)
+    logging.info('compress: units by importance: %s', results['ranked'])
     if processes.is_main_process():
-      (imitation / 'done.json').write_text(json.dumps(found))
+      (imitation / 'done.json').write_text(json.dumps(results))
 
   # RL.
-  sample = rollouts.sampler(
+  grammar = rollouts.grammar(spec.prompter, stage.slack)
+  sampler = rollouts.sampler(
     grammar,
     budgets,
     group=stage.group_size,
     temperature=stage.temperature,
     constrained=stage.constrained,
   )
-  start = spec.load_params(imitation, mesh)
-  chosen = on_policy.learn(
+  teacher = None
+  start = spec.load_params(imitation, setup.mesh)
+  if stage.kl_weight:
+    teacher = distillation.self_teacher(spec, setup.mesh, start)
+  training = on_policy.learn(
     'compress',
     on_policy.OnPolicyOptions.from_config(stage, 'compress'),
     spec=spec,
-    mesh=mesh,
+    mesh=setup.mesh,
     grammar=grammar,
-    workdir=workdir,
-    seed=config.seed,
+    workdir=setup.workdir,
+    seed=setup.config.seed,
     slates=train,
-    render=rollouts.requests(
-      spec.prompter,
-      budgets,
-      config.prompt.order,
-      remote=judge is not None,
+    render=rollouts.generation_rows(
+      spec.prompter, budgets, setup.config.prompt.order, judges is not None
     ),
-    sampler=sample,
+    sampler=sampler,
     rollout_step=rollouts.make_rollout_step(
-      spec, grammar, sample, stage, ranks, judge
+      spec, sampler, stage, ranker, judges
     ),
     validate=validate,
     start=imitation,
-    teacher=distillation.self_teacher(spec, mesh, start)
-    if stage.kl_weight
-    else None,
+    teacher=teacher,
   )
 
-  # Write. What is written is judged where `_honesty` reads it.
-  params = spec.load_params(workdir, mesh)
-  unjudged = writer.make_write(spec, mesh, None, config, stage, asked)
+  # Writing. Only the split that `_agreement` reads is judged.
+  params = spec.load_params(setup.workdir, setup.mesh)
+  unjudged = make_write(None, setup.config, stage, budget)
   splits = {}
   for split in ('train', JUDGED, 'test'):
-    own = write if split == JUDGED else unjudged
-    splits[split] = _write(
-      config, inputs, workdir, split, spec, functools.partial(own, params)
-    )
+    write_split = write if split == JUDGED else unjudged
+    splits[split] = _write(setup, split, functools.partial(write_split, params))
     logging.info('compress: %s: %s', split, json.dumps(splits[split]))
-  longest = max(found['longest'] for found in splits.values())
-  return chosen | {
-    'splits': splits,
-    'longest': longest,
-    'judge': _honesty(config, inputs, workdir, spec, mesh, ranks, longest),
-  }
+  longest = max(report['longest'] for report in splits.values())
+  judged = _agreement(setup, longest)
+  return training | {'splits': splits, 'longest': longest, 'judge': judged}
 
 
-def check(stage) -> None:
-  """Raises a ValueError that names the field of `compress` that cannot be."""
-  if stage.judge not in compressor_judge.JUDGES:
-    raise ValueError(
-      f'compress.judge is {stage.judge!r}; it must be one of '
-      f'{compressor_judge.JUDGES}'
-    )
-  if stage.judge_by not in compressor_judge.JUDGED_BY:
-    raise ValueError(
-      f'compress.judge_by is {stage.judge_by!r}; it must be one of '
-      f'{compressor_judge.JUDGED_BY}'
-    )
-  for keep in (stage.keep, *stage.keeps):
-    if not 0 < keep <= 1:
+def check(stage: ConfigDict) -> None:
+  """Raises a ValueError that names an invalid field of `compress`."""
+  choices = {'judge': judge.JUDGES, 'judge_by': judge.JUDGED_BY}
+  for name, values in choices.items():
+    if stage[name] not in values:
       raise ValueError(
-        f'compress.keep={stage.keep}, compress.keeps={tuple(stage.keeps)}: '
-        'each must be a share of the tokens, above 0 and at most 1'
+        f'compress.{name} is {stage[name]!r}; it must be one of {values}'
       )
-  if stage.keep > max(stage.keeps):
+  ratio, ratios = stage.ratio, tuple(stage.ratios)
+  if not all(0 < x <= 1 for x in (ratio, *ratios)):
     raise ValueError(
-      f'compress.keep={stage.keep} is more than any of compress.keeps='
-      f'{tuple(stage.keeps)}: it was not learned'
+      f'compress.ratio={ratio}, compress.ratios={ratios}: each must be a '
+      'share of the tokens, above 0 and at most 1'
+    )
+  if ratio > max(ratios):
+    raise ValueError(
+      f'compress.ratio={ratio} is larger than all compress.ratios={ratios}, '
+      'so it is not learned'
     )
 
 
 def _imitate(
-  config, inputs, workdir: pathlib.Path, spec, mesh, budgets, ranks, validate
-):
-  """Learns compressions by rule, of several the best; see `extracts`."""
-  stage = config.compress
-  source = policy.source(inputs, 'train')
-  grammar = rollouts.grammar(spec.prompter, stage.slack)
-  few = np.random.default_rng(0).permutation(len(source))[: stage.rule_slates]
-  ranked = rule.most_telling(
-    spec, mesh, ranks, stage, config.prompt.order, ranking.Chosen(source, few)
+  setup: _Setup,
+  budgets: Mapping[float, int],
+  validate: Callable[[Any], dict[str, float]],
+) -> dict[str, Any]:
+  """Imitates compressions by rule."""
+  stage, spec, mesh = setup.stage, setup.spec, setup.mesh
+  slates = policy.source(setup.inputs, 'train')
+  sampler = rollouts.sampler(
+    rollouts.grammar(spec.prompter, stage.slack),
+    budgets,
+    temperature=1.0,
+    constrained=stage.constrained,
   )
+  order = setup.config.prompt.order
+  chosen = np.random.default_rng(0).permutation(len(slates))
+  sample = ranking.Chosen(slates, chosen[: stage.rule_slates])
+  ranked = rule.rank_units(spec, mesh, setup.ranker, stage, order, sample)
   data = loop.dataset(
     mesh,
-    source,
-    imitation_renderer(spec, config, budgets, ranked),
+    slates,
+    _renderer(setup, budgets, ranked, sampler.max_tokens),
     stage.imitate.batch_size,
-    config.seed,
+    setup.config.seed,
   )
   iterator = examples.iterate(data)
   optimizer = learner.make_optimizer(
     learner.OptimizerOptions.from_config(stage.imitate)
   )
-  sample = rollouts.sampler(
-    grammar, budgets, temperature=1.0, constrained=stage.constrained
-  )
-  update = learner.make_update(
-    spec.adapters.wrap(rollouts.imitation_loss(spec, grammar, sample, stage)),
-    optimizer,
-  )
+  loss = functools.partial(rollouts.imitation_loss, spec, sampler, stage)
+  update = learner.make_update(spec.adapters.wrap(loss), optimizer)
 
   def take_step(state, frozen, step):
     del step
     rows = sharding.shard_local_rows(next(iterator), mesh)
-    return update(state, frozen, ranks, rows)
+    return update(state, frozen, setup.ranker, rows)
 
-  found = loop.fit(
+  results = loop.fit(
     loop.LoopOptions.from_config(stage.imitate),
     spec=spec,
     mesh=mesh,
-    workdir=workdir,
-    seed=config.seed,
+    workdir=setup.workdir / IMITATION,
+    seed=setup.config.seed,
     optimizer=optimizer,
     take_step=take_step,
     iterator=iterator,
     validate=validate,
     selection_metric='reward',
-    inherited=inputs[stage.start],
+    inherited=setup.inputs[stage.start],
     desc='imitate',
   )
-  return found | {'ranked': [f'{field} {place}' for field, place in ranked]}
+  return results | {'ranked': [f'{field} {place}' for field, place in ranked]}
 
 
-def imitation_renderer(
-  spec: policy.PolicySpec,
-  config,
+def _renderer(
+  setup: _Setup,
   budgets: Mapping[float, int],
-  ranked: Sequence[extracts.Unit],
-):
-  """`(slate, rng) -> row` of `rollouts.requests`, with answers by rule.
+  ranked: Sequence[rule.Unit],
+  max_tokens: int,
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Rows of `rollouts.generation_rows` with compressions by rule.
 
-  Args:
-    spec: the policy's.
-    config: sections prompt and compress.
-    budgets: of `rollouts.budgets`.
-    ranked: of `rule.most_telling`.
-
-  Returns:
-    The rendering; `tokens` int32 [G, T] and `length` int32 [G] are answers, of
-    which the best is to be imitated. The first has nothing that is drawn.
+  A row has `tokens` int32 [G, T] and `length` int32 [G]. Its first compression
+  is not random.
   """
-  stage, prompter = config.compress, spec.prompter
-  ask = rollouts.requests(prompter, budgets, config.prompt.order)
-  grammar = rollouts.grammar(prompter, stage.slack)
-  room = rollouts.sampler(grammar, budgets).max_tokens
+  prompter, order = setup.spec.prompter, setup.config.prompt.order
+  render_row = rollouts.generation_rows(prompter, budgets, order)
 
   def render(slate, rng):
-    row = ask(slate, rng)
-    order = row['incoming'][: int(row['count'])]
-    budget = int(row['budget'])
+    row = render_row(slate, rng)
+    shown = row['incoming'][: int(row['count'])]
     drawn = [
-      extracts.extract(prompter, slate, order, budget, ranked, by_chance)
-      for by_chance in (None, *[rng] * (stage.draws - 1))
+      rule.extract(prompter, slate, shown, int(row['budget']), ranked, source)
+      for source in (None, *[rng] * (setup.stage.draws - 1))
     ]
     return row | {
-      'tokens': np.stack([prompt.pad(d, room, 'draw') for d in drawn]),
+      'tokens': np.stack([prompt.pad(d, max_tokens, 'draw') for d in drawn]),
       'length': np.array([len(d) for d in drawn], np.int32),
     }
 
   return render
 
 
-def validator(stage, slates, write):
-  """Greedy compressions of the first validation slates, judged.
-
-  Args:
-    stage: section `compress`.
-    slates: random access to the validation slates.
-    write: of `writer.make_write`.
-
-  Returns:
-    `params -> {name: mean}` of `compressor_judge.watch`.
-  """
+def _validator(
+  setup: _Setup, write: Callable[..., Iterator[writer.Written]]
+) -> Callable[[Any], dict[str, float]]:
+  """`params -> judge.metrics` of a sample of the validation slates."""
+  slates = policy.source(setup.inputs, 'validation')
   chosen = np.random.default_rng(0).permutation(len(slates))
-  few = ranking.Chosen(slates, chosen[: stage.eval_slates])
+  sample = ranking.Chosen(slates, chosen[: setup.stage.eval_slates])
 
   def validate(params) -> dict[str, float]:
-    judged = _joined([part.judged for part in write(params, few, 0)])
-    return {k: float(v) for k, v in compressor_judge.watch(judged).items()}
+    judgments = _joined([part.judged for part in write(params, sample, 0)])
+    return {k: float(v) for k, v in judge.metrics(judgments).items()}
 
   return validate
 
 
-def _joined(
-  parts: list[compressor_judge.Judgement],
-) -> compressor_judge.Judgement:
-  return compressor_judge.Judgement(
-    *(np.concatenate(x) for x in zip(*parts, strict=True))
-  )
+def _joined(parts: list[judge.Judgment]) -> judge.Judgment:
+  return judge.Judgment(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 
 def _write(
-  config,
-  inputs: dict[str, pathlib.Path],
-  workdir: pathlib.Path,
-  split: str,
-  spec: policy.PolicySpec,
-  write,
+  setup: _Setup, split: str, write: Callable[..., Iterator[writer.Written]]
 ) -> dict[str, Any]:
-  """Writes a split's contexts, and of one what the judge made of each.
-
-  Args:
-    config: section compress; seed.
-    inputs: slates.
-    workdir: gets the files; one that is there is not made again.
-    split: of the slates.
-    spec: the ranker's.
-    write: `(slates, seed, desc) -> iterator of Written`.
-
-  Returns:
-    What `compressed.report` says of them.
-  """
-  path = compressed.file(workdir, split)
-  noted = path.with_suffix('.json')
-  if processes.broadcast_flag(noted.exists()):
-    return json.loads(noted.read_text())
-  slates, most = policy.source(inputs, split), config.compress.train_slates
-  if split == 'train' and most:
-    slates = ranking.Chosen(slates, np.arange(min(most, len(slates))))
-  judged: list[compressor_judge.Judgement] = []
-
-  def noting():
-    for part in write(slates, config.seed, f'compress {split}'):
-      judged.append(part.judged)
-      yield part
-
-  stored = list(writer.store(spec, slates, noting()))
-  found = compressed.report(stored)
+  """Writes a split, unless it is written, and returns its report."""
+  path = compressed.file(setup.workdir, split)
+  report_path = path.with_suffix('.json')
+  if processes.broadcast_flag(report_path.exists()):
+    return json.loads(report_path.read_text())
+  slates, limit = policy.source(setup.inputs, split), setup.stage.train_slates
+  if split == 'train' and limit:
+    slates = ranking.Chosen(slates, np.arange(min(limit, len(slates))))
+  parts = list(write(slates, setup.config.seed, f'compress {split}'))
+  stored = list(writer.store(setup.spec, slates, parts))
+  report = compressed.report(stored)
   if processes.is_main_process():
     records.write(path, stored)
     if split == JUDGED:
-      np.savez(workdir / MARKS, **_joined(judged)._asdict())
-    noted.write_text(artifacts.dumps(found))
-  return found
+      judgments = _joined([part.judged for part in parts])
+      np.savez(setup.workdir / JUDGMENTS, **judgments._asdict())
+    report_path.write_text(artifacts.dumps(report))
+  return report
 
 
-def _honesty(
-  config, inputs, workdir, spec: policy.PolicySpec, mesh, ranks, longest: int
-):
-  """Whether what the judge pays for is what ranks well downstream.
+def _agreement(setup: _Setup, longest: int) -> dict[str, Any]:
+  """How well the judge agrees with the ranking downstream.
 
-  The judge reads the scores at the slots; downstream is the order that the
-  ranker then writes, on the validation slates.
+  The judge reads the read-out; downstream is the order that the ranker
+  generates, on the validation slates.
 
   Returns:
-    `n@5` of orders written after whole and after compressed contexts; and
-    Spearman's correlation over slates of each of the judge's numbers with
-    `n@5` after the compressed one, which says most of how hard a slate is, and
-    with its `change` from that after the whole.
+    `n@5` of generated orders with full and with compressed contexts; and
+    Spearman's correlation, over slates, of the judge's numbers with the latter
+    `n@5`, which mostly reflects how hard a slate is, and with its `change` from
+    the full context.
   """
-  stage = config.compress
+  spec, inputs = setup.spec, setup.inputs | {'compress': setup.workdir}
   labels = slates_lib.read(inputs['slates'], JUDGED)
 
-  def ranked(spec: policy.PolicySpec, context: str) -> np.ndarray:
-    found = ranking.rank(
-      policy.Policy(spec, ranks, mesh),
-      policy.source(inputs | {'compress': workdir}, JUDGED, context),
+  def ndcg(spec: policy.PolicySpec, context: str) -> np.ndarray:
+    answers = ranking.rank(
+      policy.Policy(spec, setup.ranker, setup.mesh),
+      policy.source(inputs, JUDGED, context),
       thinking=False,
-      order=config.prompt.order,
-      batch_size=stage.eval_batch_size,
+      order=setup.config.prompt.order,
+      batch_size=setup.stage.eval_batch_size,
       seed=0,
       desc='judge',
     )
-    return ranking.slate_metrics(found.generated, labels.grades, labels.count)[
-      'n@5'
-    ]
+    orders = answers.generated
+    return ranking.slate_metrics(orders, labels.grades, labels.count)['n@5']
 
-  whole = ranked(spec, 'full')
-  written = ranked(spec.with_context('text', longest), 'text')
+  whole = ndcg(spec, 'full')
+  written = ndcg(spec.with_context('text', longest), 'text')
   names = ('preservation', 'ranking', 'judge', 'reward')
-  with np.load(workdir / MARKS) as judged:
-    numbers = {name: judged[name] for name in names}
+  with np.load(setup.workdir / JUDGMENTS) as judgments:
+    numbers = {name: judgments[name] for name in names}
   return {
     'n@5': {'whole': float(whole.mean()), 'compressed': float(written.mean())},
     'spearman': {
@@ -433,8 +376,8 @@ def _honesty(
   }
 
 
-def _spearman(one: np.ndarray, other: np.ndarray) -> float | None:
-  """Rank correlation; None where one of them never varies."""
-  if min(len(np.unique(one)), len(np.unique(other))) < 2:
+def _spearman(x: np.ndarray, y: np.ndarray) -> float | None:
+  """Rank correlation; None if one of them is constant."""
+  if min(len(np.unique(x)), len(np.unique(y))) < 2:
     return None
-  return float(stats.spearmanr(one, other).statistic)
+  return float(stats.spearmanr(x, y).statistic)

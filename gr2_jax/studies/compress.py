@@ -144,14 +144,14 @@ def _forms(
     )
     for form in (WHOLE, *stage.forms)
   }
-  for keep in stage.keeps:
+  for ratio in stage.ratios:
     form = written
-    if keep != config.compress.keep:
+    if ratio != config.compress.ratio:
       form = functools.partial(
-        _write, config, inputs, whole, home, keep, plain(WHOLE)[1]
+        _write, config, inputs, whole, home, ratio, plain(WHOLE)[1]
       )
-    readings[f'compressor, {keep:.0%}'] = functools.partial(
-      read, f'{home.name}-{keep}', form, inputs[start]
+    readings[f'compressor, {ratio:.0%}'] = functools.partial(
+      read, f'{home.name}-{ratio}', form, inputs[start]
     )
   for trainer, forms in (('opd', stage.distilled), ('rl', stage.reinforced)):
     for form in forms:
@@ -159,7 +159,7 @@ def _forms(
       trained = artifacts.run_stage(changed, trainer, root, seed)
       name, reads = form, functools.partial(plain, form)
       if form == WRITTEN:
-        name, reads = f'compressor, {config.compress.keep:.0%}', written
+        name, reads = f'compressor, {config.compress.ratio:.0%}', written
       readings[name + TRAINED[trainer]] = functools.partial(
         read, form, reads, trained
       )
@@ -261,11 +261,11 @@ def _tokens(
   return tokens, rollouts.context_tokens(whole.prompter, ids)
 
 
-def _write(config, inputs, whole, home, keep, slates):
+def _write(config, inputs, whole, home, ratio, slates):
   """Compresses the contexts of slates to a share of the tokens."""
   stage = config.compress
   budgets = rollouts.budgets(
-    whole.prompter, policy.source(inputs, 'train'), (keep,)
+    whole.prompter, policy.source(inputs, 'train'), (ratio,)
   )
   mesh = sharding.make_mesh(**config.mesh)
   write = writer_lib.make_write(whole, mesh, None, config, stage, budgets)
@@ -273,7 +273,7 @@ def _write(config, inputs, whole, home, keep, slates):
     whole.load_params(home, mesh),
     slates,
     config.seeds[0],
-    f'compress to {keep:.0%}',
+    f'compress to {ratio:.0%}',
   )
   stored = list(writer_lib.store(whole, slates, parts))
   longest = compressed.report(stored)['longest']

@@ -21,7 +21,7 @@ from .. import tiny
 V = tiny.MODEL.vocab_size
 P, G, S, T, K = 4, 3, 60, 24, 4
 PAD, BOS, EOS, HISTORY, CANDIDATES, CLOSING, SLOT = 0, 1, 2, 3, 4, 5, 10
-WORDS = (20, 26)  # Few, so that tokens are there again and again.
+WORDS = (20, 26)  # few, so that tokens repeat
 
 
 def extraction(slack=1):
@@ -47,57 +47,57 @@ def blocks(rng, least=0):
   return some(0, 13), [some(least, 10) for _ in range(count)]
 
 
-def rendered(told):
-  history, lines = told
+def rendered(context):
+  history, lines = context
   ids = [BOS, HISTORY, *history, CANDIDATES]
   for place, line in enumerate(lines):
     ids += [*line, SLOT + place]
   return [*ids, CLOSING]
 
 
-def sources(rng, told, slack=1, budgets=None):
-  """What may be extracted; behind the prompts' ends there is anything."""
-  prompt = rng.integers(0, V, (len(told), S)).astype(np.int32)
-  ids = [rendered(one) for one in told]
+def sources(rng, contexts, slack=1, budgets=None):
+  """Sources of prompts with random ids as padding."""
+  prompt = rng.integers(0, V, (len(contexts), S)).astype(np.int32)
+  ids = [rendered(one) for one in contexts]
   for row, one in zip(prompt, ids, strict=True):
     row[: len(one)] = one
   length = np.array([len(one) for one in ids], np.int32)
-  count = np.array([len(lines) for _, lines in told], np.int32)
+  count = np.array([len(lines) for _, lines in contexts], np.int32)
   if budgets is None:
-    budgets = count + 2 + rng.integers(0, 30, len(told))
+    budgets = count + 2 + rng.integers(0, 30, len(contexts))
   budgets = np.asarray(budgets, np.int32)
-  facts = extraction(slack).source(prompt, length, count, budgets)
-  return prompt, length, facts
+  source = extraction(slack).source(prompt, length, count, budgets)
+  return prompt, length, source
 
 
-def may(grammar, facts, progress, left):
-  """The mask over the menu as one over the vocabulary: bool [P, ..., V].
+def vocabulary_mask(grammar, source, progress, left):
+  """The mask on the vocabulary: bool [P, ..., V].
 
-  Nothing is allowed where a token could be chosen twice.
+  It is all False where a token could be chosen twice.
   """
-  menu = grammar.candidate_tokens(facts)
-  found = grammar.allowed(facts, progress, left, menu.shape[1])
+  candidates = grammar.candidate_tokens(source)
+  found = grammar.allowed(source, progress, left, candidates.shape[1])
   hits = jax.vmap(lambda ids, rows: rows.astype(int) @ jax.nn.one_hot(ids, V))(
-    menu, found
+    candidates, found
   )
   return jnp.where((hits > 1).any(), False, hits > 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def walk(slack, facts, key, bias):
-  """Completions of random logits: tokens, masks and progress of each step."""
+def complete(slack, source, key, bias):
+  """Samples with random logits: tokens, masks and progress of each step."""
   grammar = extraction(slack)
 
   def step(progress, at):
     t, key = at
     left = jnp.broadcast_to(T - t, (P, G))
-    allowed = may(grammar, facts, progress, left)
+    allowed = vocabulary_mask(grammar, source, progress, left)
     logits = 3 * jax.random.normal(key, (P, G, V)) + bias
     token = jnp.argmax(jnp.where(allowed, logits, -jnp.inf), -1)
     token = jnp.where(progress.done, PAD, token).astype(jnp.int32)
-    return grammar.advance(facts, progress, token), (token, allowed, progress)
+    return grammar.advance(source, progress, token), (token, allowed, progress)
 
-  first = grammar.start(facts, (P, G), False)
+  first = grammar.start(source, (P, G), False)
   _, found = jax.lax.scan(
     step, first, (jnp.arange(T), jax.random.split(key, T))
   )
@@ -105,53 +105,55 @@ def walk(slack, facts, key, bias):
 
 
 def drawn(seed, slack, taste, least=0):
-  """Prompts, and completions that like their marks or do not."""
+  """Prompts and completions, with a bias for or against anchors."""
   rng = np.random.default_rng(seed)
-  told = [blocks(rng, least) for _ in range(P)]
-  _, _, facts = sources(rng, told, slack)
+  contexts = [blocks(rng, least) for _ in range(P)]
+  _, _, source = sources(rng, contexts, slack)
   bias = np.zeros(V, np.float32)
   bias[[CANDIDATES, *range(SLOT, SLOT + K)]] = taste
-  tokens, allowed, progress = walk(slack, facts, jax.random.key(seed), bias)
-  return told, facts, np.asarray(tokens), np.asarray(allowed), progress
+  tokens, allowed, progress = complete(
+    slack, source, jax.random.key(seed), bias
+  )
+  return contexts, source, np.asarray(tokens), np.asarray(allowed), progress
 
 
-def oracle(told, written, budget, remaining, slack):
-  """Tokens that may be next, from lists alone."""
-  history, lines = told
+def oracle(context, written, budget, remaining, slack):
+  """The allowed next tokens, computed on lists."""
+  history, lines = context
   segments = [history, *lines]
-  marks = [CANDIDATES, *(SLOT + place for place in range(len(lines)))]
+  anchors = [CANDIDATES, *(SLOT + place for place in range(len(lines)))]
   kept, rest = [[]], list(history)
   for token in written:
     if token in rest:
       rest = rest[rest.index(token) + 1 :]
       kept[-1].append(token)
     else:
-      assert token == marks[len(kept) - 1]
+      assert token == anchors[len(kept) - 1]
       rest = list(segments[len(kept)]) if len(kept) < len(segments) else []
       kept.append([])
-  marks = marks[len(kept) - 1 :]
-  if not marks:
+  anchors = anchors[len(kept) - 1 :]
+  if not anchors:
     return {EOS}
-  room = min(budget - len(written), remaining) - len(marks) - 1
+  room = min(budget - len(written), remaining) - len(anchors) - 1
   if room <= 0:
-    return {marks[0]}
+    return {anchors[0]}
   if len(kept) == 1:
-    return {*rest, marks[0]}
+    return {*rest, anchors[0]}
   size = len(kept[-1])
-  most = (room + size) // len(marks)  # An equal share of what is left.
-  wanted = 0
+  most = (room + size) // len(anchors)  # An equal share of what is left.
+  needed = 0
   if len(kept) == 2:  # The others must be able to be as long.
-    wanted = min(most, min(map(len, lines))) - slack - size
+    needed = min(most, min(map(len, lines))) - slack - size
     most = min(most, min(map(len, lines)) + slack)
   if len(kept) > 2:
     first = len(kept[1])
     most = min(most, first + slack)
-    wanted = min(first - size, len(rest))
+    needed = min(first - size, len(rest))
   if size >= most:
-    return {marks[0]}
-  if wanted > 0:  # None may be skipped that this line cannot do without.
-    return set(rest[: len(rest) - wanted + 1])
-  return {*rest, marks[0]}
+    return {anchors[0]}
+  if needed > 0:  # Enough tokens must be left unskipped.
+    return set(rest[: len(rest) - needed + 1])
+  return {*rest, anchors[0]}
 
 
 CASES = dict(
@@ -163,15 +165,17 @@ CASES = dict(
 
 @settings(max_examples=25, deadline=None)
 @given(**CASES)
-def test_what_is_allowed_is_what_the_rules_say(seed, slack, taste):
-  told, facts, tokens, allowed, _ = drawn(seed, slack, taste)
+def test_the_mask_equals_the_rules_on_lists(seed, slack, taste):
+  contexts, source, tokens, allowed, _ = drawn(seed, slack, taste)
   assert allowed.any(-1).all()
   for p in range(P):
     for g in range(G):
       for t in range(T):
         written = tokens[p, g, :t].tolist()
-        wanted = oracle(told[p], written, int(facts.budget[p]), T - t, slack)
-        assert set(np.flatnonzero(allowed[p, g, t])) == wanted
+        expected = oracle(
+          contexts[p], written, int(source.budget[p]), T - t, slack
+        )
+        assert set(np.flatnonzero(allowed[p, g, t])) == expected
         if tokens[p, g, t] == EOS:
           break
 
@@ -182,26 +186,26 @@ def is_part(short, long):
 
 
 def split(tokens, count):
-  """History and lines of a completion, which must have its marks in order."""
+  """The length, history and lines of a completion with anchors in order."""
   size = tokens.index(EOS)
   assert not any(tokens[size + 1 :])
-  marks = [CANDIDATES, *range(SLOT, SLOT + count)]
-  at = [tokens.index(mark) for mark in marks]
+  anchors = [CANDIDATES, *range(SLOT, SLOT + count)]
+  at = [tokens.index(anchor) for anchor in anchors]
   assert at == sorted(at)
   assert at[-1] == size - 1
   parts = [tokens[a + 1 : b] for a, b in zip([-1, *at[:-1]], at, strict=True)]
-  assert not set(sum(parts, [])) & {*marks, EOS}
+  assert not set(sum(parts, [])) & {*anchors, EOS}
   return size + 1, parts
 
 
 @settings(max_examples=60, deadline=None)
 @given(**CASES)
-def test_every_completion_is_a_part_of_its_prompt(seed, slack, taste):
-  told, facts, tokens, _, _ = drawn(seed, slack, taste)
-  for p, (history, lines) in enumerate(told):
+def test_every_completion_is_an_extract_of_its_prompt(seed, slack, taste):
+  contexts, source, tokens, _, _ = drawn(seed, slack, taste)
+  for p, (history, lines) in enumerate(contexts):
     for row in tokens[p].tolist():
       size, (kept, *shown) = split(row, len(lines))
-      assert size <= min(int(facts.budget[p]), T)
+      assert size <= min(int(source.budget[p]), T)
       assert is_part(kept, history)
       for line, whole in zip(shown, lines, strict=True):
         assert is_part(line, whole)
@@ -211,89 +215,96 @@ def test_every_completion_is_a_part_of_its_prompt(seed, slack, taste):
 
 @settings(max_examples=30, deadline=None)
 @given(**CASES)
-def test_lines_that_are_long_enough_are_even(seed, slack, taste):
-  """The verdict of `ops.compression`, which shares no code with the mask."""
+def test_every_completion_is_valid(seed, slack, taste):
+  """By `ops.compression`, which shares no code with the mask."""
   rng = np.random.default_rng(seed)
-  told = [blocks(rng) for _ in range(P)]
-  prompt, length, facts = sources(rng, told, slack)
+  contexts = [blocks(rng) for _ in range(P)]
+  prompt, length, source = sources(rng, contexts, slack)
   bias = np.zeros(V, np.float32)
   bias[[CANDIDATES, *range(SLOT, SLOT + K)]] = taste
-  tokens, _, _ = walk(slack, facts, jax.random.key(seed), bias)
+  tokens, _, _ = complete(slack, source, jax.random.key(seed), bias)
   symbols = compression.Symbols(HISTORY, CANDIDATES, SLOT, K, EOS)
   size = 1 + jnp.argmax(tokens == EOS, -1)
   verdict = compression.verify(
-    tokens, size, prompt, length, facts.count, facts.budget, symbols, 2 * slack
+    tokens,
+    size,
+    prompt,
+    length,
+    source.count,
+    source.budget,
+    symbols,
+    2 * slack,
   )
   assert (np.asarray(verdict) == compression.VALID).all()
 
 
 @pytest.mark.parametrize('spare', [0, 1, 5])
-def test_a_small_budget_is_used_and_held(spare):
+def test_a_small_budget_is_used_and_not_exceeded(spare):
   rng = np.random.default_rng(spare)
-  told = [blocks(rng, least=5) for _ in range(P)]
-  count = np.array([len(lines) for _, lines in told])
-  least = extraction().least(count)
-  _, _, facts = sources(rng, told, budgets=least + spare)
+  contexts = [blocks(rng, least=5) for _ in range(P)]
+  count = np.array([len(lines) for _, lines in contexts])
+  least = extraction().min_tokens(count)
+  _, _, source = sources(rng, contexts, budgets=least + spare)
   bias = np.zeros(V, np.float32)
   bias[[CANDIDATES, *range(SLOT, SLOT + K)]] = -20.0
-  tokens, allowed, _ = walk(1, facts, jax.random.key(0), bias)
+  tokens, allowed, _ = complete(1, source, jax.random.key(0), bias)
   assert np.asarray(allowed).any(-1).all()
-  for p, (history, lines) in enumerate(told):
+  for p, (history, lines) in enumerate(contexts):
     for row in np.asarray(tokens)[p].tolist():
       size, parts = split(row, len(lines))
       assert size == least[p] + sum(map(len, parts))
       if not spare:
         assert size == least[p]
-      if len(history) >= spare:  # What comes first takes what it likes.
+      if len(history) >= spare:  # The history may use all of it.
         assert spare - len(lines) <= size - least[p] <= spare
 
 
-def test_a_line_must_not_skip_what_it_needs():
-  told = ([], [[20, 21, 22, 23], [20, 21, 22, 23]])
+def test_a_line_must_not_skip_tokens_that_it_needs():
+  context = ([], [[20, 21, 22, 23], [20, 21, 22, 23]])
   rng = np.random.default_rng(0)
-  _, _, facts = sources(rng, [told], budgets=[30])
+  _, _, source = sources(rng, [context], budgets=[30])
   grammar = extraction()
-  progress = grammar.start(facts, (1,), False)
+  progress = grammar.start(source, (1,), False)
   for token in (CANDIDATES, 20, 21, 22, SLOT):
-    progress = grammar.advance(facts, progress, jnp.int32([token]))
-  allowed = may(grammar, facts, progress, jnp.int32([20]))
+    progress = grammar.advance(source, progress, jnp.int32([token]))
+  allowed = vocabulary_mask(grammar, source, progress, jnp.int32([20]))
   assert np.flatnonzero(allowed[0]).tolist() == [20, 21]  # Three of four.
-  progress = grammar.advance(facts, progress, jnp.int32([21]))
-  allowed = may(grammar, facts, progress, jnp.int32([19]))
+  progress = grammar.advance(source, progress, jnp.int32([21]))
+  allowed = vocabulary_mask(grammar, source, progress, jnp.int32([19]))
   assert np.flatnonzero(allowed[0]).tolist() == [22]
 
 
-def test_a_token_that_is_there_twice_is_the_first_of_them():
-  told = ([20, 21, 20, 22], [[23]])
-  _, _, facts = sources(np.random.default_rng(0), [told], budgets=[9])
+def test_of_a_repeated_token_the_first_is_kept():
+  context = ([20, 21, 20, 22], [[23]])
+  _, _, source = sources(np.random.default_rng(0), [context], budgets=[9])
   grammar = extraction()
-  progress = grammar.start(facts, (1,), False)
-  progress = grammar.advance(facts, progress, jnp.int32([20]))
-  allowed = may(grammar, facts, progress, jnp.int32([9]))
+  progress = grammar.start(source, (1,), False)
+  progress = grammar.advance(source, progress, jnp.int32([20]))
+  allowed = vocabulary_mask(grammar, source, progress, jnp.int32([9]))
   assert np.flatnonzero(allowed[0]).tolist() == [CANDIDATES, 20, 21, 22]
 
 
 def test_padding_behind_a_prompt_is_never_read():
   rng = np.random.default_rng(0)
-  told = [blocks(rng) for _ in range(P)]
+  contexts = [blocks(rng) for _ in range(P)]
   budgets = [20] * P
   one, other = (
-    sources(np.random.default_rng(seed), told, budgets=budgets)[2]
+    sources(np.random.default_rng(seed), contexts, budgets=budgets)[2]
     for seed in range(2)
   )
   assert (one.tokens != other.tokens).any()
   found = [
-    walk(1, facts, jax.random.key(0), np.zeros(V, np.float32))[:2]
-    for facts in (one, other)
+    complete(1, source, jax.random.key(0), np.zeros(V, np.float32))[:2]
+    for source in (one, other)
   ]
   tiny.assert_trees_equal(*found)
 
 
 @pytest.mark.parametrize('slack', [0, 1])
 def test_replay_equals_one_step_after_another(slack):
-  _, facts, tokens, _, progress = drawn(3, slack, 0.0)
-  found = grammar_lib.replay(extraction(slack), facts, tokens, False)
-  # Past <eos> nothing is read.
+  _, source, tokens, _, progress = drawn(3, slack, 0.0)
+  found = grammar_lib.replay(extraction(slack), source, tokens, False)
+  # Nothing is read behind <eos>.
   real = np.cumsum(tokens == EOS, -1) - (tokens == EOS) == 0
   for name in ('place', 'used', 'line', 'first', 'done'):
     one, two = getattr(found, name), getattr(progress, name)
@@ -307,17 +318,17 @@ def test_replay_equals_one_step_after_another(slack):
 def test_sampler_and_learner_agree():
   temperature = 0.7
   rng = np.random.default_rng(1)
-  told = [blocks(rng, least=2) for _ in range(P)]
-  prompt, length, facts = sources(rng, told)
+  contexts = [blocks(rng, least=2) for _ in range(P)]
+  prompt, length, source = sources(rng, contexts)
   params, grammar = tiny.params(), extraction()
   config = sampling.SamplingOptions(
     group=G, max_tokens=T, temperature=temperature, constrained=True
   )
   found = tiny.sample(
-    tiny.MODEL, params, prompt, length, facts, jax.random.key(0), grammar,
+    tiny.MODEL, params, prompt, length, source, jax.random.key(0), grammar,
     config,
   )  # fmt: skip
-  for p, (_, lines) in enumerate(told):
+  for p, (_, lines) in enumerate(contexts):
     for g, row in enumerate(np.asarray(found.tokens)[p].tolist()):
       assert split(row, len(lines))[0] == found.length[p, g]
 
@@ -334,35 +345,35 @@ def test_sampler_and_learner_agree():
       chunk=chunk, constraint=constraint,
     )  # fmt: skip
 
-  progress = grammar_lib.replay(grammar, facts, found.tokens, False)
+  progress = grammar_lib.replay(grammar, source, found.tokens, False)
   real = np.arange(T) < np.asarray(found.length)[..., None]
   for chunk in (32, 7):
-    scores = score(chunk, (progress, facts))
+    scores = score(chunk, (progress, source))
     for ours, theirs in (
       (scores.logp, found.logp),
       (scores.entropy, found.entropy),
     ):
-      apart = np.abs(np.asarray(ours) - np.asarray(theirs))[real]
-      assert apart.max() < 1e-5
-  # The mask is most of it.
+      difference = np.abs(np.asarray(ours) - np.asarray(theirs))[real]
+      assert difference.max() < 1e-5
+  # Without the mask they differ.
   free = score(32, None)
-  apart = np.abs(np.asarray(free.logp) - np.asarray(found.logp))[real]
-  assert apart.mean() > 0.5
+  difference = np.abs(np.asarray(free.logp) - np.asarray(found.logp))[real]
+  assert difference.mean() > 0.5
 
 
-def test_a_policy_batch_carries_what_may_be_extracted():
-  """Facts are arrays of every prompt: they are scored and split with it."""
+def test_a_policy_batch_carries_its_sources():
+  """They are arrays per prompt: they are scored and split with the batch."""
   rng = np.random.default_rng(2)
-  told = [blocks(rng, least=2) for _ in range(P)]
-  prompt, length, facts = sources(rng, told)
+  contexts = [blocks(rng, least=2) for _ in range(P)]
+  prompt, length, source = sources(rng, contexts)
   params, grammar = tiny.params(), extraction()
   config = sampling.SamplingOptions(group=G, max_tokens=T, constrained=True)
   found = tiny.sample(
-    tiny.MODEL, params, prompt, length, facts, jax.random.key(0), grammar,
+    tiny.MODEL, params, prompt, length, source, jax.random.key(0), grammar,
     config,
   )  # fmt: skip
   batch = policy_gradient.PolicyBatch(
-    prompt=prompt, prompt_length=length, constraint_inputs=facts,
+    prompt=prompt, prompt_length=length, constraint_inputs=source,
     tokens=found.tokens,
     length=found.length, logp=found.logp,
     advantage=np.ones((P, G), np.float32), use=np.ones(P, bool),
@@ -372,5 +383,5 @@ def test_a_policy_batch_carries_what_may_be_extracted():
   for rows in (slice(None), slice(2, 4)):
     part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
     scores = score(tiny.MODEL, params, part, grammar, config)
-    apart = np.abs(np.asarray(scores.logp) - np.asarray(part.logp))
-    assert apart[real[rows]].max() < 1e-5
+    difference = np.abs(np.asarray(scores.logp) - np.asarray(part.logp))
+    assert difference[real[rows]].max() < 1e-5

@@ -1,3 +1,4 @@
+import functools
 import re
 import zlib
 
@@ -21,7 +22,7 @@ from ..chat_server import Answer, completion
 
 P, G = 4, 3
 BUDGETS = {0.4: 16, 0.5: 20}  # tokens, of contexts of some forty
-UNREADABLE = 4  # one text in so many gets no readable answer
+UNREADABLE = 4  # one text in four gets no readable answer
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +34,6 @@ def reader(tmp_path_factory):
   return policy.PolicySpec(
     catalog=tiny_data.catalog(),
     prompter=prompter,
-    grammar=None,
     model=transformer.TransformerConfig(
       vocab_size=len(prompter.vocabulary),
       d_model=16,
@@ -63,10 +63,12 @@ MESH = tiny.one_device()
 
 @pytest.fixture(scope='module')
 def world_(reader):
-  """Setup, parameters of ranker and policy, sampler, rows."""
+  """Spec, parameters of ranker and policy, sampler, rows."""
   spec, grammar = reader, grammar_of(reader)
   sampler = rollouts_lib.sampler(grammar, BUDGETS, group=G, temperature=1.0)
-  render = rollouts_lib.requests(spec.prompter, BUDGETS, 'shuffled', True)
+  render = rollouts_lib.generation_rows(
+    spec.prompter, BUDGETS, 'shuffled', True
+  )
   made = [
     render(tiny_data.slate(seed, 3 + seed % 3), np.random.default_rng(seed))
     for seed in range(P)
@@ -77,7 +79,7 @@ def world_(reader):
 
 
 def marks(text):
-  """What the fake judge thinks of a text; None where it cannot say."""
+  """The fake judge's marks of a text; None for some texts."""
   number = zlib.crc32(text.encode())
   if number % UNREADABLE == 0:
     return None
@@ -90,8 +92,8 @@ def answer(body, number=0):
   if found is None:
     return Answer(completion('I cannot say.'))
   axes = judge_lib.COMPRESSION.axes
-  said = [f'{axis}: {mark}' for axis, mark in zip(axes, found, strict=True)]
-  return Answer(completion('\n'.join(said)))
+  lines = [f'{axis}: {mark}' for axis, mark in zip(axes, found, strict=True)]
+  return Answer(completion('\n'.join(lines)))
 
 
 def remote(server, **changes):
@@ -103,7 +105,7 @@ def remote(server, **changes):
 
 
 def texts(spec, rows, rollouts):
-  """What a judge is to be shown of each compression: [P][G]."""
+  """The text for the judge of each compression: [P][G]."""
   words = dialogue.Dialogue(
     spec.prompter, spec.catalog, 'An analyst.', 9, False
   )
@@ -118,14 +120,14 @@ def texts(spec, rows, rollouts):
   return found
 
 
-def wanted(spec, stage, rows, drawn):
-  """Rewards by the marks of `marks`, and where there are none."""
-  told = [
+def expected(spec, stage, rows, drawn):
+  """Expected rewards, where marks are missing, and their quality."""
+  values = [
     [marks(text) for text in own] for own in texts(spec, rows, drawn.rollouts)
   ]
-  failed = np.array([[one is None for one in own] for own in told])
+  failed = np.array([[one is None for one in own] for own in values])
   p, q, solvable = np.moveaxis(
-    np.array([[one or [0, 0, 0] for one in own] for own in told]), -1, 0
+    np.array([[one or [0, 0, 0] for one in own] for own in values]), -1, 0
   )
   total = np.where(solvable, 0.2 * p + 0.8 * q, 0.8 * p + 0.2 * q)
   rewards = compression.reward(
@@ -138,26 +140,26 @@ def wanted(spec, stage, rows, drawn):
   return np.asarray(rewards), failed, q
 
 
-def everything(rows, drawn, judged):
+def keep_all(rows, drawn, judged):
   del rows
   return drawn, judged
 
 
-def test_rewards_are_those_of_the_marks(reader, world_, tmp_path):
+def test_rewards_follow_from_the_marks(reader, world_, tmp_path):
   spec, ranker, params, sampler, rows = world_
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
-    with compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (
+    with compress.http_judge(own, reader, MESH, tmp_path / 'c') as (
       judge,
       spent,
     ):
-      act = rollouts_lib.make_judged(
-        spec, grammar_of(spec), sampler, own.compress, ranker, judge, everything
+      act = rollouts_lib.make_judged_rollouts(
+        spec, sampler, own.compress, ranker, judge, keep_all
       )
       drawn, judged = act(params, rows, jax.random.key(0))
       asked = spent()['asked']
   assert (drawn.verdict == compression.VALID).all()
-  rewards, failed, quality = wanted(spec, own.compress, rows, drawn)
+  rewards, failed, quality = expected(spec, own.compress, rows, drawn)
   assert 0 < failed.sum() < P * G
   np.testing.assert_allclose(judged.reward, rewards, atol=1e-6)
   np.testing.assert_array_equal(judged.judge_failed, failed)
@@ -167,56 +169,54 @@ def test_rewards_are_those_of_the_marks(reader, world_, tmp_path):
   shown = {x for own in texts(spec, rows, drawn.rollouts) for x in own}
   unread = sum(marks(text) is None for text in shown)
   assert asked['answers'] == len(server.requests) == len(shown) + unread
-  watches = compressor_judge.watch(judged)
-  np.testing.assert_allclose(watches['judge_failed'], failed.mean())
+  metrics = compressor_judge.metrics(judged)
+  np.testing.assert_allclose(metrics['judge_failed'], failed.mean())
 
 
-def test_what_is_learned_is_the_advantage_of_the_marks(
-  reader, world_, tmp_path
-):
+def test_advantages_follow_from_the_marks(reader, world_, tmp_path):
   spec, ranker, params, sampler, rows = world_
   key = jax.random.key(0)
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
-    with compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (
+    with compress.http_judge(own, reader, MESH, tmp_path / 'c') as (
       judge,
       _,
     ):
       act = rollouts_lib.make_rollout_step(
-        spec, grammar_of(spec), sampler, own.compress, ranker, judge
+        spec, sampler, own.compress, ranker, judge
       )
-      batch, watches = act(params, rows, key)
+      batch, metrics = act(params, rows, key)
       before = len(server.requests)
       again, _ = act(params, rows, key)
-  assert len(server.requests) == before  # It has said so.
+  assert len(server.requests) == before  # The answers are stored.
   tiny.assert_trees_equal(again, batch)
   drawn = jax.jit(
-    rollouts_lib.make_draw(spec, grammar_of(spec), sampler, own.compress)
+    functools.partial(rollouts_lib.sample, spec, sampler, own.compress)
   )(params, rows, key)
-  rewards, failed, _ = wanted(spec, own.compress, rows, drawn)
+  rewards, failed, _ = expected(spec, own.compress, rows, drawn)
   np.testing.assert_array_equal(batch.tokens, drawn.rollouts.tokens)
   np.testing.assert_allclose(
     batch.advantage,
     advantages.group_advantage(rewards, kind=own.compress.advantage),
     atol=1e-4,
   )
-  np.testing.assert_allclose(watches['reward'], rewards.mean(), atol=1e-6)
-  np.testing.assert_allclose(watches['judge_failed'], failed.mean())
+  np.testing.assert_allclose(metrics['reward'], rewards.mean(), atol=1e-6)
+  np.testing.assert_allclose(metrics['judge_failed'], failed.mean())
 
 
-def test_of_what_earns_nothing_nobody_is_asked(reader, world_, tmp_path):
+def test_invalid_compressions_are_not_judged(reader, world_, tmp_path):
   spec, ranker, params, _, rows = world_
   free = rollouts_lib.sampler(
     grammar_of(spec), BUDGETS, group=G, temperature=1.0, constrained=False
   )
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
-    with compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (
+    with compress.http_judge(own, reader, MESH, tmp_path / 'c') as (
       judge,
       _,
     ):
-      act = rollouts_lib.make_judged(
-        spec, grammar_of(spec), free, own.compress, ranker, judge, everything
+      act = rollouts_lib.make_judged_rollouts(
+        spec, free, own.compress, ranker, judge, keep_all
       )
       drawn, judged = act(params, rows, jax.random.key(0))
   assert (drawn.verdict != compression.VALID).all()
@@ -225,12 +225,12 @@ def test_of_what_earns_nothing_nobody_is_asked(reader, world_, tmp_path):
     assert not getattr(judged, name).any()
 
 
-def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
+def test_each_written_context_is_judged_once(reader, world_, tmp_path):
   spec, ranker, params, *_ = world_
   slates = [tiny_data.slate(seed, 4) for seed in range(P + 1)]
   with chat_server.serve(answer) as server:
     own = config(**remote(server))
-    with compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (
+    with compress.http_judge(own, reader, MESH, tmp_path / 'c') as (
       judge,
       _,
     ):
@@ -257,10 +257,8 @@ def test_written_contexts_are_judged_each_once(reader, world_, tmp_path):
 def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
   spec, ranker, params, sampler, rows = world_
   stage, key = config(judge_by=judge_by).compress, jax.random.key(0)
-  act = rollouts_lib.make_rollout_step(
-    spec, grammar_of(spec), sampler, stage, ranker
-  )
-  batch, watches = act(params, rows, key)
+  act = rollouts_lib.make_rollout_step(spec, sampler, stage, ranker)
+  batch, metrics = act(params, rows, key)
   text = act.func.lower(*act.args, params, rows, key).as_text()
   assert 'callback' not in text
   assert len(re.findall('func.func public', text)) == 1
@@ -286,18 +284,18 @@ def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
     rows | {'grades': grades}, rollouts, scores
   )
   assert judged.solvable.any()
-  np.testing.assert_allclose(watches['reward'], rewards.mean(), atol=1e-5)
-  np.testing.assert_allclose(watches['judge'], judged.total.mean(), atol=1e-5)
+  np.testing.assert_allclose(metrics['reward'], rewards.mean(), atol=1e-5)
+  np.testing.assert_allclose(metrics['judge'], judged.total.mean(), atol=1e-5)
   np.testing.assert_allclose(
     batch.advantage,
     advantages.group_advantage(rewards, kind=stage.advantage),
     atol=1e-3,
   )
-  assert watches['judge_failed'] == 0
+  assert metrics['judge_failed'] == 0
 
 
 def _rewards(spec, stage, rows, rollouts, scores):
-  """Eq. 10 of a ranker's scores, and what is judged by them."""
+  """Eq. 10 of a ranker's scores, and the judgment."""
   marks_ = rollouts_lib.symbols(spec.vocabulary)
   tokens, length = rollouts.tokens, rollouts.length
   shown = rows['prompt'], rows['prompt_length']
@@ -346,13 +344,13 @@ def _scores(spec, ranker, rows, rollouts):
   return scores.reshape(P, G, K)
 
 
-def test_marks_come_to_what_the_ranker_would_be_paid():
+def test_marks_give_the_same_total_as_a_ranker():
   given = np.array([[[0.75, 1, 1], [0.75, 0.5, 0], [np.nan] * 3]], np.float32)
-  found = compressor_judge.judged(given)
+  found = compressor_judge.from_marks(given)
   np.testing.assert_allclose(found.total, [[0.95, 0.7, np.nan]], rtol=1e-6)
   assert found.solvable.tolist() == [[True, False, False]]
   assert found.ranking.tolist() == [[1, 0.5, 0]]
-  # `compression.judge`, of scores that make the same of it.
+  # `compression.judge`, of scores with the same quality.
   scores = np.array([[[0.9, 0.2], [0.2, 0.9]]], np.float32)
   other = compression.judge(
     scores,
@@ -364,22 +362,22 @@ def test_marks_come_to_what_the_ranker_would_be_paid():
   )
   same = np.stack([given[:, :2, 0], other.ranking, other.solvable], -1)
   np.testing.assert_allclose(
-    compressor_judge.judged(same).total, other.total, rtol=1e-6
+    compressor_judge.from_marks(same).total, other.total, rtol=1e-6
   )
 
 
-def test_what_was_asked_is_counted_over_runs_and_paid(reader, tmp_path):
+def test_usage_and_cost_add_up_over_runs(reader, tmp_path):
   good = Answer(completion('preservation: 1\nranking: 1\nsolvable: 1'))
   with chat_server.serve(lambda *_: good) as server:
     fields = remote(server, prompt_price=2.0, answer_price=10.0)
     for run, name in enumerate(('one', 'two'), 1):
       own = config(**fields, token_limit=10**6 + run)
       workdir = tmp_path / name
-      with compress.judge_in_words(own, reader, MESH, workdir) as (
+      with compress.http_judge(own, reader, MESH, workdir) as (
         judge,
         spent,
       ):
-        judge._ask(['a', 'b', f'of {name}'])
+        judge.ask(['a', 'b', f'of {name}'])
         found = spent()['asked']
       assert found == {
         'model': 'm',
@@ -413,27 +411,27 @@ def test_what_was_asked_is_counted_over_runs_and_paid(reader, tmp_path):
     ({'request': '{'}, ValueError, r'compress\.request must be a JSON object'),
   ],
 )
-def test_an_endpoint_that_cannot_be_is_told(
+def test_an_invalid_endpoint_is_an_error(
   reader, tmp_path, fields, error, message
 ):
   own = config(judge='remote', **fields)
   with (
     pytest.raises(error, match=message),
-    compress.judge_in_words(own, reader, MESH, tmp_path / 'c'),
+    compress.http_judge(own, reader, MESH, tmp_path / 'c'),
   ):
     pass
 
 
-def test_the_limit_on_tokens_is_that_of_the_section(reader, world_, tmp_path):
+def test_the_token_limit_is_that_of_the_section(reader, world_, tmp_path):
   spec, ranker, params, sampler, rows = world_
   with chat_server.serve(answer) as server:
     own = config(**remote(server, token_limit=100))
     with (
       pytest.raises(ledger.OverLimit, match=r'compress\.token_limit=100, 0 '),
-      compress.judge_in_words(own, reader, MESH, tmp_path / 'c') as (judge, _),
+      compress.http_judge(own, reader, MESH, tmp_path / 'c') as (judge, _),
     ):
       rollouts_lib.make_rollout_step(
-        spec, grammar_of(spec), sampler, own.compress, ranker, judge
+        spec, sampler, own.compress, ranker, judge
       )(params, rows, jax.random.key(0))
   assert not server.requests
 

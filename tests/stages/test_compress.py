@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 STUDY = dict(
   study_compress__forms=('last:1', 'random:0.5'),
-  study_compress__keeps=(0.3, 0.6),
+  study_compress__ratios=(0.3, 0.6),
   study_compress__distilled=('text', 'memory:2+candidates:evidence'),
   study_compress__test_slates=8,
   study_compress__resamples=50,
@@ -79,9 +79,7 @@ def wholes(world, spec, split):
 
 
 @pytest.mark.parametrize('split', ['train', 'validation', 'test'])
-def test_what_is_written_is_a_part_of_each_slates_context(
-  world, spec, written, split
-):
+def test_each_written_context_is_an_extract(world, spec, written, split):
   stored = records.Records(compressed.file(written, split))
   assert len(stored) == (
     12 if split == 'train' else len(tiny_world.source(world, split))
@@ -95,27 +93,27 @@ def test_what_is_written_is_a_part_of_each_slates_context(
     assert is_part(kept.history, whole.history)
     for line, source in zip(kept.candidates, whole.candidates, strict=True):
       assert is_part(line, source)
-    marks = 2 + len(whole.candidates)
+    anchors = 2 + len(whole.candidates)
     assert one['whole'] == len(whole)
     assert not one['fault']
-    assert len(kept) + marks <= 0.6 * (len(whole) + marks)
+    assert len(kept) + anchors <= 0.6 * (len(whole) + anchors)
   found = artifacts.read_results(written)
   assert found['splits'][split] == compressed.report(stored)
   assert found['longest'] >= max(map(len, map(compressed.context, stored)))
 
 
-def test_the_judge_is_compared_with_what_it_is_for(world, written):
+def test_the_judge_is_compared_with_the_ranking_downstream(world, written):
   found = artifacts.read_results(written)['judge']
   assert found['slates'] == len(slates_lib.read(world['slates'], 'validation'))
   assert set(found['n@5']) == {'whole', 'compressed'}
   assert set(found['spearman']) == {'n@5', 'change'}
-  for told in found['spearman'].values():
-    assert set(told) == {'preservation', 'ranking', 'judge', 'reward'}
-    assert all(v is None or -1 <= v <= 1 for v in told.values())
+  for numbers in found['spearman'].values():
+    assert set(numbers) == {'preservation', 'ranking', 'judge', 'reward'}
+    assert all(v is None or -1 <= v <= 1 for v in numbers.values())
 
 
 def test_a_model_behind_an_endpoint_judges_the_whole_stage(world):
-  """Its marks differ between contexts, and of some it cannot say any."""
+  """Its marks vary, and some are missing."""
 
   def answer(body, number):
     del number
@@ -149,7 +147,7 @@ def test_a_model_behind_an_endpoint_judges_the_whole_stage(world):
   assert np.isfinite(losses).all()
 
 
-def test_a_number_that_never_varies_has_no_correlation():
+def test_a_constant_has_no_correlation():
   rising = np.arange(5.0)
   assert compress._spearman(rising, np.ones(5)) is None
   np.testing.assert_allclose(compress._spearman(rising, -(rising**3)), -1)
@@ -162,10 +160,10 @@ def test_sampler_and_learner_agree(written):
   assert max(gaps) < 1e-5
 
 
-def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
   world, written, tmp_path, monkeypatch
 ):
-  """Killed in imitation, in RL, and while it writes."""
+  """It is killed in imitation, in RL, and while writing."""
   inputs = tiny_world.inputs(world, 'rl')
   run = functools.partial(
     compress.run, tiny_world.config(), inputs, tmp_path / 'run'
@@ -201,10 +199,10 @@ def test_a_killed_run_ends_bit_for_bit_like_a_whole_one(
 
 
 def judged(world, spec, tokens_of, budget=None):
-  """The judgement of completions made from the rows by hand."""
+  """The judgment of given completions."""
   stage = tiny_world.config(compress__judge_by='labels').compress
   grammar = rollouts_lib.grammar(spec.prompter, stage.slack)
-  render = rollouts_lib.requests(spec.prompter, {0.9: 10**6}, 'shuffled')
+  render = rollouts_lib.generation_rows(spec.prompter, {0.9: 10**6}, 'shuffled')
   slates = tiny_world.source(world, 'train')
   rows = [render(slates[i], np.random.default_rng(i)) for i in range(4)]
   T = spec.prompter.prompt_tokens + 4
@@ -218,17 +216,15 @@ def judged(world, spec, tokens_of, budget=None):
     stacked['budget'][:] = budget
   zeros = np.zeros(tokens.shape, np.float32)
   rollouts = sampling.Rollouts(tokens, length, zeros, zeros)
-  verify = rollouts_lib.make_verify(spec, stage)
-  marks = rollouts_lib.symbols(spec.vocabulary)
-  read = judge_lib.make_ranker(spec, marks, stage)
 
   @jax.jit
   def judge(params, rows, rollouts):
-    drawn = verify(
-      rows, rollouts_lib.constraint_inputs(grammar, rows), rollouts
+    source = rollouts_lib.constraint_inputs(grammar, rows)
+    verified = rollouts_lib.verify(spec, stage, rows, source, rollouts)
+    judged = judge_lib.judge_by_ranker(
+      spec, stage, params, rows, rollouts, verified.preservation
     )
-    found = read(params, rows, rollouts, drawn.preservation)
-    return judge_lib.pay(drawn, found, stage.compression_weight)
+    return judge_lib.judgment(verified, judged, stage.compression_weight)
 
   with sharding.activate(tiny_world.mesh()):
     found = judge(tiny.params(spec.model), stacked, rollouts)
@@ -247,9 +243,9 @@ def test_a_budget_is_a_share_of_an_average_context_and_below_the_whole(
   ]
   found = rollouts_lib.budgets(p, slates, (0.3, 0.5, 0.95))
   assert list(found) == [0.3, 0.5, 0.95]
-  for keep, tokens in found.items():
-    assert abs(tokens - keep * np.mean(whole)) < 1 + 0.05 * np.std(whole)
-    render = rollouts_lib.requests(p, {keep: tokens}, 'shuffled')
+  for ratio, tokens in found.items():
+    assert abs(tokens - ratio * np.mean(whole)) < 1 + 0.05 * np.std(whole)
+    render = rollouts_lib.generation_rows(p, {ratio: tokens}, 'shuffled')
     for i in range(8):
       row = render(slates[i], np.random.default_rng(i))
       assert row['budget'] == min(tokens, whole[i] - 1)
@@ -257,7 +253,7 @@ def test_a_budget_is_a_share_of_an_average_context_and_below_the_whole(
 
 
 def blocks(spec, row):
-  """What stands between <history> and the request, and its marks."""
+  """The tokens between <history> and the last slot, and the vocabulary."""
   words = spec.vocabulary
   ids = row['prompt'][: row['prompt_length']].tolist()
   begin = ids.index(words.control['<history>']) + 1
@@ -270,31 +266,31 @@ def copied(spec, row):
   return [*ids, words.eos]
 
 
-def marks_alone(spec, row):
+def anchors_alone(spec, row):
   _, words = blocks(spec, row)
   slots = words.slot_base + np.arange(int(row['count']))
   return [words.control['<candidates>'], *slots.tolist(), words.eos]
 
 
 def answered(spec, row):
-  """The ranking, by the labels, in front."""
+  """It begins with the ranking by the labels."""
   slots = spec.vocabulary.slot_base + np.argsort(-row['grades'])
-  return [*slots[: int(row['count'])].tolist(), *marks_alone(spec, row)]
+  return [*slots[: int(row['count'])].tolist(), *anchors_alone(spec, row)]
 
 
 def labelled(spec, row):
-  """A token that no line has, before the slots of the positives."""
-  told, words = [], spec.vocabulary
-  for slot in marks_alone(spec, row):
+  """It has a foreign token before the slots of positives."""
+  ids, words = [], spec.vocabulary
+  for slot in anchors_alone(spec, row):
     place = slot - words.slot_base
     if 0 <= place < int(row['count']) and row['grades'][place] > 0:
-      told.append(words.control['<target>'])
-    told.append(slot)
-  return told
+      ids.append(words.control['<target>'])
+    ids.append(slot)
+  return ids
 
 
 def one_line(spec, row):
-  """The positives' lines whole, of the others nothing."""
+  """It has full lines of the positives and empty lines of the others."""
   ids, words = blocks(spec, row)
   ids = ids[ids.index(words.control['<candidates>']) :]
   kept, line = [ids[0]], []
@@ -314,7 +310,7 @@ def one_line(spec, row):
     (answered, 'malformed'),
     (labelled, 'ungrounded'),
     (one_line, 'uneven'),
-    (lambda spec, row: marks_alone(spec, row)[:-1], 'cut_off'),
+    (lambda spec, row: anchors_alone(spec, row)[:-1], 'cut_off'),
   ],
 )
 def test_cheats_earn_nothing(world, spec, cheat, verdict):
@@ -324,8 +320,8 @@ def test_cheats_earn_nothing(world, spec, cheat, verdict):
   assert (found.reward == 0).all()
 
 
-def test_the_ranker_reads_what_was_written(world, spec):
-  """A copy, where it is allowed, is read as the whole prompt is."""
+def test_the_ranker_reads_the_compression(world, spec):
+  """The read-out of a copy, if it is allowed, is that of the full prompt."""
   found = judged(world, spec, copied, budget=1000)
   assert (found.verdict == compression.VALID).all()
   np.testing.assert_allclose(found.kept, 1, atol=1e-6)
@@ -345,7 +341,7 @@ def test_the_ranker_reads_what_was_written(world, spec):
   )
   np.testing.assert_allclose(found.ranking, wanted.ranking, atol=1e-5)
   np.testing.assert_array_equal(found.solvable, wanted.solvable)
-  bare = judged(world, spec, marks_alone)
+  bare = judged(world, spec, anchors_alone)
   assert (bare.verdict == compression.VALID).all()
   assert (bare.preservation == 0).all()
   assert (bare.kept < found.kept).all()
@@ -353,16 +349,16 @@ def test_the_ranker_reads_what_was_written(world, spec):
 
 
 @pytest.mark.parametrize(
-  ('keep', 'constrained', 'fault'),
+  ('ratio', 'constrained', 'fault'),
   [(0.05, True, 'too_short'), (0.6, False, None)],
 )
-def test_what_cannot_be_compressed_stays_whole_and_is_counted(
-  world, spec, written, keep, constrained, fault
+def test_failed_compressions_stay_full_and_are_counted(
+  world, spec, written, ratio, constrained, fault
 ):
   config = tiny_world.config(compress__constrained=constrained)
   params = spec.load_params(world['sft'], tiny_world.mesh())
   budgets = rollouts_lib.budgets(
-    spec.prompter, tiny_world.source(world, 'train'), (keep,)
+    spec.prompter, tiny_world.source(world, 'train'), (ratio,)
   )
   write = writer.make_write(
     spec, tiny_world.mesh(), params, config, config.compress, budgets
@@ -378,7 +374,7 @@ def test_what_cannot_be_compressed_stays_whole_and_is_counted(
     assert compressed.context(one) == whole
 
 
-def test_later_stages_read_what_was_written(world, written, spec):
+def test_later_stages_read_the_written_contexts(world, written, spec):
   path = run_stage(
     world, 'rl', rl__context='text', rl__steps=2, rl__eval_every=2
   )
@@ -406,19 +402,17 @@ def test_later_stages_read_what_was_written(world, written, spec):
 
 
 @pytest.mark.parametrize(
-  ('field', 'value', 'said'),
+  ('field', 'value', 'message'),
   [
     ('judge_by', 'taste', 'labels.*order'),
-    ('keep', 0.0, 'above 0'),
-    ('keep', 0.9, 'not learned'),
-    ('keeps', (0.2, 1.5), 'at most 1'),
+    ('ratio', 0.0, 'above 0'),
+    ('ratio', 0.9, 'not learned'),
+    ('ratios', (0.2, 1.5), 'at most 1'),
   ],
 )
-def test_a_share_that_cannot_be_is_an_error(
-  world, tmp_path, field, value, said
-):
+def test_an_invalid_field_is_an_error(world, tmp_path, field, value, message):
   config = tiny_world.config(**{f'compress__{field}': value})
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=message):
     compress.run(config, tiny_world.inputs(world, 'rl'), tmp_path)
 
 
@@ -450,7 +444,7 @@ def test_the_study_compares_every_form_with_the_whole(study):
   assert (directory / compress_lib.FIGURE).stat().st_size > 1000
 
 
-def test_who_reads_a_form_of_its_own_is_taught_by_the_whole_context(study):
+def test_the_teacher_of_a_distilled_form_reads_the_full_context(study):
   directory, _ = study
   forms = set()
   for run in directory.parent.glob('opd-*'):
@@ -462,7 +456,7 @@ def test_who_reads_a_form_of_its_own_is_taught_by_the_whole_context(study):
   assert forms == {'text', 'memory:2+candidates:evidence'}
 
 
-def test_rl_goes_on_from_what_is_distilled(study):
+def test_rl_continues_from_the_distilled_policy(study):
   directory, _ = study
   found = {
     tuple(
