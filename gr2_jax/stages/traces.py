@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,7 +38,7 @@ TEACHERS = ('heuristic', 'policy', 'http')
 
 _PART = 256  # traces of a policy per file in `parts/`
 
-Record = dict[str, np.ndarray]
+Record = dict[str, Any]
 
 
 def run(
@@ -70,12 +69,9 @@ def run(
   if 0 < stage.slates < len(slates):
     rng = np.random.default_rng(config.seed)
     indices = np.sort(rng.permutation(indices)[: stage.slates])
+  system, limit = config.prompt.system, stage.words
   words = dialogue.Dialogue(
-    prompter=spec.prompter,
-    catalog=spec.catalog,
-    system=config.prompt.system,
-    words=stage.words,
-    knowledge=stage.knowledge,
+    spec.prompter, spec.catalog, system, limit, stage.knowledge
   )
   with contextlib.ExitStack() as stack:
     if stage.teacher == 'http' or stage.judged:
@@ -92,11 +88,9 @@ def run(
       teacher = _policy(config, spec, inputs)
     else:
       names = slates_lib.read_meta(inputs['slates'])['evidence']
+      columns = tuple(names.index(c) for c in stage.evidence_columns)
       teacher = heuristic.Heuristic(
-        prompter=spec.prompter,
-        catalog=spec.catalog,
-        columns=tuple(names.index(c) for c in stage.evidence_columns),
-        noise=stage.noise,
+        spec.prompter, spec.catalog, columns, stage.noise
       )
     parts = workdir / PARTS if stage.teacher == 'policy' else None
     kept, lost = _collect(
@@ -105,7 +99,7 @@ def run(
     results = _results(
       stage, slates_lib.read(inputs['slates'], 'train'), kept, lost
     )
-    if stage.teacher == 'http':
+    if isinstance(teacher, http.HttpTeacher):
       results |= ledger.with_cost(stage, teacher.report())
       if not kept:
         raise ValueError(
@@ -155,7 +149,7 @@ def _policy(
 
 def _collect(
   teacher: heuristic.Teacher,
-  slates: Sequence[Any],
+  slates: slates_lib.SlateSource,
   indices: list[int],
   stage: ConfigDict,
   seed: int,
@@ -163,9 +157,8 @@ def _collect(
 ) -> tuple[list[Record], list[Record]]:
   """Records of the kept and of the lost traces; resumes from `parts`."""
   traces: dict[int, Record] = {}
-  if parts:
-    for path in parts.glob('*.array_record'):
-      traces |= {int(r['slate']): r for r in records.Records(path)}
+  for path in parts.glob('*.array_record') if parts else ():
+    traces |= {int(r['slate']): r for r in records.Records(path)}
   missing = [index for index in indices if index not in traces]
   part = []
   with reporting.progress(
@@ -240,32 +233,26 @@ def _results(
 
 def _judge_settings(stage: ConfigDict) -> endpoint.Settings:
   """Settings of the judge; another endpoint never gets the teacher's key."""
-  settings = endpoint.settings('traces', stage, 0.0)
+  changes = {'model': stage.judge_model or stage.model}
   if stage.judge_endpoint:
-    settings = dataclasses.replace(
-      settings,
-      base_url=stage.judge_endpoint,
-      key_variable=stage.judge_key_variable,
-    )
-  return dataclasses.replace(settings, model=stage.judge_model or stage.model)
+    changes['base_url'] = stage.judge_endpoint
+    changes['key_variable'] = stage.judge_key_variable
+  settings = endpoint.settings('traces', stage, 0.0)
+  return dataclasses.replace(settings, **changes)
 
 
 def _sample(
-  kept: list[Record], slates: Sequence[Any], config: ConfigDict
+  kept: list[Record], slates: slates_lib.SlateSource, config: ConfigDict
 ) -> list[judge_lib.Case]:
   """Draws traces, each with a presentation as in the policy's prompts."""
   rng = np.random.default_rng(config.seed)
   cases = []
   for place in np.sort(rng.permutation(len(kept))[: config.traces.judged]):
-    record = kept[place]
-    index = int(record['slate'])
-    slate = slates[index]
-    order = prompt.presentation(
-      int(slate['count']),
-      config.prompt.order,
-      np.random.default_rng((config.seed, index)),
-    )
+    trace = kept[place]
+    index = int(trace['slate'])
+    slate, rng = slates[index], np.random.default_rng((config.seed, index))
+    order = prompt.presentation(int(slate['count']), config.prompt.order, rng)
     cases.append(
-      judge_lib.Case(slate, order, record['reasoning'], record['ranking'])
+      judge_lib.Case(slate, order, trace['reasoning'], trace['ranking'])
     )
   return cases

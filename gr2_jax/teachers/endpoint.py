@@ -18,7 +18,7 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gr2_jax.teachers import ledger as ledger_lib
@@ -159,11 +159,11 @@ class Endpoint(contextlib.AbstractContextManager):
     need = s.answer_tokens + sum(
       32 + len(m['content'].encode()) for m in messages
     )
-    result = _Fault('')
+    fault = _Fault('')
     for attempt in range(max(s.retries, 0) + 1):
       if attempt:
         wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
-        self._pause(max(wait * random.uniform(0.5, 1.0), result.wait))
+        self._pause(max(wait * random.uniform(0.5, 1.0), fault.wait))
       if self._stopped.is_set():
         raise Unanswered('stopped')
       self._ledger.reserve(need)
@@ -173,24 +173,24 @@ class Endpoint(contextlib.AbstractContextManager):
         if isinstance(result, ledger_lib.Reply):
           reply = result
           charged = reply.prompt_tokens + reply.completion_tokens or need
-        elif not result.may_cost:
-          charged = 0
+        else:
+          fault, charged = result, need if result.may_cost else 0
       finally:
         self._ledger.settle(need, charged, key, reply)
       if reply is not None:
         return reply
-      if result.permanent and result.status in _DECLINED:
-        raise Declined(result.message)
-      if result.permanent:
+      if fault.permanent and fault.status in _DECLINED:
+        raise Declined(fault.message)
+      if fault.permanent:
         raise EndpointError(
-          f'{s.base_url}, model {s.model!r}: {result.message}; check the '
+          f'{s.base_url}, model {s.model!r}: {fault.message}; check the '
           f'endpoint, the model and the key in ${s.key_variable or "(none)"}'
         )
-    raise Unanswered(f'{result.message} ({attempt + 1} attempts)')
+    raise Unanswered(f'{fault.message} ({attempt + 1} attempts)')
 
   def map(
     self, work: Callable[[T], object], items: Iterable[T]
-  ) -> Iterator[tuple[T, Any, Unanswered | None]]:
+  ) -> Generator[tuple[T, Any, Unanswered | None], None, None]:
     """Runs `work` on items in threads, `concurrency` at a time.
 
     Items are drawn lazily. If the caller stops or `work` fails otherwise than
@@ -345,10 +345,10 @@ def _read_key(settings: Settings) -> str:
 def _retry_after(value: str | None) -> float:
   """Reads a wait from a header, in seconds or as a date; bounded."""
   try:
-    seconds = float(value)
+    seconds = float(value or '')
   except (TypeError, ValueError):
     try:
-      moment = email.utils.parsedate_to_datetime(value)
+      moment = email.utils.parsedate_to_datetime(value or '')
       seconds = moment.timestamp() - time.time()
     except (TypeError, ValueError):
       return 0.0

@@ -7,7 +7,7 @@ a candidate is the sum of a few evidence columns and noise.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,12 +41,16 @@ class Trace:
   clipped: int = 0  # tokens beyond the student's longest reasoning
 
 
+# Index and trace of each slate.
+Traces = Generator[tuple[int, Trace], None, None]
+
+
 class Teacher(Protocol):
   """An author of traces."""
 
   def traces(
     self, slates: Any, indices: Iterable[int], kind: str, tries: int, seed: int
-  ) -> Iterator[tuple[int, Trace]]:
+  ) -> Traces:
     """Yields index and trace of each indexed slate, in any order.
 
     Args:
@@ -56,6 +60,7 @@ class Teacher(Protocol):
       tries: largest number of answers per slate.
       seed: all draws are functions of it and the index.
     """
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Heuristic:
 
   def traces(
     self, slates: Any, indices: Iterable[int], kind: str, tries: int, seed: int
-  ) -> Iterator[tuple[int, Trace]]:
+  ) -> Traces:
     """See `Teacher`; keeps the order of the indices."""
     for index in indices:
       rng = np.random.default_rng((seed, index))

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class HttpTeacher:
 
   def traces(
     self, slates: Any, indices: Iterable[int], kind: str, tries: int, seed: int
-  ) -> Iterator[tuple[int, heuristic.Trace]]:
+  ) -> heuristic.Traces:
     """See `heuristic.Teacher`; yields traces in the order of the answers.
 
     Slates without an answer are repeated once at the end. Many failures in a

@@ -125,8 +125,8 @@ class Ledger(contextlib.AbstractContextManager):
       self.charged += charged
       try:
         if reply is not None or charged:
-          line = {'charged': charged}
-          if reply is not None:
+          line: dict[str, Any] = {'charged': charged}
+          if name is not None and reply is not None:
             line |= {'key': name} | dataclasses.asdict(reply)
             self._replies[name] = reply
           self._file.write(json.dumps(line).encode() + b'\n')

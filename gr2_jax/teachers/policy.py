@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -78,7 +78,7 @@ class PolicyTeacher:
 
   def traces(
     self, slates: Any, indices: Iterable[int], kind: str, tries: int, seed: int
-  ) -> Iterator[tuple[int, heuristic.Trace]]:
+  ) -> heuristic.Traces:
     """See `heuristic.Teacher`; yields traces in the order of completion.
 
     With `targeted` the prompt names one positive; no other may come first.

@@ -130,12 +130,12 @@ def test_a_killed_run_of_a_policy_repeats_only_missing_traces(
   monkeypatch.setattr(traces, '_PART', 6)
   whole, *_ = ask_policy(world, tmp_path / 'whole')
   plain = policy.PolicyTeacher._answer_rows
-  asked = []
+  batches = []
 
   def dies(self, rows, labels, seed):
-    if len(asked) == 2:
+    if len(batches) == 2:
       raise KeyboardInterrupt
-    asked.append(labels)
+    batches.append(labels)
     return plain(self, rows, labels, seed)
 
   with monkeypatch.context() as patch:
@@ -148,17 +148,17 @@ def test_a_killed_run_of_a_policy_repeats_only_missing_traces(
   }
   assert known
   assert len(known) == 6 * len(parts)
-  asked = set()
+  repeated = set()
 
   def spy(self, rows, labels, seed):
-    asked.update(index for index, _ in labels)
+    repeated.update(index for index, _ in labels)
     return plain(self, rows, labels, seed)
 
   monkeypatch.setattr(policy.PolicyTeacher, '_answer_rows', spy)
   resumed, *_ = ask_policy(world, tmp_path / 'killed')
   assert resumed == whole
-  assert len(asked) == 40 - len(known)
-  assert not asked & known
+  assert len(repeated) == 40 - len(known)
+  assert not repeated & known
   for name in (traces.ACCEPTED, traces.REJECTED):
     one, two = (tmp_path / run / name for run in ('whole', 'killed'))
     assert one.read_bytes() == two.read_bytes()

@@ -30,21 +30,21 @@ def slate(length=5):
 
 
 def test_a_chat_has_a_line_an_item_and_no_identifier(words):
-  own = slate()
-  system, user = (m['content'] for m in words.messages(own, ORDER))
+  record = slate()
+  system, user = (m['content'] for m in words.messages(record, ORDER))
   titles = tiny_data.catalog().titles
   assert 'You are an analyst.' in system
   assert 'all 4 candidates' in system
   assert 'RANKING: 4, 3, 2, 1' in system
   lines = user.splitlines()
-  shown = own['history'][2:5]  # The prompter shows three.
+  shown = record['history'][2:5]  # The prompter shows three.
   at = lines.index('History:')
   for place, item in enumerate(shown, 1):
     thing = titles[item].split()[1]
     assert lines[at + place] == f'[h{place}] {titles[item]} | beauty > {thing}'
   at = lines.index('Candidates:')
   for place, rank in enumerate(ORDER, 1):
-    assert titles[own['candidates'][rank]] in lines[at + place]
+    assert titles[record['candidates'][rank]] in lines[at + place]
     assert lines[at + place].startswith(f'[{place}] ')
   assert lines.index('History:') < at
   assert not any(name in user for name in tiny_data.catalog().item_ids)
@@ -53,12 +53,12 @@ def test_a_chat_has_a_line_an_item_and_no_identifier(words):
 
 
 def test_a_chat_does_not_depend_on_labels_unless_targeted(words):
-  own = slate()
-  other = own | {'grades': own['grades'][::-1].copy()}
-  assert words.messages(own, ORDER) == words.messages(other, ORDER)
-  _, user = words.messages(own, ORDER, target=3)
+  record = slate()
+  other = record | {'grades': record['grades'][::-1].copy()}
+  assert words.messages(record, ORDER) == words.messages(other, ORDER)
+  _, user = words.messages(record, ORDER, target=3)
   assert 'engaged with [3] next' in user['content']
-  assert 'engaged' not in words.messages(own, ORDER)[1]['content']
+  assert 'engaged' not in words.messages(record, ORDER)[1]['content']
 
 
 def test_knowledge_is_a_switch(words):
@@ -99,19 +99,21 @@ def test_an_answer_is_a_permutation_or_has_a_fault(words, tail, verdict):
     assert answer.reasoning == 'likes soap'
 
 
-def span(words, text, own=None):
-  own = slate() if own is None else own
-  return words.span(words.read(f'{text}\nRANKING: 3,1,2,4', ORDER), own, ORDER)
+def span(words, text, record=None):
+  record = slate() if record is None else record
+  return words.span(
+    words.read(f'{text}\nRANKING: 3,1,2,4', ORDER), record, ORDER
+  )
 
 
 def test_citations_become_slots_and_semantic_ids(words):
-  own, vocabulary = slate(), words.prompter.vocabulary
+  record, vocabulary = slate(), words.prompter.vocabulary
   sids = words.prompter.items['sid']
-  found = span(words, 'likes soap as [h3] so [3], [1, 2] fits')
+  result = span(words, 'likes soap as [h3] so [3], [1, 2] fits')
   slots = [vocabulary.slot_base + r for r in (3, 2, 0)]
   want = [
     *vocabulary.encode('likes soap as'),
-    *sids[own['history'][4]],
+    *sids[record['history'][4]],
     *vocabulary.encode('so'),
     slots[0],
     *vocabulary.encode(','),
@@ -120,8 +122,8 @@ def test_citations_become_slots_and_semantic_ids(words):
     *vocabulary.encode('fits'),
     *slots,
   ]
-  assert found.ids == want
-  assert (found.clipped, found.unknown) == (False, 0)
+  assert result.ids == want
+  assert (result.clipped, result.unknown) == (False, 0)
 
 
 def test_a_span_ends_in_the_first_picks_once(words):
@@ -134,10 +136,10 @@ def test_a_span_ends_in_the_first_picks_once(words):
 
 
 def test_unknown_citations_are_dropped_and_counted(words):
-  found = span(words, 'as [h4] so [5] [0] and <slot3> <answer>')
-  assert found.unknown == 3
+  result = span(words, 'as [h4] so [5] [0] and <slot3> <answer>')
+  assert result.unknown == 3
   vocabulary = words.prompter.vocabulary
-  body = np.array(found.ids[:-3])
+  body = np.array(result.ids[:-3])
   assert not vocabulary.is_slot(body).any()
   assert vocabulary.control['<answer>'] not in body
 
@@ -149,17 +151,17 @@ def test_a_long_span_is_clipped_but_no_identifier_is_torn(words):
     short = dataclasses.replace(
       words, prompter=dataclasses.replace(words.prompter, reasoning=room)
     )
-    found = span(short, text)
-    assert len(found.ids) <= room
-    assert found.clipped == (room < len(whole))
-    ids = np.array(found.ids, int)
+    result = span(short, text)
+    assert len(result.ids) <= room
+    assert result.clipped == (room < len(whole))
+    ids = np.array(result.ids, int)
     base = words.prompter.vocabulary.sid_base
     assert ((ids >= base) & (ids < base + 15)).sum() % 3 == 0
-    body = found.ids[: max(0, len(ids) - 3)]
+    body = result.ids[: max(0, len(ids) - 3)]
     assert body == whole[: len(body)]
 
 
 def test_tokens_are_shown_as_they_were_cited(words):
-  found = span(words, 'likes soap as [h3] so [3] fits')
-  shown = words.show(np.array(found.ids), slate(), ORDER)
+  result = span(words, 'likes soap as [h3] so [3] fits')
+  shown = words.show(np.array(result.ids), slate(), ORDER)
   assert shown == 'likes soap as [h3] so [3] fits [3] [1] [2]'

@@ -25,7 +25,7 @@ def _key(monkeypatch):
 
 def ask(tmp_path, answer, limit=None, times=1, **changes):
   """Replies or errors, the waits, the server, and the ledger."""
-  waits, found = [], []
+  waits, results = [], []
   with (
     chat_server.serve(answer) as server,
     ledger.Ledger(tmp_path / 'answers.jsonl', limit) as book,
@@ -35,10 +35,10 @@ def ask(tmp_path, answer, limit=None, times=1, **changes):
   ):
     for number in range(times):
       try:
-        found.append(model.complete(MESSAGES, number))
+        results.append(model.complete(MESSAGES, number))
       except Exception as e:
-        found.append(e)
-  return found, waits, server, book
+        results.append(e)
+  return results, waits, server, book
 
 
 FAULTS = {
@@ -59,10 +59,10 @@ FAULTS = {
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_transient_faults_are_retried(tmp_path, fault):
-  found, waits, server, book = ask(
+  results, waits, server, book = ask(
     tmp_path, lambda _, n: FAULTS[fault] if n < 3 else GOOD
   )
-  assert found == [ledger.Reply('yes', 'stop', 30, 20)]
+  assert results == [ledger.Reply('yes', 'stop', 30, 20)]
   assert len(server.requests) == 3
   assert 0.5 <= waits[0] <= 1 <= waits[1] <= 2
   may_cost = FAULTS[fault].status == 200
@@ -71,18 +71,18 @@ def test_transient_faults_are_retried(tmp_path, fault):
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_retries_are_bounded(tmp_path, fault):
-  found, waits, server, _ = ask(tmp_path, lambda *_: FAULTS[fault], retries=2)
-  assert isinstance(found[0], endpoint.Unanswered)
-  assert '(3 attempts)' in str(found[0])
+  results, waits, server, _ = ask(tmp_path, lambda *_: FAULTS[fault], retries=2)
+  assert isinstance(results[0], endpoint.Unanswered)
+  assert '(3 attempts)' in str(results[0])
   assert (len(server.requests), len(waits)) == (3, 2)
 
 
 def test_a_silent_server_times_out(tmp_path):
   silent = Answer(silent=True)
-  found, _, server, _ = ask(
+  results, _, server, _ = ask(
     tmp_path, lambda _, n: silent if n == 1 else GOOD, timeout=0.1
   )
-  assert found[0].text == 'yes'
+  assert results[0].text == 'yes'
   assert len(server.requests) == 2
 
 
@@ -120,22 +120,24 @@ def test_retry_after_sets_the_wait(tmp_path, header, low, high):
 
 @pytest.mark.parametrize('status', [401, 403, 404])
 def test_permanent_faults_stop_at_once(tmp_path, status):
-  found, waits, server, _ = ask(tmp_path, lambda *_: Answer('', status=status))
-  assert isinstance(found[0], endpoint.EndpointError)
-  assert f'HTTP {status}' in str(found[0])
+  results, waits, server, _ = ask(
+    tmp_path, lambda *_: Answer('', status=status)
+  )
+  assert isinstance(results[0], endpoint.EndpointError)
+  assert f'HTTP {status}' in str(results[0])
   assert (len(server.requests), waits) == (1, [])
 
 
 def test_an_empty_account_is_not_retried(tmp_path):
-  told = {'error': {'message': 'pay', 'code': 'insufficient_quota'}}
-  found, *_ = ask(tmp_path, lambda *_: Answer(told, status=429))
-  assert isinstance(found[0], endpoint.EndpointError)
+  body = {'error': {'message': 'pay', 'code': 'insufficient_quota'}}
+  results, *_ = ask(tmp_path, lambda *_: Answer(body, status=429))
+  assert isinstance(results[0], endpoint.EndpointError)
 
 
 @pytest.mark.parametrize('status', [400, 413, 422])
 def test_a_request_may_be_declined(tmp_path, status):
-  found, _, server, _ = ask(tmp_path, lambda *_: Answer('', status=status))
-  assert isinstance(found[0], endpoint.Declined)
+  results, _, server, _ = ask(tmp_path, lambda *_: Answer('', status=status))
+  assert isinstance(results[0], endpoint.Declined)
   assert len(server.requests) == 1
 
 
@@ -166,16 +168,16 @@ def test_a_reply_has_its_finish_reason(tmp_path, answer, finish, text):
 def test_without_counts_the_reservation_is_charged(tmp_path):
   body = completion('yes')
   del body['usage']
-  found, _, _, book = ask(tmp_path, lambda *_: Answer(body))
-  assert (found[0].prompt_tokens, found[0].completion_tokens) == (0, 0)
+  results, _, _, book = ask(tmp_path, lambda *_: Answer(body))
+  assert (results[0].prompt_tokens, results[0].completion_tokens) == (0, 0)
   assert book.charged == 50 + 32 + len('well?')
 
 
 def test_the_limit_on_tokens_is_never_passed(tmp_path):
-  found, _, server, book = ask(tmp_path, lambda *_: GOOD, limit=200, times=9)
+  results, _, server, book = ask(tmp_path, lambda *_: GOOD, limit=200, times=9)
   assert len(server.requests) == 3
   assert book.charged == 150
-  assert all(isinstance(e, ledger.OverLimit) for e in found[3:])
+  assert all(isinstance(e, ledger.OverLimit) for e in results[3:])
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(
@@ -184,20 +186,20 @@ def test_the_key_goes_into_the_header_and_nowhere_else(
   caplog.set_level(logging.DEBUG)
   for name in ('OPENAI_API_KEY', 'OPENAI_ORG_ID', 'OPENAI_PROJECT_ID'):
     monkeypatch.setenv(name, f'other-{name}')
-  told = f'no such key: {chat_server.KEY}'
+  leak = f'no such key: {chat_server.KEY}'
   answers = [
-    Answer({'error': {'message': told}}, status=429),
-    Answer(told),
-    Answer({'error': {'message': told}}),
-    Answer(completion(told, finish=chat_server.KEY)),
-    Answer(told, status=400),
-    Answer(told, status=500),
-    Answer(told, status=500),
-    Answer(told, status=500),
-    Answer(told, status=500),
-    Answer({'error': {'message': told}}, status=401),
+    Answer({'error': {'message': leak}}, status=429),
+    Answer(leak),
+    Answer({'error': {'message': leak}}),
+    Answer(completion(leak, finish=chat_server.KEY)),
+    Answer(leak, status=400),
+    Answer(leak, status=500),
+    Answer(leak, status=500),
+    Answer(leak, status=500),
+    Answer(leak, status=500),
+    Answer({'error': {'message': leak}}, status=401),
   ]
-  found, _, server, book = ask(tmp_path, lambda _, n: answers[n - 1], times=4)
+  results, _, server, book = ask(tmp_path, lambda _, n: answers[n - 1], times=4)
   assert set(server.keys) == {f'Bearer {chat_server.KEY}'}
   assert 'other-' not in str(server.headers)
   kinds = (
@@ -206,15 +208,15 @@ def test_the_key_goes_into_the_header_and_nowhere_else(
     endpoint.Unanswered,
     endpoint.EndpointError,
   )
-  said = [caplog.text, book.path.read_text(), repr(found[0])]
-  for error, kind in zip(found, kinds, strict=True):
+  texts = [caplog.text, book.path.read_text(), repr(results[0])]
+  for error, kind in zip(results, kinds, strict=True):
     assert isinstance(error, kind)
-  for error in found[1:]:
+  for error in results[1:]:
     assert '[key]' in str(error)
     assert error.__context__ is None
-    said += [repr(error), *traceback.format_exception(error)]
+    texts += [repr(error), *traceback.format_exception(error)]
   assert caplog.records
-  assert all(chat_server.KEY not in text for text in said)
+  assert all(chat_server.KEY not in text for text in texts)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,10 @@ def slates(n=12):
   return rows
 
 
-def ask(tmp_path, words, answer, kind='targeted', tries=3, own=None, **changes):
-  own = slates() if own is None else own
+def ask(
+  tmp_path, words, answer, kind='targeted', tries=3, batch=None, **changes
+):
+  batch = slates() if batch is None else batch
   with (
     chat_server.serve(answer) as server,
     ledger.Ledger(tmp_path / 'a.jsonl', None) as book,
@@ -41,8 +43,8 @@ def ask(tmp_path, words, answer, kind='targeted', tries=3, own=None, **changes):
     ) as model,
   ):
     teacher = http.HttpTeacher(words, model, 'shuffled')
-    traces = list(teacher.traces(own, range(len(own)), kind, tries, 0))
-    assert sorted(i for i, _ in traces) == list(range(len(own)))
+    traces = list(teacher.traces(batch, range(len(batch)), kind, tries, 0))
+    assert sorted(i for i, _ in traces) == list(range(len(batch)))
   return dict(traces), teacher.report(), server
 
 
@@ -87,16 +89,16 @@ def test_rejection_hides_the_target_until_it_is_first(tmp_path, words):
   ],
 )
 def test_an_unfit_answer_is_requested_again(tmp_path, words, body, verdict):
-  own = slates(1)
+  batch = slates(1)
 
   def second(request, number):
     return Answer(body) if number == 1 else chat_server.ranks(request)
 
-  traces, report, _ = ask(tmp_path, words, second, own=own)
+  traces, report, _ = ask(tmp_path, words, second, batch=batch)
   assert (traces[0].verdict, traces[0].tries) == ('targeted', 2)
   assert report['verdicts'] == {verdict: 1, 'targeted': 1}
   traces, report, server = ask(
-    tmp_path, words, lambda *_: Answer(body), own=own, tries=2
+    tmp_path, words, lambda *_: Answer(body), batch=batch, tries=2
   )
   assert (traces[0].verdict, traces[0].tries) == (verdict, 2)
   assert len(traces[0].ranking) == 0
@@ -104,7 +106,7 @@ def test_an_unfit_answer_is_requested_again(tmp_path, words, body, verdict):
 
 
 def test_a_slate_without_an_answer_is_repeated_at_the_end(tmp_path, words):
-  own, failed = slates(), []
+  batch, failed = slates(), []
 
   def answer(request, number):
     if number <= 4 and len(failed) < 4:
@@ -112,15 +114,17 @@ def test_a_slate_without_an_answer_is_repeated_at_the_end(tmp_path, words):
       return Answer('', status=500)
     return chat_server.ranks(request)
 
-  traces, report, _ = ask(tmp_path, words, answer, own=own, retries=0)
+  traces, report, _ = ask(tmp_path, words, answer, batch=batch, retries=0)
   assert failed
   assert report['verdicts'] == {'targeted': 12}
   assert len(traces) == 12
 
 
 def test_a_slate_that_is_never_answered_is_reported(tmp_path, words):
-  own = slates()
-  title = dialogue.Dialogue.describe(words, own[5], range(4)).splitlines()[1:4]
+  batch = slates()
+  title = dialogue.Dialogue.describe(words, batch[5], range(4)).splitlines()[
+    1:4
+  ]
 
   def answer(request, number):
     del number
@@ -128,7 +132,7 @@ def test_a_slate_that_is_never_answered_is_reported(tmp_path, words):
       return Answer('', status=500)
     return chat_server.ranks(request)
 
-  traces, report, _ = ask(tmp_path, words, answer, own=own, retries=1)
+  traces, report, _ = ask(tmp_path, words, answer, batch=batch, retries=1)
   assert traces[5].verdict == 'unanswered'
   assert report['verdicts'] == {'targeted': 11, 'unanswered': 1}
   declined, *_ = ask(
@@ -137,7 +141,7 @@ def test_a_slate_that_is_never_answered_is_reported(tmp_path, words):
     lambda r, n: (
       Answer('', status=400) if answer(r, n).status == 500 else answer(r, n)
     ),
-    own=own,
+    batch=batch,
   )
   assert declined[5].verdict == 'declined'
 

@@ -61,8 +61,8 @@ def test_each_case_gets_its_marks_or_none(tmp_path, monkeypatch):
   assert np.isnan(marks[2]).all()
   np.testing.assert_array_equal(marks[:3], marks[3:])
   assert len(server.requests) == 4 + 2 * 2
-  told = judge.summary(marks)
-  assert (told['judged'], told['unjudged']) == (4, 2)
-  assert told['grounding'] == pytest.approx(0.375)
-  assert told['total'] == pytest.approx((0.375 + 1 + 0.75 + 0) / 4)
+  means = judge.summary(marks)
+  assert (means['judged'], means['unjudged']) == (4, 2)
+  assert means['grounding'] == pytest.approx(0.375)
+  assert means['total'] == pytest.approx((0.375 + 1 + 0.75 + 0) / 4)
   assert judge.summary(marks[2:3])['total'] is None

@@ -22,23 +22,23 @@ def words(tmp_path_factory):
 
 def slate(seed=3):
   """A record without labels."""
-  own = tiny_data.slate(seed, len(ORDER))
-  own.pop('grades')
-  return own
+  record = tiny_data.slate(seed, len(ORDER))
+  record.pop('grades')
+  return record
 
 
-def whole(words, own):
+def whole(words, record):
   """The tokens of a context that nothing is left out of."""
   prompter = words.prompter
-  told = prompter.context.reduce(prompter.lines(own), None)
-  ids = [*told.history, prompter.vocabulary.control['<candidates>']]
+  lines = prompter.context.reduce(prompter.lines(record), None)
+  ids = [*lines.history, prompter.vocabulary.control['<candidates>']]
   for place, rank in enumerate(ORDER):
-    ids += [*told.candidates[rank], prompter.vocabulary.slot_base + place]
+    ids += [*lines.candidates[rank], prompter.vocabulary.slot_base + place]
   return [*ids, prompter.vocabulary.eos]
 
 
-def shown(words, own, ids):
-  case = judge_lib.Compression(own, ORDER, np.array(ids, np.int32))
+def shown(words, record, ids):
+  case = judge_lib.Compression(record, ORDER, np.array(ids, np.int32))
   full, _, short = case.shown(words).partition('# The short form\n\n')
   return full, short
 
@@ -63,17 +63,17 @@ def test_marks_are_read_or_there_are_none(text, marks):
 
 
 def test_the_full_text_has_words_and_symbols_of_every_item(words):
-  own = slate()
+  record = slate()
   prompter, catalog = words.prompter, tiny_data.catalog()
-  full, _ = shown(words, own, [])
+  full, _ = shown(words, record, [])
   lines = full.splitlines()
-  items = [*prompter.shown(own), *own['candidates'][ORDER]]
+  items = [*prompter.shown(record), *record['candidates'][ORDER]]
   names = ['[h1]', '[h2]', '[h3]', '[1]', '[2]', '[3]']
   for name, item in zip(names, items, strict=True):
     (line,) = [x for x in lines if x.startswith(name)]
     assert catalog.titles[item] in line
     assert prompter.vocabulary.decode(prompter.items['sid'][item]) in line
-  read = prompter.lines(own)
+  read = prompter.lines(record)
   for place, rank in enumerate(ORDER, 1):
     (line,) = [x for x in lines if x.startswith(f'[{place}]')]
     evidence = read.candidates[rank]['evidence']
@@ -82,11 +82,11 @@ def test_the_full_text_has_words_and_symbols_of_every_item(words):
 
 
 def test_the_short_form_has_what_was_kept_and_nothing_else(words):
-  own = slate()
+  record = slate()
   prompter, vocabulary = words.prompter, words.prompter.vocabulary
   sids = prompter.items['sid']
-  past, first = prompter.shown(own)[1], own['candidates'][ORDER[0]]
-  evidence = prompter.lines(own).candidates[ORDER[0]]['evidence'][:1]
+  past, first = prompter.shown(record)[1], record['candidates'][ORDER[0]]
+  evidence = prompter.lines(record).candidates[ORDER[0]]['evidence'][:1]
   ids = [
     *sids[past],
     *vocabulary.encode('red soap'),
@@ -99,7 +99,7 @@ def test_the_short_form_has_what_was_kept_and_nothing_else(words):
     vocabulary.eos,
     *vocabulary.encode('green cream'),
   ]
-  _, short = shown(words, own, ids)
+  _, short = shown(words, record, ids)
   assert short.splitlines() == [
     'History:',
     '[h2] red soap',
@@ -112,26 +112,28 @@ def test_the_short_form_has_what_was_kept_and_nothing_else(words):
 
 
 def test_what_is_kept_whole_is_shown_whole(words):
-  own, catalog = slate(), tiny_data.catalog()
-  _, short = shown(words, own, whole(words, own))
+  record, catalog = slate(), tiny_data.catalog()
+  _, short = shown(words, record, whole(words, record))
   for place, rank in enumerate(ORDER, 1):
-    title = catalog.titles[own['candidates'][rank]]
+    title = catalog.titles[record['candidates'][rank]]
     assert f'\n[{place}] [{place}] {title}' in short
-  for place, item in enumerate(words.prompter.shown(own), 1):
+  for place, item in enumerate(words.prompter.shown(record), 1):
     assert f'[h{place}] {catalog.titles[item]}' in short
 
 
 def test_any_tokens_can_be_shown(words):
   vocabulary, rng = words.prompter.vocabulary, np.random.default_rng(0)
-  own, told = slate(), set()
+  record, texts = slate(), set()
   for size in range(60):
     ids = rng.integers(-3, len(vocabulary) + 3, size)
-    told.add(shown(words, own, ids)[1])
-    told.add(shown(words, own, rng.permutation(whole(words, own))[:size])[1])
-  assert len(told) > 100
-  for text in told:
+    texts.add(shown(words, record, ids)[1])
+    texts.add(
+      shown(words, record, rng.permutation(whole(words, record))[:size])[1]
+    )
+  assert len(texts) > 100
+  for text in texts:
     assert text.startswith('History:\n')
-  assert any('<?>' in text for text in told)
+  assert any('<?>' in text for text in texts)
 
 
 def judge(words, tmp_path, answer, cases, **changes):
@@ -175,10 +177,10 @@ def test_equal_compressions_share_a_request(words, tmp_path):
       return Answer(completion('no idea'))
     return Answer(completion(MARKS.replace('0.5', str(user.count('soap') / 9))))
 
-  own = cases(words, [0, 1, 2, 0, 0, 1])
-  marks, requests, usage = judge(words, tmp_path, answer, own)
+  inputs = cases(words, [0, 1, 2, 0, 0, 1])
+  marks, requests, usage = judge(words, tmp_path, answer, inputs)
   assert marks.shape == (6, 3)
-  for row, case in zip(marks, own, strict=True):
+  for row, case in zip(marks, inputs, strict=True):
     text = case.shown(words)
     if text == unread:
       assert np.isnan(row).all()
@@ -190,8 +192,8 @@ def test_equal_compressions_share_a_request(words, tmp_path):
     'prompt_tokens': 4 * 30,
     'completion_tokens': 4 * 20,
   }
-  told = judge_lib.summary(marks, judge_lib.COMPRESSION)
-  assert (told['judged'], told['unjudged'], told['ranking']) == (4, 2, 0.75)
+  means = judge_lib.summary(marks, judge_lib.COMPRESSION)
+  assert (means['judged'], means['unjudged'], means['ranking']) == (4, 2, 0.75)
 
 
 @pytest.mark.usefixtures('_key')

@@ -70,19 +70,19 @@ def restore(path, world, student, kind='rejection', mesh=None):
 
 
 @pytest.fixture(scope='module')
-def told(finished):
+def with_targets(finished):
   return finished('told', **{'sft.privileged': True})
 
 
 @pytest.fixture(scope='module')
-def teacher(told, world, student):
-  return restore(told, world, student)
+def teacher(with_targets, world, student):
+  return restore(with_targets, world, student)
 
 
 def ask(teacher, source, indices, tries=1, kind='rejection', seed=SEED):
-  found = list(teacher.traces(source, indices, kind, tries, seed))
-  assert sorted(i for i, _ in found) == sorted(indices)
-  return dict(found)
+  results = list(teacher.traces(source, indices, kind, tries, seed))
+  assert sorted(i for i, _ in results) == sorted(indices)
+  return dict(results)
 
 
 def alone(teacher, source, index, attempt, privileged=False):
@@ -97,7 +97,7 @@ def alone(teacher, source, index, attempt, privileged=False):
   order = prompt.presentation(count, 'shuffled', rng)
   target = examples.draw_target(row['grades'], rng) if privileged else None
   key = jax.random.fold_in(jax.random.key(SEED), index)
-  found = tiny.sample(
+  rollouts = tiny.sample(
     spec.model,
     jax.device_get(teacher.policy.params),
     row['prompt'][None],
@@ -107,7 +107,7 @@ def alone(teacher, source, index, attempt, privileged=False):
     spec.grammar,
     spec.sampling(1, True, teacher.temperature, True),
   )
-  ids = np.asarray(found.tokens)[0, 0].tolist()
+  ids = np.asarray(rollouts.tokens)[0, 0].tolist()
   end = ids.index(spec.grammar.think_end)
   slots = np.array(ids[end + 1 : end + 1 + count]) - spec.grammar.slot_base
   return order, target, ids[:end], slots
@@ -115,10 +115,10 @@ def alone(teacher, source, index, attempt, privileged=False):
 
 def test_a_trace_equals_that_of_the_slate_alone(teacher, source):
   """As the sampler has it, in a batch of one, slots renamed."""
-  found = ask(teacher, source, range(12), tries=3)
+  results = ask(teacher, source, range(12), tries=3)
   words = teacher.student.vocabulary
   renamed = 0
-  for index, trace in found.items():
+  for index, trace in results.items():
     order, _, ids, slots = alone(teacher, source, index, trace.tries)
     assert trace.ranking.tolist() == order[slots].tolist()
     assert trace.ranking.dtype == np.int32
@@ -132,7 +132,7 @@ def test_a_trace_equals_that_of_the_slate_alone(teacher, source):
     stored = [t for t in trace.reasoning if words.is_slot(t)]
     renamed += stored != [t for t in shown if words.is_slot(t)]
   assert renamed
-  assert {trace.tries for trace in found.values()} == {1, 2, 3}
+  assert {trace.tries for trace in results.values()} == {1, 2, 3}
 
 
 def test_traces_do_not_depend_on_the_batch(teacher, source):
@@ -141,9 +141,9 @@ def test_traces_do_not_depend_on_the_batch(teacher, source):
     (dataclasses.replace(teacher, batch_size=8), range(19, -1, -1)),
     (teacher, range(5, 15)),
   ):
-    found = ask(other, source, indices, tries=2)
+    results = ask(other, source, indices, tries=2)
     for index in indices:
-      same(found[index], wanted[index])
+      same(results[index], wanted[index])
 
 
 def same(one, two):
@@ -177,29 +177,31 @@ def test_traces_depend_on_the_seed(teacher, source):
 
 
 def test_only_wrong_answers_are_repeated(teacher, source, monkeypatch):
-  asked = []
+  batches = []
   plain = policy_lib.PolicyTeacher._answer_rows
 
   def spy(self, rows, labels, seed):
-    asked.append(list(labels))
+    batches.append(list(labels))
     return plain(self, rows, labels, seed)
 
   monkeypatch.setattr(policy_lib.PolicyTeacher, '_answer_rows', spy)
-  found = ask(teacher, source, range(40), tries=4)
-  every = [label for batch in asked for label in batch]
+  results = ask(teacher, source, range(40), tries=4)
+  every = [label for batch in batches for label in batch]
   assert sorted(every) == [
-    (i, t) for i in range(40) for t in range(1, found[i].tries + 1)
+    (i, t) for i in range(40) for t in range(1, results[i].tries + 1)
   ]
-  full = [len(batch) == 16 for batch in asked]
+  full = [len(batch) == 16 for batch in batches]
   assert all(full[: len(every) // 16 - 1])
-  assert len(asked) <= len(every) // 16 + 3
+  assert len(batches) <= len(every) // 16 + 3
 
 
-def test_a_target_is_named_and_must_come_first(told, world, student, source):
-  teacher = restore(told, world, student, kind='targeted')
-  found = ask(teacher, source, range(16), tries=3, kind='targeted')
+def test_a_target_is_named_and_must_come_first(
+  with_targets, world, student, source
+):
+  teacher = restore(with_targets, world, student, kind='targeted')
+  results = ask(teacher, source, range(16), tries=3, kind='targeted')
   verdicts = set()
-  for index, trace in found.items():
+  for index, trace in results.items():
     order, target, _, slots = alone(teacher, source, index, trace.tries, True)
     assert trace.ranking.tolist() == order[slots].tolist()
     assert source[index]['grades'][order[target]] > 0
@@ -211,13 +213,13 @@ def test_a_target_is_named_and_must_come_first(told, world, student, source):
 
 
 def test_a_mesh_that_splits_parameters_gives_the_same_traces(
-  told, teacher, world, student, source
+  with_targets, teacher, world, student, source
 ):
   mesh = ConfigDict(dict(data=2, fsdp=2, tensor=2))
-  other = restore(told, world, student, mesh=mesh)
-  wanted, found = (ask(t, source, range(16)) for t in (teacher, other))
+  other = restore(with_targets, world, student, mesh=mesh)
+  wanted, results = (ask(t, source, range(16)) for t in (teacher, other))
   for index in wanted:
-    same(wanted[index], found[index])
+    same(wanted[index], results[index])
 
 
 def test_tokens_the_student_lacks_are_left_out_and_counted(teacher, source):
@@ -239,15 +241,15 @@ def test_tokens_the_student_lacks_are_left_out_and_counted(teacher, source):
 def test_reasoning_the_student_has_no_room_for_is_cut(teacher, source):
   wanted = ask(teacher, source, range(4))
   short = dataclasses.replace(teacher.student, reasoning=2)
-  found = ask(dataclasses.replace(teacher, student=short), source, range(4))
-  for index, trace in found.items():
+  results = ask(dataclasses.replace(teacher, student=short), source, range(4))
+  for index, trace in results.items():
     assert trace.reasoning == wanted[index].reasoning[:2]
     assert trace.clipped == max(0, len(wanted[index].reasoning) - 2)
-  assert any(trace.clipped for trace in found.values())
+  assert any(trace.clipped for trace in results.values())
 
 
 def test_another_vocabulary_is_translated(
-  told, teacher, world, student, source, tmp_path
+  with_targets, teacher, world, student, source, tmp_path
 ):
   words = vocabulary.train(
     tmp_path / vocabulary.TRAINED,
@@ -258,15 +260,15 @@ def test_another_vocabulary_is_translated(
     15,
   )
   other = restore(
-    told,
+    with_targets,
     world | {'backbone': tmp_path},
     dataclasses.replace(student, vocabulary=words),
   )
   np.testing.assert_array_equal(teacher.tokens, np.arange(len(teacher.tokens)))
   theirs = teacher.policy.spec.vocabulary
   unknown = 0
-  plain, found = (ask(t, source, range(30)) for t in (teacher, other))
-  for index, trace in found.items():
+  plain, results = (ask(t, source, range(30)) for t in (teacher, other))
+  for index, trace in results.items():
     known = [t for t in plain[index].reasoning if other.tokens[t] >= 0]
     spelt = [theirs.pieces.spelling(t) for t in known]
     assert [words.pieces.spelling(t) for t in trace.reasoning] == spelt
@@ -275,13 +277,13 @@ def test_another_vocabulary_is_translated(
   assert unknown
 
 
-def test_a_teacher_of_other_slates_is_rejected(told, world, student):
+def test_a_teacher_of_other_slates_is_rejected(with_targets, world, student):
   for stage in ('slates', 'tokenizer'):
     other = world[stage].with_name(f'{stage}-other')
     with pytest.raises(
       artifacts.ArtifactError, match=f'{world[stage].name}.*{stage}-other'
     ):
-      restore(told, world | {stage: other}, student)
+      restore(with_targets, world | {stage: other}, student)
 
 
 def test_a_teacher_trained_without_targets_is_rejected(
@@ -295,33 +297,33 @@ def test_a_teacher_trained_without_targets_is_rejected(
 
 @pytest.mark.parametrize('between', ['opd', ''])
 def test_training_with_targets_is_found_through_earlier_stages(
-  told, world, student, between
+  with_targets, world, student, between
 ):
   """RL from SFT, and from OPD from SFT: as their config.json says."""
-  chain = [told.name, *filter(None, [between]), f'rl{between}']
+  chain = [with_targets.name, *filter(None, [between]), f'rl{between}']
   for before, name in zip(chain[:-1], chain[1:], strict=True):
-    path = told.with_name(name)
+    path = with_targets.with_name(name)
     path.mkdir()
-    run = artifacts.read_run(told)
+    run = artifacts.read_run(with_targets)
     run['stage'] = name[:3].rstrip('o')
     run['config'][run['stage']] = run['config'].pop('sft')
     stage = 'opd' if before == 'opd' else 'sft'
     run['inputs'] |= {stage: before}
     (path / 'config.json').write_text(json.dumps(run))
     (path / 'results.json').write_text('{}')
-    (path / policy.PARAMS).symlink_to(told / policy.PARAMS)
+    (path / policy.PARAMS).symlink_to(with_targets / policy.PARAMS)
   restore(path, world, student, kind='targeted')
 
 
-def test_a_policy_without_sft_saw_no_targets(told, world, student):
-  path = told.with_name('midtrained')
+def test_a_policy_without_sft_saw_no_targets(with_targets, world, student):
+  path = with_targets.with_name('midtrained')
   path.mkdir()
-  run = artifacts.read_run(told)
+  run = artifacts.read_run(with_targets)
   run['stage'] = 'midtrain'
   run['config']['midtrain'] = run['config'].pop('sft')
   (path / 'config.json').write_text(json.dumps(run))
   (path / 'results.json').write_text('{}')
-  (path / policy.PARAMS).symlink_to(told / policy.PARAMS)
+  (path / policy.PARAMS).symlink_to(with_targets / policy.PARAMS)
   with pytest.raises(artifacts.ArtifactError, match='trained without targets'):
     restore(path, world, student, kind='targeted')
 
