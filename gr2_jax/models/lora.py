@@ -18,9 +18,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 # Leaves of a layer that can have an adapter, and how many axes (after the
 # layers') are inputs.
@@ -64,7 +64,7 @@ class Adapters:
     """
     if not self.rank:
       return params
-    layers = flax.traverse_util.flatten_dict(params['layers'], sep='/')
+    layers = traverse_util.flatten_dict(params['layers'], sep='/')
     down, up = {}, {}
     for number, path in enumerate(self._adapted(layers)):
       L, I, O = self._shape(path, layers[path].shape)  # noqa: E741
@@ -87,13 +87,13 @@ class Adapters:
     """
     if not self.rank:
       return trainable
-    layers = flax.traverse_util.flatten_dict(frozen['layers'], sep='/')
+    layers = traverse_util.flatten_dict(frozen['layers'], sep='/')
     for path, down in trainable['down'].items():
       change = jnp.einsum('lir,lro->lio', down, trainable['up'][path])
       change = (self.alpha / self.rank) * change.reshape(layers[path].shape)
       layers[path] = layers[path] + change.astype(layers[path].dtype)
     joined = dict(frozen, readout=trainable['readout'])
-    joined['layers'] = flax.traverse_util.unflatten_dict(layers, sep='/')
+    joined['layers'] = traverse_util.unflatten_dict(layers, sep='/')
     for name, rows in trainable['rows'].items():
       joined[name] = jax.lax.dynamic_update_slice_in_dim(
         frozen[name], rows.astype(frozen[name].dtype), self.first_row, axis=0

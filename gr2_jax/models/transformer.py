@@ -30,10 +30,10 @@ import dataclasses
 import math
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from gr2_jax.ops import masking
 
@@ -105,7 +105,7 @@ class TransformerConfig:
       )
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class KeyValues:
   """Keys and values of every layer; a prefix has the axes [L, P, K, R, H]."""
 
@@ -113,7 +113,7 @@ class KeyValues:
   v: jax.Array  # float [L, P, G, S, K, H]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Prefix:
   """The encoded prompt, which a group of rollouts shares."""
 

@@ -116,7 +116,7 @@ class Checkpointer:
   def __enter__(self) -> 'Checkpointer':
     return self
 
-  def __exit__(self, *unused_exception) -> None:
+  def __exit__(self, *unused_exception: Any) -> None:
     self.close()
 
 
@@ -172,7 +172,7 @@ def _abstract(tree: Any) -> Any:
   """Shapes and shardings; leaves without a sharding get the first device."""
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-  def one(x):
+  def one(x: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(x, 'sharding', None) or default
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 

@@ -6,6 +6,10 @@ from typing import Any, TypeVar
 
 T = TypeVar('T')
 
+# A config or a section of one, an `ml_collections.ConfigDict`. It is Any to a
+# type checker, because a field may have any type.
+Config = Any
+
 
 def read(cls: type[T], section: Mapping[str, Any]) -> T:
   """Builds a dataclass from the fields of a config section that it has.

@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import tensorboardX
@@ -72,7 +72,7 @@ class MetricsWriter:
   def __enter__(self) -> 'MetricsWriter':
     return self
 
-  def __exit__(self, *unused_exception) -> None:
+  def __exit__(self, *unused_exception: Any) -> None:
     self.close()
 
 

@@ -77,9 +77,11 @@ def ranked(
     if 'free_verdict' in extras:
       fields['free_verdict'] = answer(order, seed, False).verdict
     if 'claims' in extras:
+      catalog = policy.spec.catalog
+      assert catalog is not None  # Every policy of a data set has one.
       marks = claims.judge(
         policy.spec.prompter,
-        policy.spec.catalog,
+        catalog,
         slates,
         tokens=answers.tokens,
         length=answers.length,

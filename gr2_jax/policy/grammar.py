@@ -116,27 +116,33 @@ class Grammar(Protocol):
   @property
   def slot_base(self) -> int:
     """Id of slot token 0; the others follow."""
+    ...
 
   @property
   def num_candidates(self) -> int:
     """K, the longest slate."""
+    ...
 
   @property
   def pad(self) -> int:
     """Id that follows <eos>."""
+    ...
 
   def candidate_tokens(self, constraint_inputs: Any) -> jax.Array | None:
     """Token ids int32 [P, N] that may come; None: the whole vocabulary."""
+    ...
 
   def start(
     self, constraint_inputs: Any, shape: tuple[int, ...], thinking: bool
   ) -> Any:
     """Progress [P, ...] before the first token."""
+    ...
 
   def advance(
     self, constraint_inputs: Any, progress: Any, token: jax.Array
   ) -> Any:
     """Progress after `token` [P, ...]."""
+    ...
 
   def allowed(
     self,
@@ -146,6 +152,7 @@ class Grammar(Protocol):
     size: int,
   ) -> jax.Array:
     """Tokens that may come next: bool [P, ..., N], at least one True."""
+    ...
 
 
 def replay(
@@ -153,7 +160,7 @@ def replay(
 ) -> Any:
   """Progress before every token of finished completions [P, ..., T]."""
 
-  def step(progress, token):
+  def step(progress: Any, token: jax.Array) -> tuple[Any, Any]:
     return grammar.advance(constraint_inputs, progress, token), progress
 
   first = grammar.start(constraint_inputs, tokens.shape[:-1], thinking)

@@ -14,7 +14,7 @@ from gr2_jax.data import slates as slates_lib
 from gr2_jax.data.log import Catalog
 from gr2_jax.distributed import sharding
 from gr2_jax.models import lora, transformer
-from gr2_jax.pipeline import artifacts, checkpoint, graph
+from gr2_jax.pipeline import artifacts, checkpoint, graph, options
 from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import sampling
 from gr2_jax.prompts import bins as bins_lib
@@ -121,7 +121,7 @@ class Policy:
 
 def restore(
   artifact: os.PathLike[str] | str,
-  mesh_config: ml_collections.ConfigDict,
+  mesh_config: options.Config,
   same_as: dict[str, pathlib.Path] | None = None,
 ) -> Policy:
   """Restores a finished policy of any shape from its stage's folder.
@@ -141,8 +141,8 @@ def restore(
       f'{path}: a run of {run["stage"]!r}, which leaves no policy; give the '
       f'folder of {", ".join(TRAINERS)}'
     )
-  for name in ('slates', 'tokenizer') if same_as else ():
-    if run['inputs'].get(name) != same_as[name].name:
+  for name in ('slates', 'tokenizer'):
+    if same_as and run['inputs'].get(name) != same_as[name].name:
       raise artifacts.ArtifactError(
         f'{path}: was made from {run["inputs"].get(name)}, this run from '
         f'{same_as[name].name}: train the teacher with the same sections data '
@@ -177,7 +177,7 @@ def form_of(artifact: os.PathLike[str] | str, own_slates: bool = True) -> Form:
 
 
 def load(
-  config: ml_collections.ConfigDict,
+  config: options.Config,
   inputs: dict[str, pathlib.Path],
   context: str = 'full',
   layers: int = 0,
@@ -217,8 +217,19 @@ def load(
   return spec.with_context(context, written)
 
 
+def load_with_mesh(
+  config: options.Config,
+  inputs: dict[str, pathlib.Path],
+  context: str = 'full',
+  layers: int = 0,
+) -> tuple[PolicySpec, Mesh]:
+  """Reads the spec by `load`, and makes the mesh of section `mesh`."""
+  spec = load(config, inputs, context, layers)
+  return spec, sharding.make_mesh(**config.mesh)
+
+
 def build(
-  config: ml_collections.ConfigDict,
+  config: options.Config,
   words: Any,
   *,
   num_candidates: int,
@@ -292,7 +303,7 @@ def source(
 
 
 def create_vocabulary(
-  config: ml_collections.ConfigDict,
+  config: options.Config,
   slates: pathlib.Path,
   tokenizer: pathlib.Path,
   home: pathlib.Path,
@@ -352,9 +363,7 @@ def create_vocabulary(
   bins_lib.save(home / BINS, bins)  # Last: it marks both as finished.
 
 
-def layout_of(
-  config: ml_collections.ConfigDict, sids: Any
-) -> vocabulary.Layout:
+def layout_of(config: options.Config, sids: Any) -> vocabulary.Layout:
   """The symbols of section `prompt` and of semantic IDs (levels, codebook)."""
   return vocabulary.Layout(
     evidence=tuple(config.evidence),

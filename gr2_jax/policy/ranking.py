@@ -26,6 +26,7 @@ from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import masking, metrics
 from gr2_jax.pipeline import reporting
+from gr2_jax.policy import grammar as grammar_lib
 from gr2_jax.policy import policy as policy_lib
 from gr2_jax.policy import sampling
 from gr2_jax.prompts import examples
@@ -53,7 +54,13 @@ class Ranked:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
+def _answer(
+  model: transformer.TransformerConfig,
+  grammar: grammar_lib.Ranking,
+  options: sampling.SamplingOptions,
+  params: Any,
+  batch: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
   """Greedy answers of one batch, one rollout a slate."""
   encoded = _encode(model, params, batch)
   rollouts = sampling.sample(
@@ -64,12 +71,12 @@ def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
     batch['count'],
     jax.random.key(0),
     grammar,
-    config,
+    options,
     encoded,
   )
   tokens, length = rollouts.tokens[:, 0], rollouts.length[:, 0]
   answer = sampling.parse(
-    grammar, config, tokens, length, batch['count'], batch['incoming']
+    grammar, options, tokens, length, batch['count'], batch['incoming']
   )
   return _read_out(params, encoded[0], batch) | dict(
     generated=metrics.in_incoming_ranks(answer.ranking, batch['incoming']),
@@ -80,7 +87,11 @@ def _answer(model, grammar, config, params, batch) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(model, params, batch) -> dict[str, jax.Array]:
+def _score(
+  model: transformer.TransformerConfig,
+  params: Any,
+  batch: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
   """Answers of one batch from the read-out of one prefill."""
   hidden, _ = _encode(model, params, batch)
   fields = _read_out(params, hidden, batch)
@@ -91,7 +102,12 @@ def _score(model, params, batch) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _remember(model, num_memory, params, batch) -> jax.Array:
+def _remember(
+  model: transformer.TransformerConfig,
+  num_memory: int,
+  params: Any,
+  batch: dict[str, jax.Array],
+) -> jax.Array:
   """Keys and values of histories' memory tokens: [B, 2, L, N, M, H]."""
   kv = transformer.encode_memory(
     model, params, batch['prompt'], batch['prompt_length'], num_memory
@@ -99,7 +115,11 @@ def _remember(model, num_memory, params, batch) -> jax.Array:
   return jnp.moveaxis(jnp.stack([kv.k, kv.v]), 2, 0)
 
 
-def _encode(model, params, batch) -> tuple[jax.Array, transformer.Prefix]:
+def _encode(
+  model: transformer.TransformerConfig,
+  params: Any,
+  batch: dict[str, jax.Array],
+) -> tuple[jax.Array, transformer.Prefix]:
   """Encodes whole prompts, or rests of prompts after their memories."""
   memory = None
   if 'memory' in batch:
@@ -116,10 +136,12 @@ def _encode(model, params, batch) -> tuple[jax.Array, transformer.Prefix]:
   )
 
 
-def _read_out(params, hidden, batch) -> dict[str, jax.Array]:
+def _read_out(
+  params: Any, hidden_BxTxD: jax.Array, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
   """The fields of `Ranked` that need no decoding."""
   incoming = batch['incoming']
-  scores = transformer.slot_scores(params, hidden, batch['slots'])
+  scores = transformer.slot_scores(params, hidden_BxTxD, batch['slots'])
   real = masking.length_mask(batch['count'], scores.shape[-1])
   order = jnp.argsort(jnp.where(real, -scores, jnp.inf), axis=-1)
   return dict(

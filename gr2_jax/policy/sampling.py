@@ -7,7 +7,7 @@ Axes: P prompts, G group, T completion time, K candidates, V vocabulary.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,9 @@ def sample(
   rows = embedding if candidates is None else embedding[candidates]
   zeros = jnp.zeros((P, G, T), jnp.float32)
 
-  def draw(t, hidden_PxGxD, progress, rollouts):
+  def draw(
+    t: jax.Array, hidden_PxGxD: jax.Array, progress: Any, rollouts: Rollouts
+  ) -> tuple[jax.Array, Any, Rollouts]:
     """Token t, the progress after it, and the rollouts with it."""
     logits = logits_of(hidden_PxGxD, rows)
     allowed = None
@@ -172,6 +174,7 @@ def sample(
       s.cache,
       read,
     )
+    cache = cast(transformer.KeyValues, cache)
     token, progress, rollouts = draw(
       s.t, hidden[:, :, 0], s.progress, s.rollouts
     )

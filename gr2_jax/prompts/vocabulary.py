@@ -163,10 +163,10 @@ class PretrainedPieces:
     self._space = ' ' if first == 'a' else ''
     shown = self._show(self.encode('a'))
     self._shown_space = shown[: len(shown) - 1]
-    self.eos, self.pad = (
-      self.id(names['eos_token']),
-      self.id(names['pad_token']),
-    )
+    eos, pad = self.id(names['eos_token']), self.id(names['pad_token'])
+    assert eos is not None  # `extend` requires it.
+    assert pad is not None  # `extend` adds it.
+    self.eos, self.pad = eos, pad
     self.bos = self.id(names['bos_token'] or names['eos_token'])
 
   def __len__(self) -> int:
@@ -224,16 +224,18 @@ class Vocabulary:
     )
     self.pad, self.bos = self.pieces.pad, self.pieces.bos
     self.eos = self.pieces.eos
-    self.control = {name: self.pieces.id(name) for name in CONTROLS}
-    first = self.pieces.id(symbols[len(CONTROLS)])
+    tokens: list[int] = []
     for place, symbol in enumerate(symbols, -len(CONTROLS)):
       token = self.pieces.id(symbol)
-      if token is None or (place >= 0 and token != first + place):
+      if token is None or (place > 0 and token != tokens[-1] + 1):
         state = 'missing' if token is None else f'token {token}, out of order'
         raise ValueError(
           f'{path}: symbol {symbol!r} is {state}; the file was trained with '
           'another prompt or tokenizer config'
         )
+      tokens.append(token)
+    self.control = dict(zip(CONTROLS, tokens, strict=False))
+    first = tokens[len(CONTROLS)]
     self.first_symbol = first
     marks = self.pieces.id(PAD), *self.control.values()
     while self.first_symbol - 1 in marks:

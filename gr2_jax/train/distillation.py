@@ -21,6 +21,7 @@ Axes: P prompts, G group, T completion time, K candidates, V the student's
 vocabulary, D' the teacher's width.
 """
 
+import abc
 import dataclasses
 import functools
 import os
@@ -156,7 +157,7 @@ def make_teacher(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Teacher:
+class _Teacher(abc.ABC):
   """The fields that all teachers share."""
 
   source: TeacherPolicy
@@ -170,18 +171,28 @@ class _Teacher:
     """The teacher's embedding and which of its rows are known."""
     return self.source.vocabulary
 
-  @functools.cached_property
-  def score(self) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict]]:
-    """Compiled `batch -> (batch with teacher_scores, metrics)`.
+  def score(self, batch: PolicyBatch) -> tuple[PolicyBatch, dict[str, Any]]:
+    """The batch with `teacher_scores`, and metrics.
 
-    The metric `teacher_knows` is the share of written tokens that it has.
+    The metric `teacher_knows` is the share of written tokens that the teacher
+    has.
     """
+    params = self.source.policy.params
+    return self._compiled_score(params, *self.source.vocabulary, batch)
+
+  @functools.cached_property
+  def _compiled_score(
+    self,
+  ) -> Callable[..., tuple[PolicyBatch, dict[str, Any]]]:
+    """`score` as a function of the teacher's parameters and vocabulary too."""
     spec, source = self.source.policy.spec, self.source
 
     @jax.jit
-    def score_with_teacher(params, embedding, known, batch: PolicyBatch):
+    def score_with_teacher(
+      params: Any, embedding: jax.Array, known: jax.Array, batch: PolicyBatch
+    ):
       prompt, length = batch.teacher_prompt, batch.teacher_prompt_length
-      if prompt is None:
+      if prompt is None or length is None:
         prompt, length = batch.prompt, batch.prompt_length
       if source.view == 'thinking':
         prompt, length = _think(
@@ -190,17 +201,19 @@ class _Teacher:
       encoded = transformer.encode_prompt(spec.model, params, prompt, length)
       prompts = _Prompt(source, params, embedding, known, *encoded)
       if self.readout:
-        batch = batch.replace(teacher_readout=prompts.slot_scores(batch))
+        batch = dataclasses.replace(
+          batch, teacher_readout=prompts.slot_scores(batch)
+        )
       scores, metrics = self._score(batch, prompts)
-      return batch.replace(teacher_scores=scores), metrics
+      return dataclasses.replace(batch, teacher_scores=scores), metrics
 
-    return lambda batch: score_with_teacher(
-      source.policy.params, *source.vocabulary, batch
-    )
+    return score_with_teacher
 
-  def _score(self, batch: PolicyBatch, prompt: '_Prompt') -> tuple[Any, dict]:
+  @abc.abstractmethod
+  def _score(
+    self, batch: PolicyBatch, prompt: '_Prompt'
+  ) -> tuple[Any, dict[str, Any]]:
     """The scores of each class, and metrics; traced."""
-    raise NotImplementedError
 
 
 class SampledScores(NamedTuple):
@@ -231,7 +244,7 @@ class SampledTokens(_Teacher):
     )
     return SampledScores(scores.logp, known), metrics
 
-  def states(self, batch: PolicyBatch, *unused_vocabulary: Any) -> None:
+  def states(self, batch: PolicyBatch, *vocabulary: jax.Array) -> None:
     """None: the sampled tokens are all that is compared."""
 
   def divergence(
@@ -259,14 +272,12 @@ class ExactVocabulary(_Teacher):
     return hidden, metrics
 
   def states(
-    self,
-    batch: PolicyBatch,
-    teacher_embedding: jax.Array,
-    teacher_known: jax.Array,
+    self, batch: PolicyBatch, *vocabulary: jax.Array
   ) -> learner.TeacherStates | None:
     """The hidden states, and what turns them into distributions."""
+    embedding, known = vocabulary
     return learner.TeacherStates(
-      batch.teacher_scores, teacher_embedding, teacher_known, self.kind
+      batch.teacher_scores, embedding, known, self.kind
     )
 
   def divergence(
@@ -274,6 +285,7 @@ class ExactVocabulary(_Teacher):
   ) -> tuple[jax.Array, jax.Array]:
     """The exact divergence at each written token."""
     del batch
+    assert scores.divergence is not None  # `states` were given.
     return scores.divergence, written
 
 
@@ -299,18 +311,14 @@ class ReadOut(ExactVocabulary):
     return ReadOutScores(slots, hidden), metrics
 
   def states(
-    self,
-    batch: PolicyBatch,
-    teacher_embedding: jax.Array,
-    teacher_known: jax.Array,
+    self, batch: PolicyBatch, *vocabulary: jax.Array
   ) -> learner.TeacherStates | None:
     """The hidden states of the reasoning, if there is any."""
     hidden = batch.teacher_scores.hidden
     if hidden is None:
       return None
-    return learner.TeacherStates(
-      hidden, teacher_embedding, teacher_known, self.kind
-    )
+    embedding, known = vocabulary
+    return learner.TeacherStates(hidden, embedding, known, self.kind)
 
   def divergence(
     self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
@@ -323,14 +331,15 @@ class ReadOut(ExactVocabulary):
     remaining = parsing.answer_mask(progress.emitted, count[:, None, None])
     remaining = remaining[..., :-1] & progress.answering[..., None]
     counts = jnp.any(remaining, axis=-1)
-    slots = batch.teacher_scores.slots[:, None, None]
+    slots, slot_logp = batch.teacher_scores.slots, scores.slot_logp
+    assert slot_logp is not None  # The grammar is that of a ranking.
     divergence = kl.divergence(
       self.kind,
-      scores.slot_logp,
-      jnp.broadcast_to(slots, scores.slot_logp.shape),
+      slot_logp,
+      jnp.broadcast_to(slots[:, None, None], slot_logp.shape),
       remaining,
     )
-    if batch.teacher_scores.hidden is not None:
+    if scores.divergence is not None:  # There is reasoning.
       divergence = jnp.where(progress.answering, divergence, scores.divergence)
       counts |= ~progress.answering
     return divergence, written & counts
@@ -350,6 +359,7 @@ class _Prompt(NamedTuple):
     """The read-out of the slot tokens: float32 [P, K]."""
     slots = batch.teacher_slots
     slots = batch.slots if slots is None else slots
+    assert slots is not None  # Rows of rankings have them.
     return transformer.slot_scores(self.params, self.hidden, slots)
 
   def completions(

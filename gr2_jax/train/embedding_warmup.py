@@ -39,14 +39,16 @@ def make_optimizer(
     dataclasses.replace(config, steps=config.steps - warm_steps)
   )
 
-  def init(params):
+  def init(params: Any) -> RowsFirst:
     return RowsFirst(jnp.int32(0), inner.init(params))
 
-  def update(gradients, state, params):
+  def update(
+    updates: Any, state: Any, params: Any = None
+  ) -> tuple[Any, RowsFirst]:
     rows = new_rows(params, adapters)
     everything = state.step >= warm_steps
 
-    def hold(tree):
+    def hold(tree: Any) -> Any:
       return jax.tree.map(
         lambda x, row: jnp.where(row | everything, x, 0), tree, rows
       )
@@ -56,7 +58,7 @@ def make_optimizer(
       inner.init(params),
       state.inner,
     )
-    updates, after = inner.update(hold(gradients), before, params)
+    updates, after = inner.update(hold(updates), before, params)
     return hold(updates), RowsFirst(state.step + 1, after)
 
   return optax.GradientTransformation(init, update)

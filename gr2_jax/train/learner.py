@@ -91,7 +91,7 @@ class TeacherStates:
   embedding: jax.Array  # float [V, D'], its output embedding, student's order
   known: jax.Array  # bool [V], tokens of the student that the teacher has
   # 'reverse', KL(student || teacher), or 'forward', the other way
-  divergence: str = struct.field(pytree_node=False, default='reverse')
+  divergence: kl.Exact = struct.field(pytree_node=False, default='reverse')
 
 
 def make_optimizer(
@@ -124,7 +124,7 @@ def init_state(
 ) -> tuple[TrainState, Any]:
   """Initializes the state on the mesh; returns it and its shardings."""
 
-  def init(key):
+  def init(key: jax.Array) -> TrainState:
     params = transformer.init_params(model, key)
     return TrainState(
       step=jnp.int32(0), params=params, opt_state=optimizer.init(params)
@@ -143,7 +143,7 @@ def make_update(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Compiles `(state, *batch) -> (state, metrics)`, donating the old state."""
 
-  def update(state: TrainState, *batch):
+  def update(state: TrainState, *batch: Any):
     (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
       state.params, *batch
     )
@@ -203,18 +203,18 @@ def score_tokens(
   remaining = jnp.broadcast_to(T - jnp.arange(T), (P, G, T))
   progress, inputs = constraint or (None, None)
   candidates = grammar.candidate_tokens(inputs) if constraint else None
-  rows, teacher_rows = transformer.output_embedding(params), None
-  teacher_known, teacher_hidden = None, None
-  if teacher is not None:
-    teacher_rows, teacher_known = teacher.embedding, teacher.known
-    teacher_hidden = teacher.hidden
+  rows = transformer.output_embedding(params)
   if candidates is not None:  # Each prompt needs some rows of the embedding.
-    rows, teacher_rows = jax.tree.map(
-      lambda x: x[candidates], (rows, teacher_rows)
-    )
-    known, teacher_known = jax.tree.map(
-      lambda x: x[candidates][:, None, None], (known, teacher_known)
-    )
+    rows = rows[candidates]
+    if known is not None:
+      known = known[candidates][:, None, None]
+    if teacher is not None:
+      teacher = dataclasses.replace(
+        teacher,
+        embedding=teacher.embedding[candidates],
+        known=teacher.known[candidates][:, None, None],
+      )
+  teacher_hidden = None if teacher is None else teacher.hidden
   parts = hidden_PxGxTxD, tokens_PxGxT, remaining, progress, teacher_hidden
 
   def split(x: jax.Array) -> jax.Array:
@@ -235,8 +235,8 @@ def score_tokens(
     logps = sampling.distribution(logits, temperature, allowed)
     divergence = None
     if teacher is not None:
-      teacher_logits = sampling.logits_of(teacher_hidden, teacher_rows)
-      support = jnp.broadcast_to(teacher_known, logits.shape)
+      teacher_logits = sampling.logits_of(teacher_hidden, teacher.embedding)
+      support = jnp.broadcast_to(teacher.known, logits.shape)
       if allowed is not None:
         support &= allowed
       divergence = kl.divergence(
@@ -316,8 +316,10 @@ def supervised_loss(
     tokens = losses.token_cross_entropy(token_scores.logp, batch.weights)
     loss = tokens.mean() + listwise_weight * listwise.mean()
     metrics = {'token_loss': tokens.mean(), 'listwise_loss': listwise.mean()}
-    if ranking_weight:
-      at_answer = _at_answer(token_scores.slot_logp, batch.answer_at)
+    if targets is not None:
+      slot_logp = token_scores.slot_logp
+      assert slot_logp is not None  # No mask leaves out slots here.
+      at_answer = _at_answer(slot_logp, batch.answer_at)
       wanted = targets[:, None] * batch.rank_by_readout[..., None, None]
       ranking_loss = losses.answer_cross_entropy(at_answer, wanted).mean()
       loss += ranking_weight * ranking_loss

@@ -272,5 +272,5 @@ def _start(
   # 3. `init_from`: the parameters alone, from any artifact.
   # 4. The parameters of the stage before; else fresh ones.
   if source and not spec.adapters.rank:
-    state = state.replace(params=spec.load_params(source, mesh))
+    state = dataclasses.replace(state, params=spec.load_params(source, mesh))
   return state, frozen, 0, record

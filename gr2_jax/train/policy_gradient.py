@@ -108,11 +108,9 @@ class PolicyBatch:
 class Teacher(Protocol):
   """A frozen policy that the trained one is held to; see `distillation`."""
 
-  @property
-  def score(
-    self,
-  ) -> Callable[[PolicyBatch], tuple[PolicyBatch, dict[str, Any]]]:
-    """Adds the teacher's scores of the rollouts to a batch; and metrics."""
+  def score(self, batch: PolicyBatch) -> tuple[PolicyBatch, dict[str, Any]]:
+    """The batch with the teacher's scores of its rollouts, and metrics."""
+    ...
 
   @property
   def vocabulary(self) -> tuple[jax.Array, ...]:
@@ -120,19 +118,19 @@ class Teacher(Protocol):
 
     The embedding may take gigabytes, so it is an argument of the update.
     """
+    ...
 
   def states(
-    self,
-    batch: PolicyBatch,
-    teacher_embedding: jax.Array | None,
-    teacher_known: jax.Array | None,
+    self, batch: PolicyBatch, *vocabulary: jax.Array
   ) -> learner.TeacherStates | None:
     """States to compare over the vocabulary while the policy is scored."""
+    ...
 
   def divergence(
     self, scores: learner.TokenScores, batch: PolicyBatch, written: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Divergence of each token, float32 [P, G, Tc], and where it counts."""
+    ...
 
 
 def score(
@@ -211,21 +209,16 @@ def make_loss(
   `teacher_readout`.
 
   Returns:
-    `(params, batch, teacher_embedding, teacher_known) -> (loss, metrics)`, the
-    last two only for a teacher with a `vocabulary`. The metric `sampler_gap` is
-    the largest difference of the batch's log-probability of a token from the
-    present one: on the first update of a batch, sampler against learner.
+    `(params, batch, *teacher.vocabulary) -> (loss, metrics)`. The metric
+    `sampler_gap` is the largest difference of the batch's log-probability of a
+    token from the present one: on the first update of a batch, sampler against
+    learner.
   """
 
-  def loss_fn(
-    params: Any,
-    batch: PolicyBatch,
-    teacher_embedding: jax.Array | None = None,
-    teacher_known: jax.Array | None = None,
-  ):
+  def loss_fn(params: Any, batch: PolicyBatch, *vocabulary: jax.Array):
     states = None
     if teacher is not None:
-      states = teacher.states(batch, teacher_embedding, teacher_known)
+      states = teacher.states(batch, *vocabulary)
     prompt, hidden = _encode(model, params, batch)
     scores = _score(params, hidden, batch, grammar, sampler, states)
     written = masking.length_mask(batch.length, batch.tokens.shape[-1])
@@ -306,7 +299,8 @@ def make_importance_weights(
       'sampler_gap': gap,
       'importance': masking.masked_mean(importance, written),
     }
-    return batch.replace(logp=logp, importance=importance), metrics
+    batch = dataclasses.replace(batch, logp=logp, importance=importance)
+    return batch, metrics
 
   return importance_weights
 
@@ -315,9 +309,12 @@ def _readout_divergence(
   params: Any, prompt_PxTxD: jax.Array, batch: PolicyBatch
 ) -> jax.Array:
   """KL(teacher || policy) of the read-outs' softmax over candidates: [P]."""
-  scores = transformer.slot_scores(params, prompt_PxTxD, batch.slots)
+  slots, teacher_scores = batch.slots, batch.teacher_readout
+  assert slots is not None  # `make_loss` requires both.
+  assert teacher_scores is not None
+  scores = transformer.slot_scores(params, prompt_PxTxD, slots)
   real = masking.length_mask(batch.constraint_inputs, scores.shape[-1])
-  return kl.divergence('forward', scores, batch.teacher_readout, real)
+  return kl.divergence('forward', scores, teacher_scores, real)
 
 
 def replace_flat_groups(pool: PolicyBatch, fresh: PolicyBatch) -> PolicyBatch:

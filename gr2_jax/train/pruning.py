@@ -83,7 +83,9 @@ def make_measure(
     )
 
     @jax.jit
-    def divergence(params, batch, *vocabulary):
+    def divergence(
+      params: Any, batch: policy_gradient.PolicyBatch, *vocabulary: jax.Array
+    ):
       _, metrics = loss_fn(params, batch, *vocabulary)
       readout = options.readout_weight * metrics.get('readout_kl', 0.0)
       return options.kl_weight * metrics['teacher_kl'] + readout

@@ -1,17 +1,17 @@
-import flax
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gr2_jax.distributed import sharding
 from gr2_jax.pipeline import checkpoint
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class _State:
   params: dict
   opt: optax.OptState
