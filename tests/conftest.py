@@ -111,13 +111,3 @@ def _one_device():
   with pytest.MonkeyPatch.context() as patch:
     tiny_world.on_one_device(patch)
     yield
-
-
-@pytest.fixture(scope='module')
-def eight_devices():
-  """Gives a mesh whose size is left open all eight devices, in a module."""
-  from . import tiny_world
-
-  with pytest.MonkeyPatch.context() as patch:
-    tiny_world.on_all_devices(patch)
-    yield
