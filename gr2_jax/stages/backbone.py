@@ -1,8 +1,8 @@
 """Backbone: the vocabulary, the evidence's bins, and a pretrained model.
 
 Without `model.source` the vocabulary is trained on the catalog's text, and
-mid-training starts from random parameters. With it, the symbols are added to
-the model's own tokenizer and rows for them to its embedding.
+mid-training starts from random parameters. With it, the stage adds the symbols
+to the model's tokenizer, and rows for them to its embedding.
 """
 
 import logging
@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.data import splits
@@ -23,13 +24,12 @@ from gr2_jax.teachers import heuristic
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
   """Creates the vocabulary and imports the parameters.
 
-  Returns sizes of vocabulary and prompts, the model's source, and the number of
-  rows added to its embedding. Raises ValueError where the config describes
-  another model than the source holds; the message gives the flags that fit.
+  Raises a ValueError, with the flags to set, if the config describes another
+  model than `model.source`.
   """
   backbone = None
   if config.model.source:
@@ -38,7 +38,6 @@ def run(
     backbone = hf.open_backbone(config.model.source)
     _check_shape(config.model, backbone)
 
-  # Vocabulary and evidence bins.
   if not (workdir / policy.BINS).exists():
     policy.create_vocabulary(
       config,
@@ -60,7 +59,7 @@ def run(
   if not backbone:
     return results
 
-  # Parameters.
+  # Parameters, with a row for each added symbol.
   texts = symbol_texts(spec)[backbone.vocab_size - words.first_symbol :]
   rows = {
     name: embedding_init.new_rows(
@@ -87,7 +86,7 @@ def run(
 def left_out(
   prompter: prompt.Prompter, slates: pathlib.Path
 ) -> dict[str, dict[str, int]]:
-  """Slates cut and items omitted by the budget of a prompt, by split."""
+  """Split -> how many histories the prompt's budget cuts, and items lost."""
   omitted = {}
   for split in splits.SPLITS if prompter.budget else ():
     records = slates_lib.SlateSource(slates, split)
@@ -108,8 +107,8 @@ def left_out(
 def symbol_texts(spec: policy.PolicySpec) -> list[list[int]]:
   """Ids of the words that describe each added symbol.
 
-  A semantic-ID code is described by the titles of the items that carry it, a
-  slot by its number, the others by the words in their names.
+  The titles of an item describe its codes, a number describes a slot, and the
+  words in their names describe the others.
   """
   words, items = spec.vocabulary, spec.prompter.items
   texts: dict[int, list[int]] = {}
@@ -125,8 +124,8 @@ def symbol_texts(spec: policy.PolicySpec) -> list[list[int]]:
   return [texts[number] for number in range(words.first_symbol, len(words))]
 
 
-def _check_shape(config, backbone) -> None:
-  """Raises where config and checkpoint differ, except in a new stretching."""
+def _check_shape(config: ConfigDict, backbone: Any) -> None:
+  """Raises if config and checkpoint differ, but for RoPE scaling to add."""
   stretchable = not backbone.fields.get('rope_scaling')
   differ = {}
   for name, value in backbone.fields.items():

@@ -6,11 +6,10 @@
   legacy    a pointwise click model, see baselines/click_model.py
   gbdt      gradient-boosted trees on the evidence, see baselines/gbdt.py
 
-Resume: a trained ranker leaves `<name>-<seed>/scores.npz` and is not trained
-again; the click model is saved at every validation and resumes from there bit
-for bit.
+A resumed run reads `<name>-<seed>/scores.npz` of each trained ranker, and
+continues the click model, bit for bit, from its last validation.
 
-Axis letters: S seeds, K candidates; n slates of a split.
+Axes: S seeds, K candidates, n slates of a split.
 """
 
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.baselines import click_model, gbdt
 from gr2_jax.data import files
@@ -30,14 +30,20 @@ from gr2_jax.pipeline import checkpoint, loop
 
 SPLITS = ('validation', 'test')
 
+Splits = Mapping[str, slates_lib.Slates]
 
-def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
+
+def run(
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+) -> dict[str, Any]:
   """Trains the rankers and scores validation and test.
 
-  Writes `<split>/scores.npz`, see `read_scores`. Labels of test are read for
-  `best` alone, and no metric is computed there. Returns metrics of `validation`
-  as means over slates and seeds, and per seed the `rounds` of gbdt and the
-  `steps` of the click model that validation chose.
+  Writes `<split>/scores.npz`, see `read_scores`. Only `best` reads the labels
+  of test, and no metric is computed there.
+
+  Returns:
+    `validation`: metrics as means over slates and seeds; and for each seed the
+    `rounds` of gbdt and the `steps` of the click model selected by validation.
 
   Raises:
     ValueError: baselines.seeds is below 1.
@@ -45,39 +51,35 @@ def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
     FloatingPointError: the click model diverged.
   """
   started = time.monotonic()
-  config = config.baselines
-  workdir = pathlib.Path(workdir)
-  if config.seeds < 1:
-    raise ValueError(f'baselines.seeds={config.seeds}: must be at least 1')
-
-  # ------------------------------------------------------------- Input
+  stage = config.baselines
+  if stage.seeds < 1:
+    raise ValueError(f'baselines.seeds={stage.seeds}: must be at least 1')
   meta = slates_lib.read_meta(inputs['slates'])
   train = slates_lib.read(inputs['slates'], 'train')
   splits = {name: slates_lib.read(inputs['slates'], name) for name in SPLITS}
 
-  # ------------------------------------------------------------- Train
-  # The trees come first: a missing LightGBM then fails at once.
+  # Train. The trees come first, so that a missing LightGBM fails at once.
   trained = {'gbdt': [], 'legacy': []}
   for name, fits in trained.items():
-    for seed in range(config.seeds):
+    for seed in range(stage.seeds):
       directory = workdir / f'{name}-{seed}'
       path = directory / 'scores.npz'
       if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         if name == 'gbdt':
           columns = tuple(meta['evidence'])
-          fit = _fit_gbdt(config.gbdt, train, splits, columns, seed)
+          fit = _fit_gbdt(stage.gbdt, train, splits, columns, seed)
         else:
           fit = _fit_click_model(
-            config.legacy, train, splits, meta['items'], seed, directory
+            stage.legacy, train, splits, meta['items'], seed, directory
           )
         _write_npz(path, fit)
       fits.append(_read_npz(path))
 
-  # ------------------------------------------------- Write and measure
+  # Write and measure.
   scores = {}
   for number, (split, slates) in enumerate(splits.items()):
-    scores[split] = _fixed_scores(slates, [config.random_seed, number]) | {
+    scores[split] = _fixed_scores(slates, [stage.random_seed, number]) | {
       name: np.stack([fit[split] for fit in fits])
       for name, fits in trained.items()
     }
@@ -101,7 +103,7 @@ def run(config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path) -> dict:
 def read_scores(
   directory: os.PathLike[str] | str, split: str
 ) -> dict[str, np.ndarray]:
-  """Scores of one of `SPLITS` by the finished stage: baseline -> float32.
+  """Reads a finished stage's scores of a split: baseline -> float32.
 
   `incoming`, `random` and `best` are [n, K]; `legacy` and `gbdt` [S, n, K].
   Larger is better; -inf at padding.
@@ -110,12 +112,11 @@ def read_scores(
 
 
 def rankings(scores: np.ndarray, count: np.ndarray) -> np.ndarray:
-  """Candidates by falling score: int32 [..., K], the candidate at each rank.
+  """Sorts candidates by falling score [..., K]: int32, one for each rank.
 
-  Ties keep the incoming order, in which the scores [..., K] are given; padding
-  comes last, as it stands. The axes of `count` are the last ones of [...]: one
-  count of a slate may serve several seeds. Raises ValueError where a real
-  candidate's score is NaN, or the shapes do not fit.
+  Ties keep the incoming order, and padding comes last. The axes of `count` are
+  the last ones of [...], so that seeds share the counts of slates. Raises a
+  ValueError if a real candidate's score is NaN, or the shapes do not fit.
   """
   scores, count = np.asarray(scores, np.float64), np.asarray(count)
   leading = scores.shape[:-1]
@@ -130,7 +131,7 @@ def rankings(scores: np.ndarray, count: np.ndarray) -> np.ndarray:
     raise ValueError(
       f'{np.isnan(scores[real]).sum()} scores of real candidates are NaN'
     )
-  # Padding is a key of its own: a real candidate may score -inf.
+  # Padding is a separate key, because a real candidate may score -inf.
   falling = np.where(real, -scores, 0.0)
   return np.lexsort((falling, ~real), axis=-1).astype(np.int32)
 
@@ -161,11 +162,8 @@ def _measure(
   return metrics.ranking_metrics(rankings(scores, count), grades, count)
 
 
-Splits = Mapping[str, slates_lib.Slates]
-
-
 def _fit_gbdt(
-  config,
+  config: ConfigDict,
   train: slates_lib.Slates,
   splits: Splits,
   columns: tuple[str, ...],
@@ -180,7 +178,7 @@ def _fit_gbdt(
 
 
 def _fit_click_model(
-  config,
+  config: ConfigDict,
   train: slates_lib.Slates,
   splits: Splits,
   items: int,
@@ -189,8 +187,7 @@ def _fit_click_model(
 ) -> dict[str, np.ndarray]:
   """Trains the click model; returns scores by split, and `steps`.
 
-  N@5 on validation, every `eval_every` steps, chooses the parameters; training
-  ends after `patience` evaluations without a better one.
+  N@5 on validation selects the parameters and ends training.
   """
   held_out = splits['validation']
   scaler = click_model.fit_scaler(train)
@@ -203,29 +200,29 @@ def _fit_click_model(
     rows = click_model.batch_rows(len(train), config.batch_size, seed, step)
     return click_model.make_batch(train, rows, scaler)
 
-  def take_step(both: dict[str, Any], step: int):
-    state, values = update(both['state'], batch_of(step - 1))
-    return both | {'state': state}, values
+  def take_step(saved: dict[str, Any], step: int):
+    state, values = update(saved['state'], batch_of(step - 1))
+    return saved | {'state': state}, values
 
-  def evaluate(both: dict[str, Any], step: int) -> loop.Evaluation:
-    params = both['state'].params
+  def evaluate(saved: dict[str, Any], step: int) -> loop.Evaluation:
+    params = saved['state'].params
     measured = _measure(score(params, held_out, scaler), held_out)
     quality = float(measured['n@5'].mean())
     if quality > chosen['n@5']:
-      both = both | {'best': params}
+      saved = saved | {'best': params}
       chosen.update({'n@5': quality, 'step': step})
-    return loop.Evaluation(both, {'validation/n@5': quality})
+    return loop.Evaluation(saved, {'validation/n@5': quality})
 
   with checkpoint.Checkpointer(directory / 'checkpoints') as checkpoints:
     state = click_model.init(model, optimizer, batch_of(0), seed)
-    both = {'state': state, 'best': state.params}
-    fresh = both, 0, {'n@5': -1.0, 'step': 0}
-    both, done, chosen = checkpoints.restore(both) or fresh
-    both = loop.run(
+    saved = {'state': state, 'best': state.params}
+    fresh = saved, 0, {'n@5': -1.0, 'step': 0}
+    saved, done, chosen = checkpoints.restore(saved) or fresh
+    saved = loop.run(
       f'click model {seed}',
       directory,
       checkpoints,
-      state=both,
+      state=saved,
       done=done,
       steps=config.steps,
       eval_every=config.eval_every,
@@ -238,7 +235,8 @@ def _fit_click_model(
       log_every=config.eval_every,
     )
   scores = {
-    name: score(both['best'], slates, scaler) for name, slates in splits.items()
+    name: score(saved['best'], slates, scaler)
+    for name, slates in splits.items()
   }
   return scores | {'steps': np.int32(chosen['step'])}
 

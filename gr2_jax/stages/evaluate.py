@@ -1,10 +1,10 @@
 """Evaluate: the table on the test split, with paired intervals.
 
-Every policy is read twice: in the order it generates, and by the listwise
-read-out of the same prompt (`policy_readout`). Intervals resample users, whose
-neighbouring slates share positives, and training seeds. A pretrained model has
-one more row, `policy_start`: it itself, before any training. What RL started
-from is named after its stage: `policy_sft`, `policy_opd`, `policy_midtrain`.
+Every policy has two rows: the order that it generates, and the listwise
+read-out of the same prompt (`policy_readout`). The policy that RL started from
+is named after its stage: `policy_sft`, `policy_opd`, `policy_midtrain`. A
+pretrained model before any training is `policy_start`. Intervals resample
+users, whose neighboring slates share positives, and training seeds.
 
 Axes: S seeds, n slates, K candidates.
 """
@@ -14,78 +14,58 @@ from collections.abc import Container
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.distributed import sharding
 from gr2_jax.ops import metrics, parsing, statistics
 from gr2_jax.pipeline import reporting
 from gr2_jax.policy import answers, policy
 from gr2_jax.policy import ranking as ranking_lib
 from gr2_jax.stages import baselines
 
-# Rows of the table, in order; of what a run does not have there is no row.
+# Rows of the table, in order; rankers that a run lacks have no row.
+_POLICIES = ('policy', 'policy_sft', 'policy_opd', 'policy_midtrain')
 RANKERS = (
   'incoming',
   'policy_start',
-  'policy',
-  'policy_readout',
-  'policy_sft',
-  'policy_sft_readout',
-  'policy_opd',
-  'policy_opd_readout',
-  'policy_midtrain',
-  'policy_midtrain_readout',
-  'legacy',
-  'gbdt',
-  'random',
-  'best',
+  *(name + kind for name in _POLICIES for kind in ('', '_readout')),
+  *('legacy', 'gbdt', 'random', 'best'),
 )
 
-# Which gains get an interval: a ranker and what it is compared with, where a
-# run has both.
+# Gains that get an interval where a run has both rankers: the first ranker
+# minus the second.
 PAIRS = (
   ('policy', 'incoming'),
   ('policy', 'policy_start'),
-  ('policy', 'policy_sft'),
-  ('policy', 'policy_opd'),
-  ('policy', 'policy_midtrain'),
-  ('policy', 'policy_readout'),
-  ('policy', 'legacy'),
-  ('policy', 'gbdt'),
-  ('policy_sft', 'incoming'),
-  ('policy_opd', 'incoming'),
-  ('policy_readout', 'incoming'),
-  ('legacy', 'incoming'),
-  ('gbdt', 'incoming'),
+  *(('policy', other) for other in _POLICIES[1:]),
+  *(('policy', other) for other in ('policy_readout', 'legacy', 'gbdt')),
+  *((ranker, 'incoming') for ranker in ('policy_sft', 'policy_opd')),
+  *((ranker, 'incoming') for ranker in ('policy_readout', 'legacy', 'gbdt')),
 )
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
   """Ranks the test slates with every policy and baseline.
 
-  Args:
-    config: sections prompt, model, mesh, rl, evaluate; seeds.
-    inputs: slates, tokenizer, backbone, baselines, and of every seed rl, the
-      stage that it started from, and the one that wrote what it reads, if any.
-    workdir: of this stage; gets each policy's rankings, which a run that was
-      killed does not make again.
+  Reads one artifact a seed as `rl@SEED`, and so on. The workdir gets each
+  policy's rankings, which a resumed run does not make again.
 
   Returns:
     `metrics`: ranker -> metric -> mean over slates and seeds, given that a
     positive is in the slate; `unconditional`: times the share of requests
     whose slate has one; `paired`: gains with 95 % intervals, and McNemar's
-    p-value for r@1 per seed; the watches of the policy; `per_seed`.
+    p-value for r@1 per seed; `per_seed`; and checks of the policy's behavior.
   """
-  stage = config.evaluate
   slates = slates_lib.read(inputs['slates'], 'test')
   counts = slates_lib.read_meta(inputs['slates'])['counts']['test']
+  share = counts['slates'] / counts['requests']
 
-  # Policies.
-  trained = {key.partition('@')[0] for key in inputs if '@' in key}
-  (before,) = trained - {'rl', 'compress'}
-  policies = {
+  # Rankings of policies and baselines: [n, K], or [S, n, K].
+  stages = {key.partition('@')[0] for key in inputs if '@' in key}
+  (before,) = stages - {'rl', 'compress'}
+  answers_of = {
     name: [
       _ranked(config, inputs, workdir, f'{source}@{seed}')
       for seed in config.seeds
@@ -93,17 +73,16 @@ def run(
     for name, source in (('policy', 'rl'), (f'policy_{before}', before))
   }
   rankings = {}
-  for name, seeds in policies.items():
+  for name, seeds in answers_of.items():
     rankings[name] = np.stack([a['generated'] for a in seeds])
     rankings[f'{name}_readout'] = np.stack([a['readout'] for a in seeds])
   if (inputs['backbone'] / policy.PARAMS).is_dir():  # It has no read-out yet.
     start = _ranked(config, inputs, workdir, 'backbone')
     rankings['policy_start'] = start['generated']
-
-  # Baselines.
-  scores = baselines.read_scores(inputs['baselines'], 'test')
-  for name, values in scores.items():
-    rankings[name] = baselines.rankings(values, slates.count)
+  for name, scores in baselines.read_scores(
+    inputs['baselines'], 'test'
+  ).items():
+    rankings[name] = baselines.rankings(scores, slates.count)
 
   # Metrics per slate: [S, n] each, S = 1 for a ranker without seeds.
   per_slate = {}
@@ -117,57 +96,24 @@ def run(
     for name in RANKERS
     if name in per_slate
   }
-  share = counts['slates'] / counts['requests']
-
-  # Gains.
-  paired = {}
-  for first, second in _pairs(means):
-    paired[f'{first}-{second}'] = {
-      m: _gain(
-        per_slate[first][m], per_slate[second][m], slates.user, stage.resamples
-      )
-      for m in metrics.RANKING_METRICS
-    }
-    if len(per_slate[second]['r@1']) == 1:
-      base = per_slate[second]['r@1'][0] > 0
-      paired[f'{first}-{second}']['r@1']['mcnemar_p'] = [
-        float(statistics.mcnemar(seed > 0, base).p_value)
-        for seed in per_slate[first]['r@1']
-      ]
-
-  # Watches.
-  mine = per_slate['policy']
-  gap = means['best']['n@5'] - means['incoming']['n@5']
-  free = np.stack([a['free_verdict'] for a in policies['policy']])
-  histogram = np.bincount(
-    mine['first_pick'].astype(int).ravel(), minlength=slates.grades.shape[1]
-  )
   return {
     'metrics': means,
     'unconditional': {
       name: {m: value * share for m, value in values.items() if m != 'auc'}
       for name, values in means.items()
     },
-    'paired': paired,
-    'gap_closed': (means['policy']['n@5'] - means['incoming']['n@5'])
-    / max(gap, 1e-9),
-    'copy_rate': float(mine['copied'].mean()),
-    'top3_unchanged': float(mine['top3_unchanged'].mean()),
-    'kendall_tau': float(mine['kendall_tau'].mean()),
-    'first_pick': (histogram / histogram.sum()).tolist(),
-    'order_sensitivity': float(
-      np.mean([a['order_sensitivity'].mean() for a in policies['policy']])
-    ),
-    'valid_rate': float(
-      np.mean(
-        [(a['verdict'] == parsing.VALID).mean() for a in policies['policy']]
+    'paired': {
+      f'{first}-{second}': _gains(
+        per_slate[first],
+        per_slate[second],
+        slates.user,
+        config.evaluate.resamples,
       )
-    ),
-    'valid_rate_unmasked': float((free == parsing.VALID).mean()),
-    'verdicts_unmasked': {
-      name: float((free == code).mean())
-      for code, name in enumerate(parsing.VERDICTS)
+      for first, second in _pairs(means)
     },
+    'gap_closed': (means['policy']['n@5'] - means['incoming']['n@5'])
+    / max(means['best']['n@5'] - means['incoming']['n@5'], 1e-9),
+    **_behavior(per_slate['policy'], answers_of['policy'], slates),
     'per_seed': {
       name: {
         m: per_slate[name][m].mean(1).tolist() for m in metrics.RANKING_METRICS
@@ -181,25 +127,23 @@ def run(
 
 
 def _ranked(
-  config,
+  config: ConfigDict,
   inputs: dict[str, pathlib.Path],
   workdir: pathlib.Path,
   source: str,
 ) -> dict[str, np.ndarray]:
   """A policy's answers to the test slates, from disk where it has them."""
-  stage = config.evaluate
+  stage, context = config.evaluate, config.rl.context
   seed = source.partition('@')[2]
 
   def load() -> tuple[policy.Policy, Any]:
-    own = {'compress': inputs.get(f'compress@{seed}')} | inputs
-    context = config.rl.context
-    spec = policy.load(config, own, context)
-    mesh = sharding.make_mesh(**config.mesh)
+    folders = {'compress': inputs.get(f'compress@{seed}')} | inputs
+    spec, mesh = policy.load_with_mesh(config, folders, context)
     params = spec.load_params(inputs[source], mesh)
-    slates = policy.source(own, 'test', context)
+    slates = policy.source(folders, 'test', context)
     return policy.Policy(spec, params, mesh), slates
 
-  watched = source.startswith('rl@')
+  extras = ('order_sensitivity', 'free_verdict')
   return answers.ranked(
     workdir / f'{source}.npz',
     load,
@@ -207,32 +151,72 @@ def _ranked(
     order=config.prompt.order,
     batch_size=stage.batch_size,
     seed=stage.presentation_seed,
-    extras=('order_sensitivity', 'free_verdict') if watched else (),
+    extras=extras if source.startswith('rl@') else (),
     desc=f'test {source}',
   )
 
 
+def _behavior(
+  per_slate: dict[str, np.ndarray],
+  seeds: list[dict[str, np.ndarray]],
+  slates: slates_lib.Slates,
+) -> dict[str, Any]:
+  """How the policy's answers differ from the incoming order, and how valid."""
+  free = np.stack([a['free_verdict'] for a in seeds])
+  picks = np.bincount(
+    per_slate['first_pick'].astype(int).ravel(),
+    minlength=slates.grades.shape[1],
+  )
+  valid = [(a['verdict'] == parsing.VALID).mean() for a in seeds]
+  sensitivity = [a['order_sensitivity'].mean() for a in seeds]
+  return {
+    'copy_rate': float(per_slate['copied'].mean()),
+    'top3_unchanged': float(per_slate['top3_unchanged'].mean()),
+    'kendall_tau': float(per_slate['kendall_tau'].mean()),
+    'first_pick': (picks / picks.sum()).tolist(),
+    'order_sensitivity': float(np.mean(sensitivity)),
+    'valid_rate': float(np.mean(valid)),
+    'valid_rate_unmasked': float((free == parsing.VALID).mean()),
+    'verdicts_unmasked': {
+      name: float((free == code).mean())
+      for code, name in enumerate(parsing.VERDICTS)
+    },
+  }
+
+
 def _pairs(rankers: Container[str]) -> list[tuple[str, str]]:
-  """PAIRS that a run has both of."""
+  """The PAIRS of which a run has both rankers."""
   return [p for p in PAIRS if p[0] in rankers and p[1] in rankers]
 
 
-def _gain(
-  first: np.ndarray, second: np.ndarray, users: np.ndarray, resamples: int
-) -> dict[str, Any]:
-  """Mean gain and its interval, over seeds and users."""
-  if len(first) != len(second):  # Other seeds: they have no partner.
-    second = second.mean(0, keepdims=True)
-  if len(second) == 1:
-    second = second[0]
-  found = statistics.two_level_bootstrap(
-    first, second, users, resamples=resamples
-  )
-  return {'delta': found.estimate, 'ci': [found.low, found.high]}
+def _gains(
+  first: dict[str, np.ndarray],
+  second: dict[str, np.ndarray],
+  users: np.ndarray,
+  resamples: int,
+) -> dict[str, dict[str, Any]]:
+  """Metric -> mean gain and its interval, over seeds and users."""
+  gains = {}
+  for metric in metrics.RANKING_METRICS:
+    ours, theirs = first[metric], second[metric]
+    if len(ours) != len(theirs):  # Seeds without partners.
+      theirs = theirs.mean(0, keepdims=True)
+    if len(theirs) == 1:
+      theirs = theirs[0]
+    gain = statistics.two_level_bootstrap(
+      ours, theirs, users, resamples=resamples
+    )
+    gains[metric] = {'delta': gain.estimate, 'ci': [gain.low, gain.high]}
+  if len(second['r@1']) == 1:
+    base = second['r@1'][0] > 0
+    gains['r@1']['mcnemar_p'] = [
+      float(statistics.mcnemar(seed > 0, base).p_value) for seed in first['r@1']
+    ]
+  return gains
 
 
 def summary(results: dict[str, Any]) -> str:
-  """The results as two tables and a line, for people."""
+  """Two tables and a line of text that present the results."""
   means = results['metrics']
   rows = [{'ranker': k} | means[k] for k in RANKERS if k in means]
   quality = reporting.table(rows, ['ranker', *metrics.RANKING_METRICS])

@@ -3,31 +3,31 @@
   checkpoint/   weights with joined adapters, config.json,
     generation_config.json, tokenizer with all symbols, chat template if any
   grammars/     N.ebnf: the answers allowed for a slate of N candidates (see
-    `ebnf.ranking`); the mask of a constrained sampler, for a server
+    `ebnf.ranking`), with which a server constrains its sampler
   sids.jsonl    item_id, and sid: its semantic ID as the tokenizer shows it
-  example.json  the first test slate, to check a server against:
+  example.json  the first test slate, to check a server with:
     item_ids: the candidates as shown; the answer's <slot3> is item_ids[3]
     prompt: ids, text, and whether the tokenizer maps this text to these ids
     max_tokens: room for a completion
     continuation: the policy's greedy completion, with each token's
-      log-probability: a server must return the same
-    answer: the same under the permutation mask, as in stage `rerank`, and as
-      from a server under the grammar of that many candidates
+      log-probability, which a server must reproduce
+    answer: the completion under the permutation mask, which a server must
+      reproduce under the grammar of that many candidates
   Both completions have ids, text, verdict and ranking (item ids, best first;
-  the incoming order where the verdict is not `valid`).
+  the incoming order if the verdict is not `valid`).
 
-Everything appears whole or not at all, the checkpoint last.
+Each file is written atomically, the checkpoint last.
 """
 
 import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax import hf
 from gr2_jax.data import files
@@ -51,13 +51,15 @@ _READ_BACK = 256  # Test prompts whose text is mapped back to ids.
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
   """Writes the checkpoint, its grammars, the semantic IDs and the example.
 
-  Returns the checkpoint's properties and size, the number of candidates up to
-  which the grammars allow only permutations, whether answers reason, and the
-  share of test prompts whose text the tokenizer maps back to their ids.
+  Returns:
+    Properties of the checkpoint; `permutations_up_to`, the number of candidates
+    up to which the grammars allow only permutations; and
+    `prompts_exact_as_text`, the share of test prompts whose text the tokenizer
+    maps back to their ids.
 
   Raises:
     ModuleNotFoundError: the extra `hf` is not installed.
@@ -70,13 +72,13 @@ def run(
     )
   form = policy.form_of(inputs[stage.start], own_slates=False)
   thinking = _thinks(stage, inputs[stage.start])
-  spec = policy.load(config, inputs, *form)
+  spec, mesh = policy.load_with_mesh(config, inputs, *form)
   model = dataclasses.replace(spec.model, dtype=DTYPES[stage.dtype])
   spec = dataclasses.replace(spec, model=model)
   tokenizer_files = _tokenizer_files(spec.vocabulary, inputs['backbone'])
   test = slates_lib.SlateSource(inputs['slates'], 'test')
   prompts = _prompts(spec, thinking, config.prompt.order, test)
-  tokenizer = _Shown(tokenizer_files['tokenizer_json'])
+  tokenizer = _Tokenizer(tokenizer_files['tokenizer_json'])
 
   # Grammars, items and example.
   sampler = spec.sampling(1, thinking, 0.0, constrained=True)
@@ -85,10 +87,12 @@ def run(
     text = ebnf.ranking(spec.grammar, count, sampler)
     with files.atomic_write(workdir / GRAMMARS / f'{count}.ebnf') as file:
       file.write(text)
+  sids = zip(spec.catalog.item_ids, spec.prompter.items['sid'], strict=True)
   with files.atomic_write(workdir / SIDS) as file:
-    file.writelines(_sids(spec, tokenizer))
-  mesh = sharding.make_mesh(**config.mesh)
-  params = spec.load_params(inputs[config.export.start], mesh)
+    for item, ids in sids:
+      row = {'item_id': item, 'sid': tokenizer.text(list(ids))}
+      file.write(json.dumps(row, ensure_ascii=False) + '\n')
+  params = spec.load_params(inputs[stage.start], mesh)
   ranker = policy.Policy(spec, params, mesh)
   example = _example(ranker, thinking, tokenizer, test[0], prompts[0])
   with files.atomic_write(workdir / EXAMPLE) as file:
@@ -96,8 +100,8 @@ def run(
 
   # Checkpoint.
   folder = workdir / CHECKPOINT
-  for torn in workdir.glob(f'.{CHECKPOINT}.*'):
-    shutil.rmtree(torn)
+  for partial in workdir.glob(f'.{CHECKPOINT}.*'):
+    shutil.rmtree(partial)
   family = 'qwen3' if model.qk_norm else 'llama'
   longest = _max_positions(config, spec)
   if not folder.exists():
@@ -128,19 +132,19 @@ def run(
   }
 
 
-def _thinks(stage, start: pathlib.Path) -> bool:
-  """Whether answers reason: as in `export`, else as the policy was trained."""
+def _thinks(stage: ConfigDict, start: pathlib.Path) -> bool:
+  """Whether answers reason: `export.thinking`, else as in training."""
   if stage.thinking is not None:
     return stage.thinking
   run = artifacts.read_run(start)
   return run['config'][run['stage']].get('thinking', True)
 
 
-class _Shown:
-  """The exported tokenizer, special tokens and symbols shown as text."""
+class _Tokenizer:
+  """The exported tokenizer; it shows special tokens and symbols as text."""
 
   def __init__(self, tokenizer_json: str):
-    import tokenizers  # Of the extra `hf`.
+    import tokenizers  # Needs the extra `hf`.
 
     self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
 
@@ -169,8 +173,8 @@ def _tokenizer_files(
   return dict(tokenizer_json=unigram.tokenizer_json(model), **names)
 
 
-def _max_positions(config, spec: policy.PolicySpec) -> int:
-  """The longest context: the pretrained model's; else prompt and completion."""
+def _max_positions(config: ConfigDict, spec: policy.PolicySpec) -> int:
+  """The longest context: the pretrained model's, or prompt and completion."""
   needed = spec.prompter.prompt_tokens + spec.prompter.thinking_tokens
   if not config.model.source:
     return needed
@@ -180,16 +184,8 @@ def _max_positions(config, spec: policy.PolicySpec) -> int:
   return max(needed, int(base.max_positions * factor))
 
 
-def _sids(spec: policy.PolicySpec, tokenizer: _Shown) -> Iterator[str]:
-  """Lines of SIDS, in the order of the catalog."""
-  sids = spec.prompter.items['sid']
-  for item, ids in zip(spec.catalog.item_ids, sids, strict=True):
-    row = {'item_id': item, 'sid': tokenizer.text(list(ids))}
-    yield json.dumps(row, ensure_ascii=False) + '\n'
-
-
 def _prompts(
-  spec: policy.PolicySpec, thinking: bool, order: str, slates
+  spec: policy.PolicySpec, thinking: bool, order: str, slates: Any
 ) -> list[dict[str, Any]]:
   """The first test slates as prompts of `rerank`, in batches of one."""
   control = '<think>' if thinking else '<answer>'
@@ -208,11 +204,11 @@ _sample = jax.jit(sampling.sample, static_argnums=(0, 6, 7))
 def _example(
   ranker: policy.Policy,
   thinking: bool,
-  tokenizer: _Shown,
+  tokenizer: _Tokenizer,
   slate: dict[str, np.ndarray],
   prompt: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-  """The content of EXAMPLE."""
+  """The content of EXAMPLE, by greedy sampling with and without the mask."""
   spec, mesh = ranker.spec, ranker.mesh
   count = int(slate['count'])
   shown = slate['candidates'][prompt['incoming'][0, :count]]

@@ -7,29 +7,18 @@ from the policy that reasons and trains its direct answers.
 import pathlib
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from gr2_jax.stages import rl
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Trains from the parameters of the policy that reasons; validation chooses.
-
-  Args:
-    config: sections prompt, model, mesh, internalize; seed.
-    inputs: slates, tokenizer, backbone, and the stage that
-      `internalize.start` names.
-    workdir: of this stage.
-
-  Returns:
-    The best step, its validation metrics, and why training stopped.
-
-  Raises:
-    ValueError: the policy would reason.
-  """
+  """Trains direct answers; a ValueError if the policy is set to reason."""
   if config.internalize.thinking:
     raise ValueError(
-      'internalize.thinking=True: the reasoning is what goes; a second pass '
-      'with it is stage rl with rl.init_from'
+      'internalize.thinking=True: this stage trains answers without reasoning; '
+      'for another pass with it, run stage rl with rl.init_from'
     )
   return rl.reinforce('internalize', config, inputs, workdir)

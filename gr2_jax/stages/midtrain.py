@@ -1,7 +1,7 @@
 """Mid-training: the catalog's language, its users' habits, and pointing.
 
-Five tasks. Four are documents, packed into rows ahead of time and mixed by
-tokens (see `prompts/documents.py`):
+Four tasks are documents, packed into rows ahead of time and mixed by tokens
+(see `prompts/documents.py`):
 
 * `sequence`: semantic IDs of a history in the order of engagement;
 * `persona`: a history, and the user in words; either from the other;
@@ -9,17 +9,15 @@ tokens (see `prompts/documents.py`):
   other way round;
 * `text`: general text of a file, so that a pretrained model keeps its language.
 
-The fifth has batches of its own:
+The fifth, `pointing`, sorts the candidates of a slate by a named evidence
+column. Its answers are free and unlimited, and it trains the circuit that
+compares candidates and copies a slot.
 
-* `pointing`: the candidates of a slate sorted by a named evidence column. Its
-  answers are free and unlimited, and it builds the circuit that compares
-  candidates and copies a slot.
+The rows added to a pretrained backbone's embedding first train alone, so that
+they do not disturb the rest.
 
-Where the backbone is pretrained, the rows of the added symbols train alone at
-first, so that they do not disturb the rest.
-
-Validation measures a held-out loss for each task, and retrieval: how often a
-beam search over the catalog ranks the next item of a held-out history high,
+Validation measures a held-out loss for each task, and retrieval: how high a
+beam search over the catalog ranks the next item of a held-out history,
 compared with the most popular items.
 """
 
@@ -32,6 +30,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
@@ -43,32 +42,24 @@ from gr2_jax.train import embedding_warmup, learner, loop
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
   """Trains the backbone's parameters, or random ones where it has none.
 
-  Args:
-    config: sections prompt, model, mesh, midtrain; seed.
-    inputs: slates, tokenizer, backbone.
-    workdir: of this stage.
-
   Returns:
-    The best step and its held-out metrics; the shares of the tasks; a report of
-    the packing; the popularity baseline of retrieval; and the number of steps
-    that trained new rows alone.
+    The best step and its held-out metrics; `shares` of the tasks; `packed`, the
+    report of the packing; `popularity`, the baseline of retrieval; and
+    `warm_rows`, the number of steps that trained new rows alone.
 
   Raises:
     DataError: `text_file` is missing or no text.
     ValueError: a share is negative or none is positive, or a row is too short.
   """
   stage = config.midtrain
-  spec = policy.load(config, inputs, stage.context)
-  mesh = sharding.make_mesh(**config.mesh)
+  spec, mesh = policy.load_with_mesh(config, inputs, stage.context)
   pretrained = (inputs['backbone'] / policy.PARAMS).is_dir()
-  used = shares(stage)
-  packed = {k: v for k, v in used.items() if k in packing.TASKS}
-
-  # Documents, packed before the first step; a killed run finds them whole.
+  mixture = shares(stage)
+  packed = {k: v for k, v in mixture.items() if k in packing.TASKS}
   train, held_out = documents.sources(
     inputs['slates'], stage, len(spec.catalog)
   )
@@ -80,44 +71,46 @@ def run(
     stage.row_tokens,
   )
   pointing = pointing_renderer(spec.prompter, stage.pointers)
-  pipelines, facts = {}, {}
-  if packed:
+
+  # Input: whole batches of packed rows, and whole batches of slates.
+  pipelines, weights, report = [], [], {}
+  if packed:  # Written before the first step; a resumed run reads them.
     rows = stage.steps * stage.rows * sum(packed.values())
-    facts = packing.write(
+    report = packing.write(
       workdir,
       packing.rows(packed, train, renders, stage.row_tokens, config.seed),
       stage.row_tokens,
       int(np.ceil(rows)) + stage.rows,
     )
-    logging.info('midtrain: packed %s', json.dumps(facts))
-    pipelines['packed'] = packing.dataset(
-      records.Records(workdir / packing.ROWS),
-      spec.prompter,
-      stage.rows,
-      sharding.local_rows(mesh, stage.rows),
+    logging.info('midtrain: packed %s', json.dumps(report))
+    pipelines.append(
+      packing.dataset(
+        records.Records(workdir / packing.ROWS),
+        spec.prompter,
+        stage.rows,
+        sharding.local_rows(mesh, stage.rows),
+      )
     )
-  if 'pointing' in used:
-    pipelines['pointing'] = loop.dataset(
-      mesh, train['pointing'], pointing, stage.batch_size, config.seed
+    weights.append(sum(packed.values()))
+  if 'pointing' in mixture:
+    pipelines.append(
+      loop.dataset(
+        mesh, train['pointing'], pointing, stage.batch_size, config.seed
+      )
     )
+    weights.append(mixture['pointing'])
+  iterator = examples.iterate(grain.MapDataset.mix(pipelines, weights=weights))
 
-  # Input: whole batches of rows, and whole batches of slates.
-  weights = [sum(packed.values()), used.get('pointing', 0.0)]
-  mixed = grain.MapDataset.mix(
-    list(pipelines.values()), weights=[w for w in weights if w]
-  )
-  iterator = examples.iterate(mixed)
-
-  # Loss, held-out losses, retrieval.
+  # Loss, and validation by held-out losses and retrieval.
   loss_fn = learner.supervised_loss(
     spec.model, spec.grammar, listwise_weight=0.0
   )
-  held = {
+  batches = {
     task: _held_out_rows(task, held_out, renders, spec.prompter, stage)
     for task in packed
   }
-  if 'pointing' in used:
-    held['pointing'] = examples.first_batches(
+  if 'pointing' in mixture:
+    batches['pointing'] = examples.first_batches(
       held_out['pointing'],
       pointing,
       stage.batch_size,
@@ -125,24 +118,25 @@ def run(
       seed=1,
     )
   retrieve, baseline = None, {}
-  if 'sequence' in used:
+  if 'sequence' in mixture:
     retrieve, baseline = retriever(inputs, spec, mesh, stage)
   measure = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
 
-  def validate(params):
-    found = {}
-    for task in used:
-      each = [
+  def validate(params: Any) -> dict[str, float]:
+    metrics = {}
+    for task in mixture:
+      losses = [
         measure(params, sharding.shard_batch(learner.Examples(**row), mesh))
-        for row in held[task]
+        for row in batches[task]
       ]
-      found[f'{task}_loss'] = float(np.mean([float(x) for x in each]))
-    mean = np.average(list(found.values()), weights=list(used.values()))
-    found['score'] = -float(mean)
+      metrics[f'{task}_loss'] = float(np.mean([float(x) for x in losses]))
+    mean = np.average(list(metrics.values()), weights=list(mixture.values()))
+    metrics['score'] = -float(mean)
     if retrieve:
-      measured = retrieve(params)
-      found |= {f'retrieval_{name}': x for name, x in measured.items()}
-    return found
+      metrics |= {
+        f'retrieval_{name}': x for name, x in retrieve(params).items()
+      }
+    return metrics
 
   # Training.
   warm = warm_steps(stage, pretrained)
@@ -164,21 +158,18 @@ def run(
     desc='midtrain',
   )
   return result | {
-    'shares': used,
-    'packed': facts,
+    'shares': mixture,
+    'packed': report,
     'popularity': baseline,
     'warm_rows': warm,
   }
 
 
-def shares(stage) -> dict[str, float]:
+def shares(stage: ConfigDict) -> dict[str, float]:
   """Task -> its share of the mixture; the shares sum to one.
 
-  Args:
-    stage: section `midtrain`; without a `text_file`, `text` has no share.
-
-  Raises:
-    ValueError: a share is negative, or none is left.
+  Without a `text_file`, `text` has no share. Raises a ValueError if a share is
+  negative, or none is positive.
   """
   given = stage.mixture.to_dict()
   for task, share in given.items():
@@ -203,15 +194,10 @@ def shares(stage) -> dict[str, float]:
 def pointing_renderer(
   prompter: prompt.Prompter, pointers: int
 ) -> Callable[..., dict[str, np.ndarray]]:
-  """Rendering of the pointing task: `(slate, rng) -> example`.
-
-  Args:
-    prompter: token ids.
-    pointers: columns to sort one slate by.
-  """
+  """Makes `(slate, rng) -> example`: a slate sorted by `pointers` columns."""
   words = prompter.vocabulary
 
-  def render(slate, rng):
+  def render(slate: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
     count = int(slate['count'])
     order = prompt.presentation(count, 'shuffled', rng)
     bins = prompter.bins(slate['evidence'], count)[order]
@@ -239,47 +225,40 @@ def retriever(
   inputs: dict[str, pathlib.Path],
   spec: policy.PolicySpec,
   mesh: jax.sharding.Mesh,
-  stage,
+  stage: ConfigDict,
 ) -> tuple[retrieval.Retriever | None, dict[str, float]]:
   """Held-out retrieval, and the popularity baseline on the same questions.
 
-  Args:
-    inputs: slates, tokenizer.
-    spec: tokens and shapes.
-    mesh: devices of the parameters.
-    stage: section `midtrain`.
-
   Returns:
-    Parameters -> numbers, and the baseline's; None and nothing where every
+    `params -> metrics`, and the baseline's metrics; None and {} where every
     held-out history ends in an item that it had before.
   """
-  asked = retrieval.questions(
+  questions = retrieval.questions(
     slates_lib.read(inputs['slates'], 'validation'),
     [spec.vocabulary.bos, spec.vocabulary.control['<next>']],
     spec.prompter.items['sid'],
     stage.sequence_items - 1,
     stage.retrieval_histories,
   )
-  if not len(asked):
+  if not len(questions):
     return None, {}
   popular = retrieval.popular(
-    slates_lib.read(inputs['slates'], 'train'), asked.seen, stage.beams
+    slates_lib.read(inputs['slates'], 'train'), questions.seen, stage.beams
   )
-  return (
-    retrieval.Retriever(
-      spec,
-      mesh,
-      ids_lib.load(inputs['tokenizer']),
-      asked,
-      stage.batch_size,
-      stage.beams,
-    ),
-    retrieval.summary(popular, asked.target) | {'histories': len(asked)},
+  baseline = retrieval.summary(popular, questions.target)
+  sids = ids_lib.load(inputs['tokenizer'])
+  retrieve = retrieval.Retriever(
+    spec, mesh, sids, questions, stage.batch_size, stage.beams
   )
+  return retrieve, baseline | {'histories': len(questions)}
 
 
 def _held_out_rows(
-  task: str, source, renders, prompter: prompt.Prompter, stage
+  task: str,
+  source: Any,
+  renders: Any,
+  prompter: prompt.Prompter,
+  stage: ConfigDict,
 ) -> list[dict[str, np.ndarray]]:
   """Batches of one task's held-out rows, the same at every call."""
   rows = packing.rows({task: 1.0}, source, renders, stage.row_tokens, seed=1)
@@ -291,12 +270,11 @@ def _held_out_rows(
   return [data[i] for i in range(stage.eval_batches)]
 
 
-def warm_steps(stage, pretrained: bool) -> int:
-  """Steps in which new rows train alone.
+def warm_steps(stage: ConfigDict, pretrained: bool) -> int:
+  """Steps in which new rows train alone: `warm_rows`, at most a quarter.
 
-  Where training starts from a pretrained backbone these are `warm_rows`, at
-  most a quarter of all steps. From scratch every row is new, and the rows of
-  `init_from` have been trained.
+  None from scratch, where every row is new, or from `init_from`, whose rows
+  have been trained.
   """
   if not pretrained or stage.init_from:
     return 0

@@ -2,14 +2,15 @@
 
 The loss is RL's surrogate, on the same rewards, plus the divergence of the
 student from its teacher at every token that the student wrote. The teacher is
-another artifact's policy (`opd.policy`), or the student's own start with a view
-of more than the student sees.
+another artifact's policy (`opd.policy`), or the student's own start, whose
+prompt shows more (`opd.view`).
 """
 
 import pathlib
 from typing import Any
 
-from gr2_jax.distributed import sharding
+from ml_collections import ConfigDict
+
 from gr2_jax.ops import kl
 from gr2_jax.policy import policy
 from gr2_jax.stages import rl
@@ -17,26 +18,17 @@ from gr2_jax.train import distillation
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Trains from the parameters of the stage before; validation chooses.
-
-  Args:
-    config: sections prompt, model, mesh, opd; seed.
-    inputs: slates, tokenizer, backbone, and the stage that `opd.start` names.
-    workdir: of this stage.
-
-  Returns:
-    The best step, its validation metrics, and why training stopped.
+  """Trains from the stage `opd.start`; validation selects the step.
 
   Raises:
-    ValueError: a field has no meaning.
+    ValueError: a field is invalid.
     ArtifactError: the teacher's artifact cannot be used.
   """
   stage = config.opd
   check(stage)
-  spec = policy.load(config, inputs, stage.context)
-  mesh = sharding.make_mesh(**config.mesh)
+  spec, mesh = policy.load_with_mesh(config, inputs, stage.context)
   if stage.policy:
     teacher = distillation.restore(
       stage.policy, spec, inputs, config.mesh, stage.view, stage.sharpness
@@ -49,8 +41,8 @@ def run(
   return rl.train('opd', config, inputs, workdir, spec, mesh, teacher)
 
 
-def check(stage) -> None:
-  """Raises a ValueError that names a field of `opd` without meaning."""
+def check(stage: ConfigDict) -> None:
+  """Raises a ValueError that names an invalid field of `opd`."""
   if stage.view not in distillation.VIEWS:
     raise ValueError(
       f'opd.view={stage.view!r}: must be one of {", ".join(distillation.VIEWS)}'
@@ -72,7 +64,7 @@ def check(stage) -> None:
     )
   if stage.view == 'readout' and stage.kl_kind not in kl.EXACT:
     raise ValueError(
-      f'opd.kl_kind={stage.kl_kind!r}: the view readout speaks of all '
+      f'opd.kl_kind={stage.kl_kind!r}: the view readout compares all '
       f'candidates at once; it must be one of {", ".join(kl.EXACT)}'
     )
   if stage.kl_weight <= 0:

@@ -3,9 +3,9 @@
 Each line of `output.jsonl` answers the slate at the same place in the input;
 `serving/schema.py` describes its fields.
 
-The whole input is checked first. Answers are appended chunk by chunk to
-`output.partial.jsonl`; a run that was killed resumes after its last whole chunk
-and ends in the same bytes.
+The stage checks the whole input first. It appends answers chunk by chunk to
+`output.partial.jsonl`; a killed run resumes after its last whole chunk, and
+ends with the same bytes.
 """
 
 import dataclasses
@@ -17,9 +17,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from gr2_jax.distributed import sharding
 from gr2_jax.ops import parsing
 from gr2_jax.pipeline import reporting
 from gr2_jax.policy import policy, ranking
@@ -32,18 +31,16 @@ PARTIAL = 'output.partial.jsonl'
 
 
 def run(
-  config: ml_collections.ConfigDict,
-  inputs: dict[str, pathlib.Path],
-  workdir: pathlib.Path,
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
   """Ranks every slate of `rerank.input`, or the test slates.
 
   Returns:
-    Counts and shares; slates per second of this process, compiling and evidence
-    included, or None where it ranked nothing.
+    Counts and shares, and `slates_per_second` of this process with compilation,
+    None if it ranked nothing.
 
   Raises:
-    DataError: the input is wrong; nothing was ranked.
+    DataError: the input is invalid; nothing was ranked.
   """
   finished = (workdir / OUTPUT).exists()
   rate = None if finished else _rank(config, inputs, workdir)
@@ -51,17 +48,14 @@ def run(
 
 
 def _rank(
-  config: ml_collections.ConfigDict,
-  inputs: dict[str, pathlib.Path],
-  workdir: pathlib.Path,
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> float | None:
   """Writes OUTPUT; returns slates per second."""
   stage = config.rerank
   if stage.chunk < 1:
-    raise ValueError(f'rerank.chunk={stage.chunk}: it must be at least 1')
+    raise ValueError(f'rerank.chunk={stage.chunk}: must be at least 1')
   form = policy.form_of(inputs[stage.start], own_slates=False)
-  spec = policy.load(config, inputs, *form)
-  mesh = sharding.make_mesh(**config.mesh)
+  spec, mesh = policy.load_with_mesh(config, inputs, *form)
   width = spec.prompter.num_candidates
   reader, unreadable = described_items.load(
     spec, mesh, inputs['tokenizer'], config.prompt.title_tokens
@@ -74,8 +68,6 @@ def _rank(
     return requests_lib.read(source, spec.catalog, width, unreadable)
 
   total = sum(1 for _ in read()) if stage.input else 0
-
-  # Evidence.
   data = knowledge.load(inputs['slates'], spec.catalog, config.data)
   if not stage.input:
     statistics = data.facts.statistics
@@ -116,13 +108,11 @@ def _rank(
       done += len(chunk)
       bar.update(len(chunk))
   os.replace(partial, workdir / OUTPUT)
-  if done == start:
-    return None
-  return (done - start) / (time.monotonic() - clock)
+  return (done - start) / (time.monotonic() - clock) if done > start else None
 
 
 def _keep_whole_chunks(path: pathlib.Path, chunk: int) -> int:
-  """Cuts off a torn chunk, and a last short one; returns the lines left."""
+  """Truncates the file to whole chunks; returns the number of lines left."""
   if not path.exists():
     return 0
   lines = size = whole = 0

@@ -1,21 +1,24 @@
 """SFT: the teacher's reasoning and a ranking, after the policy's own prompt.
 
-Eq. 3 weighs reasoning and ranking separately. The target of the ranking is
-either the teacher's order (`rank_by='trace'`) or the order of the policy's own
-read-out (`readout`), which the same update trains on the labels at the slot
-tokens and distills into the answer.
+Eq. 3 weighs reasoning and ranking separately. The target of the ranking is the
+teacher's order (`rank_by='trace'`) or the order of the policy's own read-out
+(`readout`): the same update trains the read-out on the labels and distills it
+into the answer.
 """
 
 import collections
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import grain
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
-from gr2_jax.distributed import sharding
 from gr2_jax.policy import policy, ranking
 from gr2_jax.prompts import examples, prompt
 from gr2_jax.stages import traces
@@ -39,31 +42,21 @@ class _Traced:
 
 
 def run(
-  config, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
+  config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
   """Trains from the mid-trained parameters; validation selects the step.
 
-  Args:
-    config: sections prompt, model, mesh, sft; seed.
-    inputs: slates, tokenizer, backbone, midtrain, traces.
-    workdir: of this stage.
-
-  Returns:
-    The best step and its validation metrics.
-
-  Raises:
-    ValueError: `rank_by` or a context is unknown.
+  Raises a ValueError if `rank_by` or a context is unknown.
   """
   stage = config.sft
   if stage.rank_by not in RANK_BY:
     raise ValueError(f'sft.rank_by={stage.rank_by!r}: must be one of {RANK_BY}')
-  spec = policy.load(config, inputs)
-  mesh = sharding.make_mesh(**config.mesh)
+  spec, mesh = policy.load_with_mesh(config, inputs)
   source = _Traced(
     records.Records(inputs['traces'] / traces.ACCEPTED),
     slates_lib.SlateSource(inputs['slates'], 'train'),
   )
-  # Each form of the context has its own batches, of its own length.
+  # Each form of the context has its own prompt length, and so its own batches.
   forms = collections.Counter(stage.contexts)
   pipelines = [
     loop.dataset(
@@ -97,15 +90,8 @@ def run(
     optimizer=optimizer,
     take_step=loop.supervised_step(spec, mesh, loss_fn, optimizer, iterator),
     iterator=iterator,
-    validate=ranking.validator(
-      spec.with_context(stage.contexts[-1]),
-      mesh,
-      policy.source(inputs, 'validation'),
-      slates_lib.read(inputs['slates'], 'validation'),
-      thinking=stage.thinking,
-      order=config.prompt.order,
-      num_slates=stage.eval_slates,
-      batch_size=stage.eval_batch_size,
+    validate=validator(
+      'sft', config, inputs, spec.with_context(stage.contexts[-1]), mesh
     ),
     selection_metric='n@5',
     inherited=inputs['midtrain'],
@@ -113,29 +99,58 @@ def run(
   )
 
 
-def renderer(spec: policy.PolicySpec, config):
-  """`(trace and slate, rng) -> example`: a thinking and a direct completion.
+def validator(
+  name: str,
+  config: ConfigDict,
+  inputs: dict[str, pathlib.Path],
+  spec: policy.PolicySpec,
+  mesh: Mesh,
+  context: str = 'full',
+) -> Callable[[Any], dict[str, float]]:
+  """`ranking.validator` by the section `name` of a stage that trains."""
+  stage = config[name]
+  return ranking.validator(
+    spec,
+    mesh,
+    policy.source(inputs, 'validation', context),
+    slates_lib.read(inputs['slates'], 'validation'),
+    thinking=stage.thinking,
+    order=config.prompt.order,
+    num_slates=stage.eval_slates,
+    batch_size=stage.eval_batch_size,
+  )
 
-  Both are trained side by side, so that either can be requested. The control
-  tokens begin a completion here and end the prompt in sampling: the sequence is
-  the same. With `privileged` a third completion is given a positive, the first
-  choice of the trace, and learns to put it first, with reasoning or without, by
-  a coin.
+
+def renderer(
+  spec: policy.PolicySpec, config: ConfigDict
+) -> Callable[..., dict[str, Any]]:
+  """Makes `(trace and slate, rng) -> example`, with and without reasoning.
+
+  Both completions train side by side, so that a prompt can request either. The
+  control tokens begin a completion here and end the prompt in sampling: the
+  sequence is the same. With `privileged` the prompt of a third completion names
+  a positive, the first choice of the trace, which the policy learns to rank
+  first. A coin decides whether that completion reasons.
   """
   prompter, words, stage = spec.prompter, spec.vocabulary, config.sft
   by_readout = stage.rank_by == 'readout'
-  told = stage.privileged * prompt.TARGET_TOKENS
+  target_tokens = stage.privileged * prompt.TARGET_TOKENS
 
-  def completion(ask, reasoning, answer, weights):
-    """Weights: l_r on reasoning, l_o on the ranking, 0 on replaced slots."""
-    weights = [
-      *[0.0] * len(ask),
-      *[stage.reasoning_weight] * len(reasoning),
-      *[stage.ranking_weight * weight for weight in weights],
-    ]
+  def completion(
+    ask: list[int],
+    reasoning: list[int],
+    answer: list[int],
+    weights: list[float],
+  ) -> examples.Completion:
+    """Weights tokens by Eq. 3: the reasoning and the ranking separately."""
+    weights = (
+      [0.0] * len(ask)
+      + [stage.reasoning_weight] * len(reasoning)
+      + [stage.ranking_weight * weight for weight in weights]
+    )
     return examples.Completion([*ask, *reasoning, *answer], weights)
 
-  def render(record, rng):
+  def render(record: Any, rng: np.random.Generator) -> dict[str, Any]:
     slate, trace = record['slate'], record['trace']
     order = prompt.presentation(int(slate['count']), config.prompt.order, rng)
     answer = prompter.answer(trace['ranking'], order)
@@ -143,23 +158,24 @@ def renderer(spec: policy.PolicySpec, config):
     reasoning.append(words.control['</think>'])
     weight = 0.0 if by_readout else 1.0
     weights = [weight] * (len(answer) - 1) + [1.0]
-    completions = []
-    for control, span in (('<think>', reasoning), ('<answer>', [])):
+    completions, modes = [], (('<think>', reasoning), ('<answer>', []))
+    for control, span in modes:
       ask = prompter.ask(control)
-      found = completion(ask, span, answer, weights)
-      at = len(ask) + len(span) if by_readout else -1
-      completions.append(dataclasses.replace(found, answer_at=at))
-    if stage.privileged:
-      control, span = (
-        ('<think>', reasoning) if rng.random() < 0.5 else ('<answer>', [])
+      completions.append(
+        dataclasses.replace(
+          completion(ask, span, answer, weights),
+          answer_at=len(ask) + len(span) if by_readout else -1,
+        )
       )
+    if stage.privileged:
+      control, span = modes[rng.random() >= 0.5]
       ask = prompter.ask(control, answer[0] - words.slot_base)
       completions.append(completion(ask, span, answer, [1.0, *weights[1:]]))
     return examples.examples(
       prompter.prompt(slate, order, rng),
       completions,
       prompter.prompt_tokens,
-      prompter.ask_tokens + told + prompter.thinking_tokens,
+      prompter.ask_tokens + target_tokens + prompter.thinking_tokens,
     )
 
   return render

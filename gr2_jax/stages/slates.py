@@ -3,6 +3,7 @@
 import importlib
 import logging
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,31 +14,23 @@ SOURCES = ('movielens', 'files', 'world')
 
 def run(
   config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
-) -> dict:
-  """Writes a data set into the workdir.
-
-  Args:
-    config: reads section `data`.
-    inputs: none.
-    workdir: of this stage. A run does not resume: after a kill, the data set is
-      built again.
+) -> dict[str, Any]:
+  """Writes a data set into the workdir; a killed run starts again.
 
   Returns:
-    Sizes of the log, and for each split the counts of `slates.build` and the
-    share of users.
+    Sizes of the log, and `splits`: the counts of `slates.build` and the share
+    of users in each.
 
   Raises:
-    ValueError: an unknown source.
-    DataError: bad input.
+    ValueError: the source is unknown.
+    DataError: the log is invalid.
   """
   del inputs
   data = config.data
   if data.source not in SOURCES:
     raise ValueError(
-      f'data.source is {data.source!r}; it must be one of {SOURCES}'
+      f'data.source is {data.source!r}: must be one of {SOURCES}'
     )
-
-  # Load.
   source = importlib.import_module(f'gr2_jax.data.sources.{data.source}')
   log = source.load(data)
   logging.info(
@@ -47,21 +40,16 @@ def run(
     len(log.users),
     data.source,
   )
-
-  # Build.
   splits, counts = slates_lib.build(log, data)
   for name, count in counts.items():
     count['user_share'] = count['users'] / len(log.user_ids)
     logging.info('slates: %s %s', name, count)
-
-  # Write.
-  results = {
+  pathlib.Path(workdir, 'meta.json').unlink(missing_ok=True)
+  slates_lib.write(workdir, splits, log.catalog, {'counts': counts})
+  return {
     'users': len(log.user_ids),
     'items': len(log.catalog),
     'interactions': len(log.users),
     'empty_titles': sum(not title for title in log.catalog.titles),
     'splits': counts,
   }
-  pathlib.Path(workdir, 'meta.json').unlink(missing_ok=True)
-  slates_lib.write(workdir, splits, log.catalog, {'counts': counts})
-  return results

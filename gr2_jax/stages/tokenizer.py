@@ -28,28 +28,25 @@ from gr2_jax.semantic_ids import (
 def run(
   config: ConfigDict, inputs: dict[str, pathlib.Path], workdir: pathlib.Path
 ) -> dict[str, Any]:
-  """Makes the semantic IDs of the catalog of inputs['slates'].
+  """Makes the semantic IDs of a catalog.
 
-  Writes to `workdir`: sids.npz and sids.json, sids.jsonl and sids.parquet
-  (item_id, codes), params (networks and codebooks), features.npy (text vectors
-  float32 [I, F]), checkpoints and metrics.
+  Writes sids.npz and sids.json, sids.jsonl and sids.parquet (item_id, codes),
+  params (networks and codebooks), and features.npy (text vectors [I, F]).
 
   Returns:
-    SemanticIds.statistics() and seconds of this process; for the items that
-    this run named, reconstruction_r2 of the fitted levels and the number
-    spilled; the chosen step, or, with `extends`, the numbers of known, new and
-    retired items.
+    SemanticIds.statistics(); of the items that got IDs, reconstruction_r2 and
+    the number spilled; the selected step, or, with `extends`, the numbers of
+    known, new and retired items.
 
   Raises:
-    ValueError: a config field has an invalid value, the catalog does not fit in
-      the code space, an item id is empty or occurs twice, or a text vector is
-      not finite.
+    ValueError: a config field is invalid, the catalog does not fit in the code
+      space, an item id is empty or occurs twice, or a text vector is not
+      finite.
     FloatingPointError: the training diverged.
   """
   started = time.monotonic()
   stage = config.tokenizer
-  mesh = sharding.make_mesh(**config.mesh.to_dict())
-  workdir = pathlib.Path(workdir)
+  mesh = sharding.make_mesh(**config.mesh)
   workdir.mkdir(parents=True, exist_ok=True)
   catalog = slates_lib.read_catalog(inputs['slates'])
   ids.check_item_ids(catalog.item_ids)
@@ -95,8 +92,8 @@ def _extend(
     )
   if not (earlier / 'results.json').is_file():
     raise ValueError(
-      f'tokenizer.extends: {earlier} is no finished artifact: finish its run, '
-      'or give another folder'
+      f'tokenizer.extends: {earlier} is not a finished artifact: finish its '
+      'run, or give another folder'
     )
   training.check_same(stage, earlier)
   known = ids.load(earlier)
@@ -116,7 +113,7 @@ def _extend(
     )
     new_ids, results = training.assign_ids(tokenizer, features, known.taken)
     codes = new_ids.codes
-  else:  # A later extension of this artifact needs the space of the vectors.
+  else:  # A later extension of this artifact needs the text vectors' space.
     for file in (text_encoders.RECORD, text_encoders.SPACE):
       if (earlier / file).exists():
         shutil.copyfile(earlier / file, workdir / file)

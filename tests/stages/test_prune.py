@@ -11,6 +11,7 @@ from gr2_jax.policy import policy
 from gr2_jax.serving import Reranker
 from gr2_jax.stages import prune
 from gr2_jax.studies import prune as prune_lib
+from gr2_jax.train import pruning
 
 from .. import tiny, tiny_world
 
@@ -85,7 +86,7 @@ def test_a_killed_run_keeps_its_layers_and_ends_bit_for_bit(
     with pytest.raises(KeyboardInterrupt):
       run(world, start, tmp_path / 'killed')
   with monkeypatch.context() as patch:  # What was measured is not again.
-    patch.setattr(prune, '_rollouts', None)
+    patch.setattr(pruning, 'choose', None)
     assert run(world, start, tmp_path / 'killed') == wanted
   steps = reporting.read_metrics(tmp_path / 'whole' / 'metrics.jsonl')
   apart = [row['teacher_kl'] for row in steps if 'teacher_kl' in row]

@@ -148,8 +148,8 @@ def test_what_cannot_be_extended_is_named(base, tmp_path):
   shutil.copytree(base, tmp_path / 'torn')
   (tmp_path / 'torn' / 'config.json').write_text('{"config": {"to')
   for name, message in (
-    ('partly', r'tokenizer\.extends: .*partly is no finished artifact'),
-    ('nowhere', r'tokenizer\.extends: .*nowhere is no finished artifact'),
+    ('partly', r'tokenizer\.extends: .*partly is not a finished artifact'),
+    ('nowhere', r'tokenizer\.extends: .*nowhere is not a finished artifact'),
     ('nameless', r'nameless/config\.json: missing; give the folder of an'),
     ('torn', r'torn/config\.json: not valid JSON'),
     ('stranger', r'stranger/sids\.jsonl: missing'),
