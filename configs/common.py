@@ -47,7 +47,7 @@ SECTIONS = {
 }
 
 # Evidence columns of a candidate, chosen on the validation slates of each
-# source. `:raw` is not centered within the slate.
+# source. `NAME` compares candidates of a slate; `NAME:raw` keeps its own scale.
 EVIDENCE = {
   'movielens': (
     'incoming_rank',
@@ -359,7 +359,8 @@ def on_policy(
   config = rollouts(test, 32, steps, learning_rate, eval_every)
   config.thinking = True  # reason before the ranking
   config.context = 'full'  # form of the context, see gr2_jax/prompts/context.py
-  config.reward = 'auc+ndcg'  # auc, ndcg, auc+ndcg, promotion, rr, recall
+  # Reward of a ranking: auc, ndcg, auc+ndcg, promotion, rr, recall.
+  config.reward = 'auc+ndcg'
   config.k = 5  # cut-off of ndcg and recall
   config.gate = 'v2'  # reward of copied and invalid answers: none, v1, v2
   config.format_weight = 0.2  # a: reward for a valid answer

@@ -32,7 +32,7 @@ def fit(
     import lightgbm
   except ImportError as e:
     raise ImportError(
-      "the baseline gbdt needs LightGBM: pip install -e '.[report]'"
+      "the baseline gbdt needs LightGBM: pip install -e '.[demo]'"
     ) from e
   parameters = {
     'objective': 'lambdarank',

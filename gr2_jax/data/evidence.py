@@ -70,17 +70,18 @@ COLUMNS = (
   Column('co_long', INTERACTIONS, lambda s: s.mean(s.long, s.co),
          'decayed symmetric co-engagement with the history, mean by `long`'),
   Column('co_short', INTERACTIONS, lambda s: s.mean(s.short, s.co),
-         'the same by `short`'),
+         'decayed co-engagement, mean by `short`'),
   Column('co_last', INTERACTIONS, lambda s: s.co[:, 0],
-         'the same with the last item alone'),
+         'decayed co-engagement with the last item'),
   Column('co_max', INTERACTIONS, lambda s: s.co.max(1),
-         'its largest value over the history'),
+         'largest decayed co-engagement with any history item'),
   Column('co_hits', INTERACTIONS, lambda s: (s.co > 0).sum(1),
-         'history items that are neighbors'),
+         "number of history items that are the candidate's neighbors"),
   Column('joint_mean', INTERACTIONS, lambda s: s.mean(s.even, s.joint),
-         'co-occurrence in a user at any distance, a user counting 1 / length'),
+         'mean co-occurrence with the history at any distance in a user, who '
+         'counts 1 / length'),
   Column('joint_max', INTERACTIONS, lambda s: s.joint.max(1),
-         'its largest value over the history'),
+         'largest co-occurrence with any history item'),
   Column('directed', INTERACTIONS | TIMES, lambda s: s.directed(),
          'decayed weight of the candidate after the item, by `short`, over the '
          'root of both counts'),
@@ -90,27 +91,27 @@ COLUMNS = (
          'match of mean history and candidate in the strongest singular '
          'directions'),
   Column('latent_recent', INTERACTIONS, lambda s: s.match(s.recent, s.latent),
-         'the same by `recent`'),
+         'match of the last five items and candidate in these directions'),
   Column('genre', CATALOG, lambda s: s.match(s.even, s.genres),
          'category match with the history'),
   Column('genre_recent', CATALOG, lambda s: s.match(s.recent, s.genres),
-         'the same by `recent`'),
+         'category match with the last five items'),
   Column('leaf', CATALOG, lambda s: s.leaf(),
          'share of the history with the same last category'),
   Column('transition', CATALOG | TIMES, lambda s: s.lift.mean(axis=1),
          "log lift of the candidate's categories after those of the last three "
          'items, at most 3 places apart, mean'),
   Column('transition_max', CATALOG | TIMES, lambda s: s.lift.max(axis=1),
-         'its largest value over the last three items'),
+         'largest log lift over the last three items'),
   Column('text_mean', CATALOG, lambda s: s.mean(s.long, s.text),
          'TF-IDF cosine of titles (words, word pairs), mean by `long`'),
   Column('text_max', CATALOG, lambda s: s.text.max(1),
-         'its largest value over the history'),
+         'largest title cosine with any history item'),
   Column('popularity', INTERACTIONS, lambda s: s.popularity[s.offered_row],
          'log(1 + rows of the item)'),
   Column('trend', INTERACTIONS | TIMES, lambda s: s.trend(),
-         'log share of its earlier rows that fall in the last quarter of the '
-         'time up to the slate'),
+         "log share of the candidate's earlier rows that fall in the last "
+         'quarter of the time up to the slate'),
   Column('quality', INTERACTIONS, lambda s: s.facts.quality[s.offered_row],
          'mean grade, shrunk by 5 rows'),
   Column('popularity_gap', INTERACTIONS, lambda s: s.popularity_gap(),
@@ -122,9 +123,9 @@ COLUMNS = (
   Column('year_gap', CATALOG, lambda s: s.year_gap(s.even),
          "log(1 + distance to the history's mean year)"),
   Column('year_gap_recent', CATALOG, lambda s: s.year_gap(s.recent),
-         'the same by `recent`'),
+         "log(1 + distance to the last five items' mean year)"),
   Column('age', CATALOG | TIMES, lambda s: s.age(),
-         'years from then to the slate'),
+         "years from the item's year to the slate"),
 )
 # fmt: on
 NAMES = tuple(column.name for column in COLUMNS)
@@ -139,8 +140,8 @@ def places(reads: Reads) -> list[int]:
 class Facts:
   """Everything that columns look up, fitted on the rows of one Statistics.
 
-  Arrays of I + 1 rows have a last one for items without any interaction; those
-  that the catalog lacks, with indices from I on, are such.
+  Arrays of I + 1 rows have a last one for items without any interaction; items
+  outside the catalog (index I or more) use that last row too.
   """
 
   statistics: preranker.Statistics
@@ -157,7 +158,7 @@ class Facts:
   has_times: bool  # whether the log gives times, not only an order
 
   def beside(self, items: log_lib.Catalog) -> Facts:
-    """Adds items [M] that the catalog lacks, with indices I, I + 1, .."""
+    """Adds items [M] outside the catalog, with indices I, I + 1, .."""
     return dataclasses.replace(self, content=self.content.beside(items))
 
 

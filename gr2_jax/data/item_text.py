@@ -241,9 +241,10 @@ def _find(
 def _incidence(
   catalog: log_lib.Catalog, categories: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Which known categories items have, float32 [., C + 1]; unknown ones [., 1].
+  """0/1 for each known category, and the number of unknown ones.
 
-  The unknown ones are counted.
+  Returns float32 [., C + 1], whose last column is 1 for items without any
+  category, and float32 [., 1].
   """
   matrix = np.zeros((len(catalog), len(categories) + 1), np.float32)
   unknown = np.zeros((len(catalog), 1), np.float32)

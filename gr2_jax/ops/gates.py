@@ -26,7 +26,7 @@ def gate_open(
   * `v2`: it is valid, and not a copy of an incoming order that can be improved.
 
   Example: a valid answer that repeats a suboptimal incoming order, the target
-  neither raised nor first: none open, v1 and v2 closed.
+  neither raised nor first: gate `none` is open; `v1` and `v2` are closed.
 
   `copied_suboptimal` (read by v2): the answer repeats the incoming order and
   that order has a misordered pair, AUC(incoming) < 1. `improved` (read by v1):

@@ -1,9 +1,10 @@
 """The stage graph: what each stage needs, reads, and how it runs.
 
 A stage is the module `gr2_jax.stages.<name>` (a study `study_<name>` is
-`gr2_jax.studies.<name>`) with one function, `run(config, inputs, workdir)`. It
+`gr2_jax.studies.<name>`) with a function `run(config, inputs, workdir)`. It
 resumes from whatever it finds in `workdir`; the dict that it returns becomes
-`results.json`.
+`results.json`. An optional `summary(results)` returns the table that the
+command prints.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ class Stage:
     needs: stages that must finish before. `name` is the run with this stage's
       own seed; `name@*` is one run for each of `config.seeds`, passed to `run`
       as inputs `name@0`, `name@1`, ... `{section.field}` is the stage that the
-      config field names (one of STARTS); for a field `context` it is
-      `compress` if that stage writes such contexts, else nothing.
+      config field names (one of STARTS). `{x.context}` needs `compress` only
+      where its value is a form that `compress` writes.
     sections: the config sections that the stage reads. It receives no others,
       so a change of any section that it reads changes its fingerprint.
     seeded: whether the stage runs once per seed and reads `config.seed`.

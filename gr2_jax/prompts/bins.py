@@ -70,7 +70,8 @@ class EvidenceBins:
       if column.removesuffix(RAW) not in names:
         raise ValueError(
           f'prompt.evidence: no column {column!r} in the slates; known: '
-          f'{", ".join(names)} (each also with the suffix {RAW!r})'
+          f'{", ".join(names)} (each also with the suffix {RAW!r}); new in '
+          'the code? build the slates in another --workdir'
         )
     index = np.array([names.index(c.removesuffix(RAW)) for c in columns], int)
     shares = np.linspace(0, 1, bins + 1)[1:-1]

@@ -416,8 +416,8 @@ def test_vmap_equals_batch():
 
 def test_unknown_names_and_cutoffs_are_errors():
   slate = (order('ABCD'), GRADES, COUNT)
-  with pytest.raises(ValueError, match="'mrr'.*'rr'"):
-    rewards.rank_reward(*slate, INCOMING, kind='mrr', k=3)
+  with pytest.raises(ValueError, match="'no_such'.*'rr'"):
+    rewards.rank_reward(*slate, INCOMING, kind='no_such', k=3)
   with pytest.raises(ValueError, match="'v3'.*'v2'"):
     rewards.reward(
       order('ABCD'),

@@ -83,7 +83,7 @@ def test_every_stage_is_reached_and_seeded_ones_once_per_seed():
     ('rl.x', {'rl', *AFTER_RL}),
     ('internalize.x', {'internalize'}),
     ('prune.x', {'prune'}),
-    ('mesh.x', set()),  # Where something is computed.
+    ('mesh.x', set()),  # The mesh never changes a fingerprint.
     ('evaluate.x', {'evaluate'}),
     ('rerank.x', {'rerank'}),
     ('export.x', {'export'}),
