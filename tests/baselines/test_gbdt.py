@@ -99,5 +99,5 @@ def test_stops_early_where_validation_gains_nothing():
 
 def test_a_missing_lightgbm_names_the_cure(monkeypatch):
   monkeypatch.setitem(sys.modules, 'lightgbm', None)
-  with pytest.raises(ImportError, match=r"pip install -e '\.\[report\]'"):
+  with pytest.raises(ImportError, match=r"pip install -e '\.\[demo\]'"):
     fit(settings())
