@@ -19,19 +19,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from gr2_jax.compressor import grammar
+from gr2_jax.compressor.options import CompressorOptions
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.models import transformer
 from gr2_jax.ops import compression, masking
 from gr2_jax.policy import policy, sampling
 from gr2_jax.teachers import dialogue as dialogue_lib
 from gr2_jax.teachers import judge as judge_lib
-
-JUDGES = ('ranker', 'remote')
-JUDGED_BY = ('labels', 'order')  # references of the ranker's order
 
 # Fields of a slate that are shown in words.
 _SLATE_FIELDS = (
@@ -172,7 +169,7 @@ def likeness(
 
 def judge_by_ranker(
   spec: policy.PolicySpec,
-  stage: ml_collections.ConfigDict,
+  compressor: CompressorOptions,
   params: Any,
   rows: dict[str, jax.Array],
   rollouts: sampling.Rollouts,
@@ -183,7 +180,7 @@ def judge_by_ranker(
     zeros = jnp.zeros_like(preservation_PxG)
     return compression.Judged(zeros > 0, zeros, zeros + jnp.nan)
   grades = rows['grades']
-  if stage.judge_by == 'order':
+  if compressor.judge_by == 'order':
     scores = read_whole(spec, params, rows)
     grades = compression.order_grades(scores, rows['count'])
   return compression.judge(
@@ -191,8 +188,8 @@ def judge_by_ranker(
     grades,
     rows['count'],
     preservation_PxG,
-    k=stage.judge_k,
-    top=stage.judge_top,
+    k=compressor.judge_k,
+    top=compressor.judge_top,
   )
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from gr2_jax.compressor import grammar as grammar_lib
 from gr2_jax.compressor import judge
+from gr2_jax.compressor.options import CompressorOptions
 from gr2_jax.ops import advantages, compression, losses, masking
 from gr2_jax.policy import policy, sampling
 from gr2_jax.prompts import prompt, vocabulary
@@ -162,7 +162,7 @@ def constraint_inputs(
 def imitation_loss(
   spec: policy.PolicySpec,
   options: sampling.SamplingOptions,
-  stage: ml_collections.ConfigDict,
+  compressor: CompressorOptions,
   params: Any,
   ranker: Any,
   rows: Rows,
@@ -173,9 +173,9 @@ def imitation_loss(
   fields of `generation_rows`. Of the compressions of a slate, only the one with
   the highest `judge.likeness` counts.
   """
-  rules = grammar(spec.prompter, stage.slack)
+  rules = grammar(spec.prompter, compressor.slack)
   tokens, length = rows['tokens'], rows['length']
-  target = judge.likeness_target(spec, stage.judge_by, ranker, rows)
+  target = judge.likeness_target(spec, compressor.judge_by, ranker, rows)
   like = judge.likeness(spec, ranker, target, rows['count'], tokens, length)
   best = jnp.argmax(like, axis=1)[:, None]
   batch = policy_gradient.PolicyBatch(
@@ -200,24 +200,24 @@ def imitation_loss(
 def sample(
   spec: policy.PolicySpec,
   options: sampling.SamplingOptions,
-  stage: ml_collections.ConfigDict,
+  compressor: CompressorOptions,
   params: Any,
   rows: Rows,
   key: jax.Array,
 ) -> judge.Verified:
   """Samples compressions of rows of `generation_rows`, and verifies them."""
-  rules = grammar(spec.prompter, stage.slack)
+  rules = grammar(spec.prompter, compressor.slack)
   source = constraint_inputs(rules, rows)
   prompts = rows['prompt'], rows['prompt_length']
   rollouts = sampling.sample(
     spec.model, params, *prompts, source, key, rules, options
   )
-  return verify(spec, stage, rows, source, rollouts)
+  return verify(spec, compressor, rows, source, rollouts)
 
 
 def verify(
   spec: policy.PolicySpec,
-  stage: ml_collections.ConfigDict,
+  compressor: CompressorOptions,
   rows: Rows,
   source: grammar_lib.Source,
   rollouts: sampling.Rollouts,
@@ -231,7 +231,7 @@ def verify(
     rollouts=rollouts,
     verdict=compression.verify(
       tokens, length, *context, rows['count'], rows['budget'], ids,
-      2 * stage.slack,
+      2 * compressor.slack,
     ),
     saved=compression.compression_reward(length, rows['whole']),
     preservation=compression.preservation(
@@ -241,7 +241,7 @@ def verify(
       compression.segments(tokens, length, ids) == 0,
     ),
     ellipsis=compression.ellipsis_factor(
-      tokens, length, ids, stage.ellipsis_cost
+      tokens, length, ids, compressor.ellipsis_cost
     ),
   )  # fmt: skip
 
@@ -249,7 +249,7 @@ def verify(
 def make_judged_rollouts(
   spec: policy.PolicySpec,
   options: sampling.SamplingOptions,
-  stage: ml_collections.ConfigDict,
+  compressor: CompressorOptions,
   ranker: Any,
   http_judge: judge.HttpJudge | None,
   finish: Callable[[Rows, judge.Verified, judge.Judgment], Any],
@@ -259,7 +259,7 @@ def make_judged_rollouts(
   Args:
     spec: of the policy.
     options: of sampling.
-    stage: section `compress`.
+    compressor: its options.
     ranker: parameters of the ranker that judges; None if nothing is judged.
     http_judge: judges instead of the ranker, on the host, between two compiled
       functions.
@@ -268,10 +268,10 @@ def make_judged_rollouts(
   Returns:
     `(params, rows, key) -> result`.
   """
-  draw = functools.partial(sample, spec, options, stage)
+  draw = functools.partial(sample, spec, options, compressor)
 
   def conclude(rows, verified, judged: compression.Judged):
-    weight = stage.compression_weight
+    weight = compressor.compression_weight
     return finish(rows, verified, judge.judgment(verified, judged, weight))
 
   if http_judge is None:
@@ -280,7 +280,7 @@ def make_judged_rollouts(
     def judged_by_ranker(ranker, params, rows, key):
       verified = draw(params, rows, key)
       judged = judge.judge_by_ranker(
-        spec, stage, ranker, rows, verified.rollouts, verified.preservation
+        spec, compressor, ranker, rows, verified.rollouts, verified.preservation
       )
       return conclude(rows, verified, judged)
 
@@ -308,7 +308,7 @@ def make_judged_rollouts(
 def make_rollout_step(
   spec: policy.PolicySpec,
   options: sampling.SamplingOptions,
-  stage: ml_collections.ConfigDict,
+  compressor: CompressorOptions,
   ranker: Any,
   http_judge: judge.HttpJudge | None = None,
 ) -> Callable[..., tuple[policy_gradient.PolicyBatch, dict[str, jax.Array]]]:
@@ -327,7 +327,9 @@ def make_rollout_step(
       tokens=rollouts.tokens,
       length=rollouts.length,
       logp=rollouts.logp,
-      advantage=advantages.group_advantage(judged.reward, kind=stage.advantage),
+      advantage=advantages.group_advantage(
+        judged.reward, kind=compressor.advantage
+      ),
       use=~flat,
     )
     written = masking.length_mask(rollouts.length, options.max_tokens)
@@ -338,4 +340,6 @@ def make_rollout_step(
     }
     return batch, metrics
 
-  return make_judged_rollouts(spec, options, stage, ranker, http_judge, finish)
+  return make_judged_rollouts(
+    spec, options, compressor, ranker, http_judge, finish
+  )

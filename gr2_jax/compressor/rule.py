@@ -18,10 +18,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from gr2_jax.compressor import judge, rollouts
+from gr2_jax.compressor.options import CompressorOptions
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.policy import policy
 from gr2_jax.prompts import context, examples, prompt
@@ -48,7 +48,7 @@ def rank_units(
   spec: policy.PolicySpec,
   mesh: jax.sharding.Mesh,
   ranker: Any,
-  stage: ml_collections.ConfigDict,
+  compressor: CompressorOptions,
   order: str,
   slates: Any,
 ) -> list[Unit]:
@@ -58,14 +58,14 @@ def rank_units(
     spec: of the ranker.
     mesh: devices of the parameters.
     ranker: its parameters.
-    stage: section `compress`.
+    compressor: its options.
     order: of the candidates, see `prompt.ORDERS`.
     slates: random access to records.
   """
   prompter = spec.prompter
   all_units = units(prompter.lines(slates[0]).candidates[0])
   index = {unit: i for i, unit in enumerate(all_units)}
-  by = stage.judge_by
+  by = compressor.judge_by
   target = jax.jit(functools.partial(judge.likeness_target, spec, by))
   likeness = jax.jit(functools.partial(judge.likeness, spec))
   render_whole = rollouts.generation_rows(
@@ -79,7 +79,9 @@ def rank_units(
 
   cases = []
   with sharding.activate(mesh):
-    for n, batch in examples.in_order(slates, render, stage.eval_batch_size, 0):
+    for n, batch in examples.in_order(
+      slates, render, compressor.eval_batch_size, 0
+    ):
       lines, count = batch.pop('lines'), batch['count']
       rows = sharding.shard_batch(batch, mesh)
       cases.append((n, lines, count, target(ranker, rows)))

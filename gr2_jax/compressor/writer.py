@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from gr2_jax.compressor import judge
 from gr2_jax.compressor import rollouts as rollouts_lib
+from gr2_jax.compressor.options import CompressorOptions
 from gr2_jax.distributed import processes, sharding
 from gr2_jax.ops import compression
 from gr2_jax.pipeline import reporting
@@ -38,25 +38,27 @@ def make_write(
   spec: policy.PolicySpec,
   mesh: jax.sharding.Mesh,
   ranker: Any,
-  config: ml_collections.ConfigDict,
-  stage: ml_collections.ConfigDict,
+  order: str,
+  compressor: CompressorOptions,
   budgets: Mapping[float, int],
   http_judge: judge.HttpJudge | None = None,
 ) -> Callable[..., Iterator[Written]]:
   """Compiles the compressor's greedy decoding.
 
-  `budgets` has the tokens of the one ratio to write; the other arguments are as
-  of `rollouts.make_judged_rollouts`.
+  `budgets` has the tokens of the one ratio to write, `order` is one of
+  `prompt.ORDERS`, and the rest is as in `rollouts.make_judged_rollouts`.
 
   Returns:
     `(params, slates, seed, desc) -> iterator of Written`. The presentation is a
     function of (seed, index); without `desc` there is no progress bar.
   """
   render = rollouts_lib.generation_rows(
-    spec.prompter, budgets, config.prompt.order, http_judge is not None
+    spec.prompter, budgets, order, http_judge is not None
   )
-  grammar = rollouts_lib.grammar(spec.prompter, stage.slack)
-  greedy = rollouts_lib.sampler(grammar, budgets, constrained=stage.constrained)
+  grammar = rollouts_lib.grammar(spec.prompter, compressor.slack)
+  greedy = rollouts_lib.sampler(
+    grammar, budgets, constrained=compressor.constrained
+  )
 
   def fields(rows, verified: judge.Verified, judged: judge.Judgment):
     del rows
@@ -64,7 +66,7 @@ def make_write(
     return rollouts.tokens, rollouts.length, judged
 
   decode = rollouts_lib.make_judged_rollouts(
-    spec, greedy, stage, ranker, http_judge, fields
+    spec, greedy, compressor, ranker, http_judge, fields
   )
 
   def write(params, slates, seed: int, desc: str = '') -> Iterator[Written]:
@@ -76,7 +78,7 @@ def make_write(
       sharding.activate(mesh),
     ):
       for n, batch in examples.in_order(
-        slates, render, stage.eval_batch_size, seed
+        slates, render, compressor.eval_batch_size, seed
       ):
         rows = sharding.shard_batch(batch, mesh)
         host = processes.gather_to_host(decode(params, rows, key))

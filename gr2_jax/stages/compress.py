@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from gr2_jax.compressor import judge, rollouts, rule, writer
+from gr2_jax.compressor.options import CompressorOptions
 from gr2_jax.data import records
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import processes, sharding
@@ -44,6 +45,7 @@ class _Setup:
   """Arguments of `run`, and what is made from them."""
 
   config: ConfigDict
+  options: CompressorOptions
   inputs: dict[str, pathlib.Path]
   workdir: pathlib.Path
   spec: policy.PolicySpec
@@ -77,12 +79,12 @@ def run(
     endpoint.EndpointError: the endpoint cannot be used.
     ledger.OverLimit: the next request might exceed the limit on tokens.
   """
-  check(config.compress)
+  options = CompressorOptions.from_config(config.compress)
   spec = policy.load(config, inputs)
   mesh = sharding.make_mesh(**config.mesh)
   with http_judge(config, spec, mesh, workdir) as (judges, usage):
     ranker = spec.load_params(inputs[config.compress.start], mesh)
-    setup = _Setup(config, inputs, workdir, spec, mesh, ranker)
+    setup = _Setup(config, options, inputs, workdir, spec, mesh, ranker)
     return _run(setup, judges) | usage()
 
 
@@ -129,7 +131,8 @@ def _run(setup: _Setup, judges: judge.HttpJudge | None) -> dict[str, Any]:
   budgets = {ratio: tokens[ratio] for ratio in stage.ratios}
   budget = {stage.ratio: tokens[stage.ratio]}
   make_write = functools.partial(writer.make_write, spec, setup.mesh)
-  write = make_write(ranker, setup.config, stage, budget, judges)
+  order, options = setup.config.prompt.order, setup.options
+  write = make_write(ranker, order, options, budget, judges)
   validate = _validator(setup, write)
 
   # Imitation.
@@ -163,11 +166,11 @@ def _run(setup: _Setup, judges: judge.HttpJudge | None) -> dict[str, Any]:
     seed=setup.config.seed,
     slates=train,
     render=rollouts.generation_rows(
-      spec.prompter, budgets, setup.config.prompt.order, judges is not None
+      spec.prompter, budgets, order, judges is not None
     ),
     sampler=sampler,
     rollout_step=rollouts.make_rollout_step(
-      spec, sampler, stage, ranker, judges
+      spec, sampler, options, ranker, judges
     ),
     validate=validate,
     start=imitation,
@@ -176,7 +179,7 @@ def _run(setup: _Setup, judges: judge.HttpJudge | None) -> dict[str, Any]:
 
   # Writing. Only the split that `_agreement` reads is judged.
   params = spec.load_params(setup.workdir, setup.mesh)
-  unjudged = make_write(None, setup.config, stage, budget)
+  unjudged = make_write(None, order, options, budget)
   splits = {}
   for split in ('train', JUDGED, 'test'):
     write_split = write if split == JUDGED else unjudged
@@ -185,27 +188,6 @@ def _run(setup: _Setup, judges: judge.HttpJudge | None) -> dict[str, Any]:
   longest = max(report['longest'] for report in splits.values())
   judged = _agreement(setup, longest)
   return training | {'splits': splits, 'longest': longest, 'judge': judged}
-
-
-def check(stage: ConfigDict) -> None:
-  """Raises a ValueError that names an invalid field of `compress`."""
-  choices = {'judge': judge.JUDGES, 'judge_by': judge.JUDGED_BY}
-  for name, values in choices.items():
-    if stage[name] not in values:
-      raise ValueError(
-        f'compress.{name} is {stage[name]!r}; it must be one of {values}'
-      )
-  ratio, ratios = stage.ratio, tuple(stage.ratios)
-  if not all(0 < x <= 1 for x in (ratio, *ratios)):
-    raise ValueError(
-      f'compress.ratio={ratio}, compress.ratios={ratios}: each must be a '
-      'share of the tokens, above 0 and at most 1'
-    )
-  if ratio > max(ratios):
-    raise ValueError(
-      f'compress.ratio={ratio} is larger than all compress.ratios={ratios}, '
-      'so it is not learned'
-    )
 
 
 def _imitate(
@@ -225,7 +207,9 @@ def _imitate(
   order = setup.config.prompt.order
   chosen = np.random.default_rng(0).permutation(len(slates))
   sample = ranking.Chosen(slates, chosen[: stage.rule_slates])
-  ranked = rule.rank_units(spec, mesh, setup.ranker, stage, order, sample)
+  ranked = rule.rank_units(
+    spec, mesh, setup.ranker, setup.options, order, sample
+  )
   data = loop.dataset(
     mesh,
     slates,
@@ -237,7 +221,9 @@ def _imitate(
   optimizer = learner.make_optimizer(
     learner.OptimizerOptions.from_config(stage.imitate)
   )
-  loss = functools.partial(rollouts.imitation_loss, spec, sampler, stage)
+  loss = functools.partial(
+    rollouts.imitation_loss, spec, sampler, setup.options
+  )
   update = learner.make_update(spec.adapters.wrap(loss), optimizer)
 
   def take_step(state, frozen, step):

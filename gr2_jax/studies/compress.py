@@ -22,6 +22,7 @@ import numpy as np
 
 from gr2_jax.compressor import rollouts
 from gr2_jax.compressor import writer as writer_lib
+from gr2_jax.compressor.options import CompressorOptions
 from gr2_jax.data import slates as slates_lib
 from gr2_jax.distributed import sharding
 from gr2_jax.ops import statistics
@@ -263,12 +264,14 @@ def _tokens(
 
 def _write(config, inputs, whole, home, ratio, slates):
   """Compresses the contexts of slates to a share of the tokens."""
-  stage = config.compress
+  options = CompressorOptions.from_config(config.compress)
   budgets = rollouts.budgets(
     whole.prompter, policy.source(inputs, 'train'), (ratio,)
   )
   mesh = sharding.make_mesh(**config.mesh)
-  write = writer_lib.make_write(whole, mesh, None, config, stage, budgets)
+  write = writer_lib.make_write(
+    whole, mesh, None, config.prompt.order, options, budgets
+  )
   parts = write(
     whole.load_params(home, mesh),
     slates,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gr2_jax.compressor import judge as compressor_judge
+from gr2_jax.compressor import options, writer
 from gr2_jax.compressor import rollouts as rollouts_lib
-from gr2_jax.compressor import writer
 from gr2_jax.models import lora, transformer
 from gr2_jax.ops import advantages, compression
 from gr2_jax.policy import policy, sampling
@@ -237,7 +237,7 @@ def test_each_written_context_is_judged_once(reader, world_, tmp_path):
       parts, plain = (
         list(
           writer.make_write(
-            spec, MESH, ranker, own, own.compress, {0.5: 20}, who
+            spec, MESH, ranker, own.prompt.order, own.compress, {0.5: 20}, who
           )(params, slates, 0)
         )
         for who in (judge, None)
@@ -253,7 +253,7 @@ def test_each_written_context_is_judged_once(reader, world_, tmp_path):
     assert not other.judged.judge_failed.any()
 
 
-@pytest.mark.parametrize('judge_by', compressor_judge.JUDGED_BY)
+@pytest.mark.parametrize('judge_by', options.CHOICES['judge_by'])
 def test_a_ranker_judges_in_one_compiled_function(world_, judge_by):
   spec, ranker, params, sampler, rows = world_
   stage, key = config(judge_by=judge_by).compress, jax.random.key(0)
@@ -437,5 +437,5 @@ def test_the_token_limit_is_that_of_the_section(reader, world_, tmp_path):
 
 
 def test_an_unknown_judge_is_named():
-  with pytest.raises(ValueError, match=r"compress.judge is 'rank'.*'remote'"):
-    compress.check(config(judge='rank').compress)
+  with pytest.raises(ValueError, match=r"compress\.judge='rank'.*remote"):
+    options.CompressorOptions.from_config(config(judge='rank').compress)

@@ -361,7 +361,12 @@ def test_failed_compressions_stay_full_and_are_counted(
     spec.prompter, tiny_world.source(world, 'train'), (ratio,)
   )
   write = writer.make_write(
-    spec, tiny_world.mesh(), params, config, config.compress, budgets
+    spec,
+    tiny_world.mesh(),
+    params,
+    config.prompt.order,
+    config.compress,
+    budgets,
   )
   slates = ranking.Chosen(tiny_world.source(world, 'train'), np.arange(9))
   stored = list(writer.store(spec, slates, write(params, slates, 0)))
