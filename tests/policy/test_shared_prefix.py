@@ -61,12 +61,10 @@ def unshared(batch):
   groups = ('prompt', 'prompt_length', 'constraint_inputs', 'use')
 
   def spread(field):
-    x = getattr(batch, field.name)
-    if x is None:
-      return None
+    value = getattr(batch, field.name)
     if field.name in groups:
-      return np.repeat(x, GROUP, axis=0)
-    return x.reshape(P * GROUP, 1, *x.shape[2:])
+      return np.repeat(value, GROUP, axis=0)
+    return jax.tree.map(lambda x: x.reshape(P * GROUP, 1, *x.shape[2:]), value)
 
   return type(batch)(**{f.name: spread(f) for f in dataclasses.fields(batch)})
 
