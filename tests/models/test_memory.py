@@ -13,6 +13,8 @@ from gr2_jax.models import transformer
 
 from .. import tiny
 
+pytestmark = pytest.mark.slow
+
 BASE, SIZE = 30, 3  # The family; 5..17 are a history's, 18..29 a rest's.
 MODEL = dataclasses.replace(tiny.MODEL, memory_base=BASE, num_memory=SIZE)
 GROUP, TIME = 2, 4

@@ -12,6 +12,8 @@ from gr2_jax.ops import judge, parsing
 
 from . import oracles
 
+pytestmark = pytest.mark.slow
+
 # Two levels of four codes: A is (0, 0), B (0, 1), .. as in the docstring.
 SYMBOLS = judge.Symbols(
   history=1,

@@ -11,6 +11,8 @@ from gr2_jax.semantic_ids import trie
 
 from .. import tiny, tiny_data
 
+pytestmark = pytest.mark.slow
+
 C, L, BASE = 4, 3, 20  # ids 20..31 of the forty
 P, H = 5, 6
 

@@ -15,6 +15,8 @@ from gr2_jax.train import learner
 
 from .. import tiny, tiny_data
 
+pytestmark = pytest.mark.slow
+
 T = 24
 SHARES = {'sequence': 0.6, 'persona': 0.3, 'caption': 0.1}
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from gr2_jax.semantic_ids import codebooks
 
+pytestmark = pytest.mark.slow
+
 
 def batch(seed=0, size=7, levels=3, codes=5, width=4):
   rng = np.random.default_rng(seed)

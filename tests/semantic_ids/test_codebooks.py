@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from gr2_jax.semantic_ids import codebooks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_rank_promotion():

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from gr2_jax.distributed import sharding
 from gr2_jax.semantic_ids import co_engagement, codebooks, quantizer, rqvae
 
+pytestmark = pytest.mark.slow
+
 LEARNED = ('gradient', 'ema_gradient')
 RING = co_engagement.Neighbors(
   np.arange(0, 401, 2),
