@@ -22,6 +22,8 @@ from gr2_jax.serving import service as service_lib
 
 from .. import tiny, tiny_world
 
+pytestmark = pytest.mark.slow
+
 FORM = 'memory:2+candidates:sid,evidence'
 
 

@@ -14,6 +14,8 @@ from gr2_jax.train import loop
 
 from .. import tiny, tiny_world
 
+pytestmark = pytest.mark.slow
+
 STAGES = {'midtrain': midtrain, 'sft': sft, 'rl': rl}
 
 
