@@ -205,7 +205,7 @@ def test_a_kill_between_vocabulary_and_bins_starts_them_again(
 
   made = 'extend' if pretrained else 'train'
   for module, name in (
-    (vocabulary, made), (policy.evidence_bins, 'save'),
+    (vocabulary, made), (policy.bins_lib, 'save'),
     (checkpoint, 'save_params'),
   ):  # fmt: skip
     with monkeypatch.context() as patch:
